@@ -1,0 +1,112 @@
+"""From a config to what a training step needs: data, windows, batch layout, engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmtrain.config import RunConfig, resolve
+from llmtrain.data.batches import Layout, Windows
+from llmtrain.data.shards import TokenDataset
+from llmtrain.engine import Engine, make_engine
+from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.errors import UserError
+from llmtrain.model.transformer import Transformer
+from llmtrain.optim.optimizers import make_optimizer
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything that is fixed for one launch."""
+
+    config: RunConfig  # resolved
+    data: TokenDataset
+    train: Windows
+    val: Windows | None
+    layout: Layout
+    engine: Engine
+
+    def total_steps(self, step: int = 0, position: int = 0) -> int:
+        """Optimizer steps of the whole run, seen from `step` steps that consumed `position` samples."""
+        training = self.config.training
+        if training.max_steps:
+            return training.max_steps
+        if training.max_tokens:
+            samples = -(-training.max_tokens // self.config.data.seq_len)
+        else:
+            samples = training.epochs * self.layout.windows
+        return step + self.layout.steps_to(position, samples)
+
+
+def assemble(config: RunConfig) -> Assembly:
+    """Open the data, resolve the config against it and this machine, start the engine with a fresh model.
+
+    Raises:
+        UserError: the data cannot be used, or the config contradicts it.
+    """
+    data = TokenDataset(config.data.path)
+    stream = data.split("train")
+    device = pick_device()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = resolve(
+        config,
+        vocab_size=data.manifest.tokenizer.vocab_size,
+        train_tokens=len(stream),
+        world_size=world_size,
+        bf16_native=computes_bf16_natively(device),
+        compile_auto=device.type == "cuda",
+    )
+    stride = config.data.stride or config.data.seq_len
+    train = Windows(stream, config.data.seq_len, stride)
+    val = None
+    if "val" in data.manifest.splits:
+        # Validation windows never overlap: each token counts once, whatever stride training uses.
+        val = Windows(data.split("val"), config.data.seq_len, config.data.seq_len)
+    if val is None or not len(val):
+        if config.training.early_stopping_patience:
+            raise UserError(
+                f"training.early_stopping_patience needs validation data, but the val split of {data.path} has no "
+                f"window of {config.data.seq_len + 1} tokens; prepare with a larger --val-split"
+            )
+        val = None
+    engine = make_engine(config.training, config.optimizer.clip_norm)
+    layout = Layout(
+        windows=len(train),
+        global_batch=config.training.global_batch_size,
+        micro_batch=config.training.micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+    torch.manual_seed(config.run.seed)
+    model = Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing)
+    model.init_weights()
+    engine.prepare(model, lambda placed: make_optimizer(placed, config.optimizer))
+    return Assembly(config, data, train, val, layout, engine)
+
+
+def describe(parts: Assembly) -> dict[str, str]:
+    """What is about to happen, for the header and `--dry-run`."""
+    from llmtrain.model.cost import flops_per_token, parameter_count
+
+    config, layout = parts.config, parts.layout
+    model, training, seq_len = config.model, config.training, config.data.seq_len
+    manifest = parts.data.manifest
+    accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
+    steps = parts.total_steps()
+    return {
+        "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
+        f"{model.heads} heads · vocabulary {model.vocab_size:,}",
+        "data": f"{parts.data.path} · {manifest.splits['train'].tokens:,} tokens · {manifest.tokenizer.kind} · "
+        f"{layout.windows:,} windows of {seq_len}" + (f" · {len(parts.val):,} for validation" if parts.val else ""),
+        "batch": f"{layout.global_batch} sequences = {layout.global_batch * seq_len:,} tokens · micro-batch "
+        f"{layout.micro_batch} × {accumulation} accumulated × {layout.world_size} process"
+        + ("es" if layout.world_size > 1 else ""),
+        "length": f"{steps:,} steps · {layout.steps_per_epoch():,} per epoch · "
+        f"{flops_per_token(model, seq_len) * steps * layout.global_batch * seq_len:.2e} FLOPs",
+        "numerics": f"{training.precision}{', compiled' if training.compile else ''} on {parts.engine.device} · "
+        f"{config.optimizer.name} · {config.schedule.name} to {config.optimizer.lr:g}",
+        "run": str(Path(config.run.dir)),
+    }

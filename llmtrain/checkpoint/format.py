@@ -1,0 +1,234 @@
+"""A checkpoint folder: what is in it, how it is written, and how any slice of it is read back.
+
+::
+
+    step-00000500/
+      rank00000.safetensors   float fragments of this rank: key "<name>@<start>", 1-D
+      rank00000.json          what that file holds: size, SHA-256, and for each tensor its shape, dtype and fragments
+      state.json              step, position in the data, best loss, meters: everything that is not a tensor
+      config.yaml             the resolved config
+      tokenizer/              so that the folder alone can generate
+      manifest.json           size and SHA-256 of every file above, fingerprints, versions
+      COMMITTED               SHA-256 of manifest.json; written last: without it the folder does not exist
+
+A fragment is a 1-D slice of a flattened tensor, so ranks may hold any parts of it and a reader may ask for any other.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmtrain.data.shards import FileInfo, check_inside, hash_file, verify_files
+from llmtrain.engine import Fragment
+from llmtrain.errors import CorruptError
+
+MANIFEST = "manifest.json"
+MARKER = "COMMITTED"
+STATE = "state.json"
+CONFIG = "config.yaml"
+_Model = TypeVar("_Model", bound=BaseModel)
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+
+
+class TensorInfo(BaseModel):
+    """One tensor of the training state: its whole shape, and where its fragments are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    shape: tuple[int, ...]
+    fragments: tuple[tuple[str, int, int], ...]  # (file, start, numel) in the flattened tensor
+
+
+class RankRecord(BaseModel):
+    """`rankNNNNN.json`: one rank's file and the fragments in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: FileInfo
+    tensors: dict[str, TensorInfo]
+
+
+class CheckpointManifest(BaseModel):
+    """`manifest.json` of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["llmtrain-checkpoint"] = "llmtrain-checkpoint"
+    version: Literal[1] = 1
+    step: int
+    engine: str
+    world_size: int
+    data_fingerprint: str
+    tokenizer_sha256: str
+    llmtrain_version: str
+    torch_version: str
+    files: tuple[FileInfo, ...]
+
+
+def write_rank(folder: Path, rank: int, fragments: Iterable[Fragment]) -> None:
+    """Write one rank's fragments (on the host, contiguous) and its record, hashed while written and flushed to disk."""
+    fragments = list(fragments)
+    path = folder / f"rank{rank:05d}.safetensors"
+    info = _write_safetensors(path, {f"{f.name}@{f.start}": f.values for f in fragments})
+    tensors = {
+        f.name: TensorInfo(shape=f.shape, fragments=((path.name, f.start, f.values.numel()),)) for f in fragments
+    }
+    write_file(folder / f"rank{rank:05d}.json", RankRecord(file=info, tensors=tensors).model_dump_json())
+
+
+def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileInfo:
+    """Write the safetensors format (8-byte header length, JSON header, data) and hash it in the same pass."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for piece in [len(encoded).to_bytes(8, "little") + encoded, *map(_bytes_of, tensors.values())]:
+            view = memoryview(piece)
+            digest.update(view)
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+        return FileInfo(path=path.name, bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a small file and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_file(folder: Path, path: Path) -> FileInfo:
+    """Size and hash of a file in the folder, for a manifest."""
+    return FileInfo(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def commit(folder: Path, manifest: CheckpointManifest) -> None:
+    """Make the checkpoint exist: the manifest, then, when all is on disk, the marker."""
+    text = manifest.model_dump_json(indent=1)
+    write_file(folder / MANIFEST, text)
+    sync_folder(folder)
+    write_file(folder / MARKER, hashlib.sha256(text.encode()).hexdigest())
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether the folder is a finished checkpoint."""
+    return (folder / MARKER).is_file()
+
+
+class CheckpointReader:
+    """A committed checkpoint: opened by its manifest alone, verified on request, read slice by slice.
+
+    Raises:
+        CorruptError: the manifest or a record is damaged, or names a file outside the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+            marker = (folder / MARKER).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptError(f"{folder}: not a whole checkpoint: {error}") from error
+        if hashlib.sha256(text.encode()).hexdigest() != marker:
+            raise CorruptError(f"{folder / MANIFEST}: differs from the hash in {MARKER}")
+        self.manifest = _parse(CheckpointManifest, folder / MANIFEST, text)
+        for file in self.manifest.files:
+            check_inside(folder, file.path, folder / MANIFEST)
+        self._tensors: dict[str, TensorInfo] | None = None
+        self._open: dict[str, Any] = {}
+
+    def verify(self) -> list[str]:
+        """Check the size and hash of every file, in parallel; return one line for each that is wrong."""
+        return verify_files(self.folder, list(self.manifest.files))
+
+    def state(self) -> dict[str, Any]:
+        """The parsed `state.json`."""
+        state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return state
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name, the ranks' records joined."""
+        if self._tensors is None:
+            joined: dict[str, TensorInfo] = {}
+            for rank in range(self.manifest.world_size):
+                path = self.folder / f"rank{rank:05d}.json"
+                for name, info in _parse(RankRecord, path, path.read_text(encoding="utf-8")).tensors.items():
+                    before = joined[name].fragments if name in joined else ()
+                    joined[name] = TensorInfo(shape=info.shape, fragments=before + info.fragments)
+            self._tensors = joined
+        return self._tensors
+
+    def read(self, wanted: Fragment) -> torch.Tensor:
+        """Return the saved values (1-D, on the host) of the slice that `wanted` names, from however many files."""
+        info = self.tensors().get(wanted.name)
+        if info is None:
+            raise CorruptError(f"{self.folder}: holds no '{wanted.name}'; saved with another model or optimizer?")
+        if info.shape != wanted.shape:
+            raise CorruptError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
+        begin, end = wanted.start, wanted.start + wanted.values.numel()
+        values = torch.empty(end - begin, dtype=wanted.values.dtype)
+        filled = 0
+        for file, start, numel in info.fragments:
+            low, high = max(begin, start), min(end, start + numel)
+            if low < high:
+                saved = self._mapped(file).get_slice(f"{wanted.name}@{start}")
+                values[low - begin : high - begin] = saved[low - start : high - start]
+                filled += high - low
+        if filled != end - begin:
+            raise CorruptError(f"{self.folder}: '{wanted.name}' has gaps: {filled} of {end - begin} values found")
+        return values
+
+    def _mapped(self, file: str) -> Any:
+        """The memory-mapped safetensors file, opened once."""
+        if file not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            check_inside(self.folder, file, self.folder / MANIFEST)
+            try:
+                self._open[file] = safe_open(self.folder / file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CorruptError(f"{self.folder / file}: cannot be read: {error}") from error
+        return self._open[file]
+
+
+def _parse(kind: type[_Model], path: Path, text: str) -> _Model:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,39 @@
+"""How far a run is: everything besides tensors that a resumed run needs to go on exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Small, JSON-ready, written to `state.json` of every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    position: int = 0  # samples consumed since the start of the run, over all epochs and ranks
+    tokens: int = 0  # target tokens trained on
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    launches: int = 0  # how often the run was started or resumed
+    meter: dict[str, float] = field(default_factory=dict)  # sums since the last record
+    observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
+
+    def advance(self, position: int, targets: int) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.position = position
+        self.tokens += targets
+
+    def validated(self, loss: float) -> bool:
+        """Take an evaluation in; return whether it is the best so far."""
+        better = self.best_val_loss is None or loss < self.best_val_loss
+        self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
+        if better:
+            self.best_val_loss, self.best_step = loss, self.step
+        return better
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `state.json`."""
+        return asdict(self)

@@ -1,0 +1,111 @@
+"""Which checkpoint a launch goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.format import CONFIG, CheckpointReader
+from llmtrain.checkpoint.progress import Progress
+from llmtrain.checkpoint.store import committed_steps, find_checkpoint, newest_good, open_verified
+from llmtrain.config import RunConfig, load_config
+from llmtrain.data.shards import Manifest
+from llmtrain.engine import Engine
+from llmtrain.errors import UserError
+
+# What may not change within a run: it would give the saved tensors or the position in the data another meaning.
+_FIXED = {
+    "run": ["seed"],
+    "data": ["seq_len", "stride"],
+    "model": [
+        "vocab_size", "dim", "layers", "heads", "kv_heads", "ff_dim", "tie_embeddings", "norm", "positions",
+        "activation", "qk_norm", "rope_theta", "norm_eps",
+    ],
+    "optimizer": ["name"],
+}  # fmt: skip
+# What changes nothing about the numbers, and so is not worth a line.
+_SILENT = {"run.dir", "run.name", "training.stop_after", "model.init_from", "data.workers", "data.path"}
+
+
+def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -> CheckpointReader | None:
+    """Open (and verify) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
+
+    Raises:
+        UserError: `never`, but the folder holds a run; or PATH is none.
+        CorruptError: there are checkpoints, and none is good.
+    """
+    if resume == "never":
+        if committed_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"{run_dir}: holds another run; choose another run.dir, or go on with it by --resume auto")
+        return None
+    if resume == "auto":
+        return newest_good(run_dir, warn)
+    path = Path(resume)
+    # A run folder means where it got to; its best, which the other verbs take, would throw steps away.
+    return newest_good(path, warn) if committed_steps(path) else open_verified(find_checkpoint(path))
+
+
+def restore(reader: CheckpointReader, config: RunConfig, data: Manifest, engine: Engine) -> Progress:
+    """Check that the checkpoint belongs to this run and fill the engine from it.
+
+    Raises:
+        UserError: other data, another tokenizer, a changed model: the difference is shown, nothing is touched.
+    """
+    check_tokenizer(reader, data)
+    if reader.manifest.data_fingerprint != data.fingerprint():
+        raise UserError(
+            f"{reader.folder}: was trained on other data than {config.data.path} holds (fingerprint "
+            f"{reader.manifest.data_fingerprint[:12]}, now {data.fingerprint()[:12]}); the position in the data would be "
+            "meaningless. Use the same data, or start a new run.dir with model.init_from"
+        )
+    saved = saved_config(reader)
+    for section, keys in _FIXED.items():
+        for key in keys:
+            before, now = (getattr(getattr(c, section), key) for c in (saved, config))
+            if before != now:
+                raise UserError(
+                    f"{reader.folder}: was saved with {section}.{key}={before}, this run has {now}; set it back, or "
+                    "choose another run.dir"
+                )
+    engine.load(reader.read)
+    return Progress(**reader.state())
+
+
+def check_tokenizer(reader: CheckpointReader, data: Manifest) -> None:
+    """Refuse data whose ids mean something else than those the model was trained on."""
+    if reader.manifest.tokenizer_sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{reader.folder}: was trained with another tokenizer than this data was prepared with "
+            f"({reader.manifest.tokenizer_sha256[:12]}, data has {data.tokenizer.kind} {data.tokenizer.sha256[:12]}); "
+            "prepare the data with --tokenizer set to the checkpoint's tokenizer folder"
+        )
+
+
+def saved_config(reader: CheckpointReader) -> RunConfig:
+    """The resolved config that the checkpoint was saved with."""
+    return load_config(reader.folder / CONFIG)
+
+
+def changes(before: RunConfig, now: RunConfig) -> list[str]:
+    """The settings that differ, as `section.key: old → new`; those that cannot matter are left out."""
+    lines = []
+    for section, values in now.model_dump().items():
+        old: dict[str, Any] = before.model_dump()[section]
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if old[key] != value and name not in _SILENT and section != "logging":
+                lines.append(f"{name}: {old[key]} → {value}")
+    return lines
+
+
+def load_initial_weights(engine: Engine, path: str, config: RunConfig) -> None:
+    """Start from the weights (only) of another run or checkpoint: `model.init_from`."""
+    reader = open_verified(find_checkpoint(Path(path)))
+    saved, now = saved_config(reader).model, config.model
+    for key in _FIXED["model"]:
+        if getattr(saved, key) != getattr(now, key):
+            raise UserError(
+                f"model.init_from {path}: its {key} is {getattr(saved, key)}, this run's is {getattr(now, key)}"
+            )
+    engine.load(reader.read, optimizer=False)

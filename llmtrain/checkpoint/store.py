@@ -1,0 +1,243 @@
+"""The checkpoints of a run folder: saving behind the loop's back, links, what is kept, finding the newest good one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain import __version__
+from llmtrain.checkpoint import format as fmt
+from llmtrain.config import CheckpointSection
+from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
+from llmtrain.engine import Engine, Fragment
+from llmtrain.errors import CorruptError, LlmtrainError, UserError
+
+LATEST, BEST, FINAL = "latest", "best", "final"
+_RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return run_dir / f"step-{step:08d}"
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    """Steps with a finished checkpoint, ascending."""
+    folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and fmt.is_committed(path)]
+    return sorted(int(path.name[5:]) for path in folders)
+
+
+def point(run_dir: Path, name: str, target: str) -> None:
+    """Make `run_dir/name` lead to the step folder `target`, in one step: a link, or a small file where links fail."""
+    temporary = run_dir / f".{name}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target)
+    except OSError:  # a file system without links
+        fmt.write_file(temporary, target + "\n")
+    temporary.replace(run_dir / name)
+
+
+def pointed(run_dir: Path, name: str) -> Path | None:
+    """The committed step folder that `run_dir/name` leads to, if there is one."""
+    path = run_dir / name
+    if path.is_symlink():
+        target = str(path.readlink())
+    elif path.is_file():
+        target = path.read_text(encoding="utf-8").strip()
+    else:
+        return None
+    folder = run_dir / Path(target).name  # never outside the run folder
+    return folder if fmt.is_committed(folder) else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Resolve PATH of the verbs: a checkpoint itself, or a run folder (its best, else its latest checkpoint)."""
+    if fmt.is_committed(path):
+        return path
+    steps = committed_steps(path) if path.is_dir() else []
+    if not steps:
+        reason = "no such folder" if not path.is_dir() else "no finished checkpoint in it"
+        raise UserError(f"{path}: {reason}; give a run folder or one of its step-* folders")
+    return pointed(path, BEST) or step_folder(path, steps[-1])
+
+
+def open_verified(folder: Path) -> fmt.CheckpointReader:
+    """Open a checkpoint and check every hash.
+
+    Raises:
+        CorruptError: something differs; the first problem is named.
+    """
+    reader = fmt.CheckpointReader(folder)
+    problems = reader.verify()
+    if problems:
+        raise CorruptError("; ".join(problems[:3]))
+    return reader
+
+
+def newest_good(run_dir: Path, warn: Callable[[str], None]) -> fmt.CheckpointReader | None:
+    """The newest checkpoint whose every hash is right; damaged ones are passed over with a warning.
+
+    Raises:
+        CorruptError: there are checkpoints, and none is good.
+    """
+    steps = committed_steps(run_dir)
+    for step in reversed(steps):
+        try:
+            return open_verified(step_folder(run_dir, step))
+        except CorruptError as error:
+            warn(f"{error}; going back to an older checkpoint")
+    if steps:
+        raise CorruptError(f"{run_dir}: none of its {len(steps)} checkpoints is good; nothing to resume from")
+    return None
+
+
+def clear_way(run_dir: Path, resumed_step: int, warn: Callable[[str], None]) -> None:
+    """Leave only checkpoints up to the resumed step, so that new ones meet no older self.
+
+    Step folders without a marker (an interrupted save or deletion) are removed; finished ones of later steps (damaged,
+    or rewound past by `--resume PATH`) are renamed, not deleted.
+    """
+    for path in sorted(run_dir.glob("step-*")):
+        if not path.name[5:].isdigit():
+            continue
+        if not fmt.is_committed(path):
+            warn(f"{path}: an unfinished checkpoint; removed")
+            shutil.rmtree(path)
+        elif int(path.name[5:]) > resumed_step:
+            aside = path.with_name(f"{path.name}.aside-{int(time.time())}")
+            warn(f"{path}: later than step {resumed_step}, where this run goes on; renamed to {aside.name}")
+            path.rename(aside)
+
+
+class CheckpointStore:
+    """Saves checkpoints of one run. All ranks call `save` at the same step; rank 0 commits."""
+
+    def __init__(self, run_dir: Path, config: CheckpointSection, config_yaml: str, data: Manifest, data_path: Path):
+        self.run_dir = run_dir
+        self._config = config
+        self._config_yaml = config_yaml
+        self._data = data
+        self._tokenizer = data_path / TOKENIZER_FOLDER
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> Path:
+        """Copy the training state to host memory and write it, behind the loop's back where `async_save` is on.
+
+        Args:
+            engine: whose fragments are saved.
+            state: everything else, JSON-ready; `state["step"]` names the folder.
+            links: pointers (`best`, `final`) to set beside `latest` once the checkpoint is committed.
+
+        Raises:
+            UserError: this or the previous save failed (disk full, folder not writable).
+        """
+        self.wait()
+        step = int(state["step"])
+        fragments = [_to_host(fragment) for fragment in engine.fragments()]
+        job = threading.Thread(target=self._write, args=(engine, step, fragments, state, links), name=f"save-{step}")
+        self._thread = job
+        job.start()
+        if not self._config.async_save:
+            self.wait()
+        return step_folder(self.run_dir, step)
+
+    def wait(self) -> None:
+        """Wait for a save that is under way; raise what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self.run_dir}: saving failed: {error.strerror or error}; earlier checkpoints are intact"
+            ) from error
+        if error is not None:
+            raise error
+
+    def failed(self) -> bool:
+        """Whether a save behind the loop's back has failed (then `wait` raises why)."""
+        return self._error is not None
+
+    def _write(
+        self, engine: Engine, step: int, fragments: list[Fragment], state: dict[str, Any], links: tuple[str, ...]
+    ) -> None:
+        folder = step_folder(self.run_dir, step)
+        try:
+            if fmt.is_committed(folder):
+                self._link(folder, links)  # the same step again (a best that is also the last): nothing has changed
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            fmt.write_rank(folder, engine.rank, fragments)
+            if engine.rank == 0:
+                self._commit(engine, folder, step, state)
+                self._link(folder, links)
+                self._retain()
+        except (OSError, LlmtrainError) as error:
+            self._error = error
+            if engine.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # room for the next try; it was never committed
+
+    def _commit(self, engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> None:
+        fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))
+        fmt.write_file(folder / fmt.CONFIG, self._config_yaml)
+        shutil.copytree(self._tokenizer, folder / TOKENIZER_FOLDER)
+        records = [folder / f"rank{rank:05d}.json" for rank in range(engine.world_size)]
+        _wait_for(records)
+        own = [fmt.STATE, fmt.CONFIG, *(record.name for record in records)]
+        tokenizer = sorted(p.relative_to(folder).as_posix() for p in (folder / TOKENIZER_FOLDER).rglob("*"))
+        files = [fmt.describe_file(folder, folder / name) for name in own + tokenizer]
+        files += [fmt.RankRecord.model_validate_json(record.read_text()).file for record in records]
+        manifest = fmt.CheckpointManifest(
+            step=step,
+            engine=engine.name,
+            world_size=engine.world_size,
+            data_fingerprint=self._data.fingerprint(),
+            tokenizer_sha256=self._data.tokenizer.sha256,
+            llmtrain_version=__version__,
+            torch_version=torch.__version__,
+            files=tuple(files),
+        )
+        fmt.commit(folder, manifest)
+
+    def _link(self, folder: Path, links: tuple[str, ...]) -> None:
+        for name in (LATEST, *links):
+            point(self.run_dir, name, folder.name)
+
+    def _retain(self) -> None:
+        """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first."""
+        steps = committed_steps(self.run_dir)
+        keep = set(steps[-self._config.keep_last :])
+        if self._config.keep_every:
+            keep |= {step for step in steps if step % self._config.keep_every == 0}
+        linked = {pointed(self.run_dir, name) for name in (LATEST, BEST, FINAL)}
+        for step in steps:
+            folder = step_folder(self.run_dir, step)
+            if step not in keep and folder not in linked:
+                (folder / fmt.MARKER).unlink()
+                shutil.rmtree(folder)
+
+
+def _to_host(fragment: Fragment) -> Fragment:
+    values = fragment.values
+    host = values.clone() if values.device.type == "cpu" else values.to("cpu")
+    return replace(fragment, values=host)
+
+
+def _wait_for(paths: list[Path]) -> None:
+    """Wait until other ranks' files are there; the file system is the only thing a background thread may share."""
+    deadline = time.monotonic() + _RECORDS_TIMEOUT_S
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(0, f"{missing[0]} did not appear within {_RECORDS_TIMEOUT_S:.0f} s")
+        time.sleep(0.01)

@@ -1,0 +1,51 @@
+"""`llmtrain VERB …`: finds the verb's module and runs it.
+
+Nothing heavy is imported here: `llmtrain --help` must answer at once, and each verb pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from llmtrain import __version__
+from llmtrain.errors import UserError, nearest, run_main
+
+VERBS = {
+    "prepare": "turn text into token shards, with a tokenizer fitted on it",
+    "train": "train a model from a config, or go on with an interrupted run",
+    "generate": "sample text from a run or a checkpoint",
+    "evaluate": "loss, perplexity, accuracy and bits per byte on prepared data",
+    "doctor": "check the machine, then the training checklist on one batch",
+    "verify": "check every hash of prepared data or of a checkpoint",
+}
+
+
+def usage() -> str:
+    """Return the text of `llmtrain --help`."""
+    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    return (
+        f"llmtrain {__version__}: pretrain language models\n\n"
+        f"usage: llmtrain VERB [options]      (llmtrain VERB --help explains one)\n\n{verbs}\n\n"
+        "example:\n"
+        "  llmtrain prepare --input book.txt --tokenizer char --out data/book\n"
+        "  llmtrain train --config configs/char.yaml data.path=data/book\n"
+        "  accelerate launch --config_file launch/single.yaml -m llmtrain.train --config configs/char.yaml"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Run the verb named by the first argument."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+    elif argv[0] in ("-V", "--version"):
+        print(f"llmtrain {__version__}")
+    elif argv[0] in VERBS:
+        importlib.import_module(f"llmtrain.{argv[0]}").main(argv[1:])
+    else:
+        raise UserError(f"unknown verb '{argv[0]}': {nearest(argv[0], list(VERBS))}")
+
+
+def entry_point() -> int:
+    """The `llmtrain` command: `main` with its ends turned into exit codes."""
+    return run_main(main, sys.argv[1:])

@@ -1,0 +1,381 @@
+"""One YAML file and dotted overrides become one frozen, validated `RunConfig`.
+
+`load_config` reads and checks what the file alone can tell; `resolve` settles what depends on the data and the machine
+(vocabulary, widths, precision) and refuses contradictions before anything starts. A resolved config that is written to
+the run folder and read again gives the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmtrain.errors import UserError, nearest
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = "checkpoints"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    name: str | None = None
+
+
+class DataSection(Section):
+    """Which prepared data, and how windows are cut from it."""
+
+    path: str = "data/stdlib"
+    seq_len: PositiveInt = 256
+    stride: PositiveInt | None = None  # tokens from one window to the next; null: seq_len, windows do not overlap
+    document_mask: Literal[False] = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    sources: None = None
+
+
+class ModelSection(Section):
+    """The decoder. `preset` gives a named size; any key set beside it wins over the preset."""
+
+    preset: str | None = None
+    dim: PositiveInt = 128
+    layers: PositiveInt = 6
+    heads: PositiveInt = 2
+    kv_heads: PositiveInt | None = None  # null: as many as heads
+    ff_dim: PositiveInt | None = None  # null: about the parameters of a GELU layer of 4 × dim
+    dropout: Fraction = 0.0
+    tie_embeddings: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    qk_norm: bool = True
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's
+    init_from: str | None = None  # a run or checkpoint folder whose weights (only) start this run
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"dim / heads = {self.head_dim} is odd; rope turns pairs, so make it even")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
+        return self
+
+
+class OptimizerSection(Section):
+    """Which optimizer. `muon` takes the matrices of the blocks and leaves the rest to AdamW, at the same lr."""
+
+    name: Literal["sgd", "adam", "adamw", "muon"] = "adamw"
+    lr: Rate = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Rate = 0.1
+    momentum: Fraction = 0.95  # sgd and muon
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+
+
+class ScheduleSection(Section):
+    """Learning rate over optimizer steps; see llmtrain/optim/schedule.py for the formulas."""
+
+    name: Literal["constant", "linear", "step", "cosine", "three_phase", "warm_restarts"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    start_lr: Rate = 0.0
+    min_lr: Rate = 1e-4
+    decay_start: Annotated[float, Field(ge=0, le=1)] = 0.8  # three_phase: share of the steps before the decay
+    step_size: PositiveInt = 1000  # step: steps between two drops
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.5  # step: factor of each drop
+    cycle_steps: PositiveInt = 1000  # warm_restarts: length of the first cycle
+    cycle_mult: Annotated[float, Field(ge=1)] = 1.0  # warm_restarts: each cycle is this much longer than the last
+
+
+class TrainingSection(Section):
+    """Batch, length of the run, numerics, and what happens every so many steps."""
+
+    micro_batch_size: PositiveInt = 16
+    global_batch_size: PositiveInt = 16
+    max_steps: PositiveInt | None = None  # wins over epochs
+    max_tokens: PositiveInt | None = None  # wins over epochs; not together with max_steps
+    epochs: PositiveInt = 10
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    eval_every: PositiveInt | None = 250
+    eval_batches: PositiveInt | None = None  # null: the whole validation split
+    early_stopping_patience: PositiveInt | None = None  # evaluations without a better loss
+    sample_every: PositiveInt | None = None
+    sample_prompts: tuple[str, ...] = ("\n",)
+    sample_tokens: PositiveInt = 200
+    stop_after: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        if self.max_steps and self.max_tokens:
+            raise ValueError("max_steps and max_tokens are both set; keep the one that shall end the run")
+        return self
+
+
+class CheckpointSection(Section):
+    """What is saved when, and what is kept."""
+
+    save_every: PositiveInt | None = 500
+    keep_last: PositiveInt = 3
+    keep_every: PositiveInt | None = None  # steps whose checkpoints are never deleted
+    async_save: bool = True
+
+
+class LoggingSection(Section):
+    """Where the numbers go."""
+
+    every: PositiveInt = 10
+    csv: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "llmtrain"
+    plots: bool = True
+    sample_ledger: bool = False
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection = TrainingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.schedule.min_lr > self.optimizer.lr and self.schedule.name not in ("constant", "step"):
+            raise ValueError(
+                f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}; lower min_lr"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The config as YAML that `load_config` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# dim, layers, heads, kv_heads, ff_dim; the sizes of the published models where they are named after one.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "1m": {"dim": 128, "layers": 5, "heads": 4},
+    "10m": {"dim": 256, "layers": 8, "heads": 4},
+    "30m": {"dim": 384, "layers": 12, "heads": 6},
+    "124m": {"dim": 768, "layers": 12, "heads": 12},
+    "350m": {"dim": 1024, "layers": 24, "heads": 16},
+    "1.3b": {"dim": 2048, "layers": 24, "heads": 16, "tie_embeddings": False},
+    "3b": {"dim": 2560, "layers": 32, "heads": 32, "kv_heads": 8, "tie_embeddings": False},
+    "7b": {"dim": 4096, "layers": 32, "heads": 32, "ff_dim": 11008, "tie_embeddings": False},
+    "8b": {
+        "dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ff_dim": 14336, "rope_theta": 500_000.0,
+        "tie_embeddings": False,
+    },
+    "13b": {"dim": 5120, "layers": 40, "heads": 40, "ff_dim": 13824, "tie_embeddings": False},
+    "34b": {"dim": 8192, "layers": 48, "heads": 64, "kv_heads": 8, "ff_dim": 22016, "tie_embeddings": False},
+    "70b": {
+        "dim": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ff_dim": 28672, "rope_theta": 500_000.0,
+        "tie_embeddings": False,
+    },
+}  # fmt: skip
+PRESETS = tuple(_PRESETS)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number (YAML 1.2), not a string (PyYAML's 1.1), and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown (the nearest known one is named), or values contradict.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raw = _parse_yaml(text, str(path))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must hold sections such as 'model:', not a {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return make_config(raw, str(path))
+
+
+def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a plain nested dict; `where` names it in errors."""
+    _check_keys(raw, where)
+    raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items() if value is not None}
+    _expand_preset(raw, where)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("; ".join(_describe(problem, where) for problem in error.errors())) from error
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"override '{override}': write it as section.key=value, such as optimizer.lr=3e-4")
+    _check_keys({section: {name: None}}, f"override '{override}'")
+    if not isinstance(raw.get(section), dict):
+        raw[section] = {}
+    raw[section][name] = _parse_yaml(value, f"override '{override}'")
+
+
+def _check_keys(raw: dict[str, Any], where: str) -> None:
+    sections = RunConfig.model_fields
+    for section, values in raw.items():
+        if section not in sections:
+            raise UserError(f"{where}: unknown section '{section}': {nearest(str(section), list(sections))}")
+        model = sections[section].annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: '{section}' must hold keys, not {values!r}")
+        for key in values:
+            if key not in model.model_fields:
+                hint = nearest(str(key), list(model.model_fields))
+                raise UserError(f"{where}: unknown key '{section}.{key}': {hint}")
+
+
+def _expand_preset(raw: dict[str, Any], where: str) -> None:
+    model = raw.get("model") or {}
+    name = model.get("preset")
+    if name is None:
+        return
+    if str(name).lower() not in _PRESETS:
+        raise UserError(f"{where}: model.preset '{name}': {nearest(str(name), list(PRESETS))}")
+    explicit = {key: value for key, value in model.items() if value is not None}
+    raw["model"] = {**_PRESETS[str(name).lower()], **explicit}
+
+
+def _describe(problem: Any, where: str) -> str:
+    loc = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-")))
+    message = problem["msg"].removeprefix("Value error, ")
+    if loc in ("data.sources", "data.document_mask"):
+        message = "not supported by this version; leave it out"
+    given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+    return f"{where}: {loc + ': ' if loc else ''}{message}{given}"
+
+
+def resolve(
+    config: RunConfig, *, vocab_size: int, train_tokens: int, world_size: int, bf16_native: bool, compile_auto: bool
+) -> RunConfig:
+    """Settle what depends on the data and the machine; refuse contradictions with a reason.
+
+    Args:
+        config: as loaded.
+        vocab_size: of the data's tokenizer, in ids.
+        train_tokens: length of the training stream.
+        world_size: number of processes.
+        bf16_native: whether this device computes bf16 natively (what `precision: auto` asks).
+        compile_auto: what `compile: auto` means on this device.
+    """
+    model, training, seq_len = config.model, config.training, config.data.seq_len
+    if model.vocab_size and model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size {model.vocab_size} is smaller than the {vocab_size} ids of the tokenizer in "
+            f"{config.data.path}; leave it out or raise it"
+        )
+    if train_tokens < seq_len + 1:
+        raise UserError(
+            f"data.seq_len {seq_len} is longer than the data: {config.data.path} has {train_tokens} training tokens "
+            f"and one window takes {seq_len + 1}; lower data.seq_len or prepare more text"
+        )
+    per_step = training.micro_batch_size * world_size
+    if training.global_batch_size % per_step:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
+            f"{training.micro_batch_size} × {world_size} processes = {per_step}; {_fitting_micro(training, world_size)}"
+        )
+    resolved_model = model.model_copy(
+        update={
+            "vocab_size": model.vocab_size or vocab_size,
+            "kv_heads": model.kv_heads or model.heads,
+            "ff_dim": model.ff_dim or default_ff_dim(model.dim, model.activation),
+        }
+    )
+    precision = ("bf16" if bf16_native else "fp32") if training.precision == "auto" else training.precision
+    compiled = compile_auto if training.compile == "auto" else training.compile
+    return config.model_copy(
+        update={
+            "model": resolved_model,
+            "data": config.data.model_copy(update={"stride": config.data.stride or seq_len}),
+            "training": training.model_copy(update={"precision": precision, "compile": compiled}),
+        }
+    )
+
+
+def _fitting_micro(training: TrainingSection, world_size: int) -> str:
+    per_rank, rest = divmod(training.global_batch_size, world_size)
+    if rest:
+        return f"choose a global_batch_size that is a multiple of {world_size}"
+    fits = max(m for m in range(1, min(per_rank, training.micro_batch_size) + 1) if per_rank % m == 0)
+    return f"training.micro_batch_size={fits} fits"
+
+
+def default_ff_dim(dim: int, activation: str) -> int:
+    """Hidden width with about the parameters of the classic 4 × dim layer: SwiGLU has three matrices, so 8/3 × dim.
+
+    Rounded up to a multiple of 64 (16 for small models), which matrix units like (Shazeer 2020, section 2; LLaMA 2023).
+    """
+    if activation != "swiglu":
+        return 4 * dim
+    multiple = 64 if dim >= 512 else 16
+    return multiple * math.ceil(8 * dim / 3 / multiple)

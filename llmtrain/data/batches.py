@@ -1,0 +1,203 @@
+"""From sample ids to batches: windows over a token stream, the resumable DistributedSampler, and the loader.
+
+Positions count samples from the start of the run, over all epochs. A global batch is the next `global_batch_size`
+positions, cut short at the end of an epoch, so that an epoch is whole and every window comes exactly once in it.
+Within a batch, micro-step j of rank r takes the rows [(j × world + r) × micro, …): which samples make a step does not
+depend on the number of ranks. A short batch is padded to full shape with rows that have no targets, so shapes never
+change and no rank is left out of a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from llmtrain.data.order import Int64s, sample_ids
+from llmtrain.data.shards import TokenStream
+
+IGNORE = -100  # target that counts for nothing, torch's default ignore_index
+_BLOCK = 4096  # positions ordered at once: numpy's cost per call is spread over many batches
+Tokens_BS = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cuts a stream into windows of `seq_len` inputs and as many targets (the next token of each), `stride` apart."""
+
+    stream: TokenStream
+    seq_len: int
+    stride: int
+
+    def __len__(self) -> int:
+        return max(0, (len(self.stream) - 1 - self.seq_len) // self.stride + 1)
+
+    def gather(self, ids: Int64s) -> Tokens_BS:
+        """Read windows `ids` as (len(ids), seq_len + 1) tokens in the stored dtype; row[1:] are the targets."""
+        return torch.from_numpy(self.stream.gather(ids * self.stride, self.seq_len + 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How positions become batches: a pure function of these five numbers."""
+
+    windows: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return -(-self.windows // self.global_batch)
+
+    def end_of_batch(self, position: int) -> int:
+        """Position after the global batch that begins at `position`."""
+        epoch_end = (position // self.windows + 1) * self.windows
+        return min(position + self.global_batch, epoch_end)
+
+    def steps_to(self, position: int, end: int) -> int:
+        """Optimizer steps from `position` until `end` or more samples have been consumed."""
+        steps = 0
+        if position % self.windows and position < end:  # the rest of a running epoch
+            epoch_end = min(end, (position // self.windows + 1) * self.windows)
+            steps, position = -(-(epoch_end - position) // self.global_batch), epoch_end
+        epochs, rest = divmod(max(0, end - position), self.windows)
+        return steps + epochs * self.steps_per_epoch() + -(-rest // self.global_batch)
+
+    def micro_steps(self, position: int) -> int:
+        """Micro-steps of the batch that begins at `position`: the same on every rank."""
+        return -(-(self.end_of_batch(position) - position) // (self.micro_batch * self.world_size))
+
+    def rank_positions(self, position: int) -> list[Int64s]:
+        """For each micro-step of the batch at `position`, the positions this rank takes (fewer in a short batch)."""
+        end = self.end_of_batch(position)
+        stride = self.micro_batch * self.world_size
+        first = position + self.rank * self.micro_batch
+        starts = range(first, first + self.micro_steps(position) * stride, stride)
+        return [np.arange(start, max(start, min(start + self.micro_batch, end)), dtype=np.int64) for start in starts]
+
+
+class ResumableDistributedSampler(DistributedSampler[Any]):
+    """Yields this rank's window ids, one micro-batch at a time, endlessly, from any position in O(1).
+
+    Unlike its base class it holds no permutation, needs no `set_epoch` and never repeats samples to even out ranks.
+    """
+
+    def __init__(self, windows: Windows, layout: Layout, seed: int, position: int = 0):
+        super().__init__(windows, num_replicas=layout.world_size, rank=layout.rank, seed=seed)  # type: ignore[arg-type]
+        self.layout = layout
+        self.position = position
+
+    def __iter__(self) -> Iterator[Int64s]:
+        position = self.position
+        while True:
+            micro_batches: list[Int64s] = []
+            wanted = 0
+            while wanted < _BLOCK:
+                rows = self.layout.rank_positions(position)
+                micro_batches += rows
+                wanted += max(1, sum(map(len, rows)))
+                position = self.layout.end_of_batch(position)
+            ids = sample_ids(np.concatenate(micro_batches), self.layout.windows, self.seed)
+            yield from np.split(ids, np.cumsum([len(m) for m in micro_batches])[:-1])
+
+    def __len__(self) -> int:
+        raise TypeError("the sampler is endless; the loop decides when to stop")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's share of this rank."""
+
+    layout: Layout
+    begin: int  # position of the first sample of the global batch
+    target_count: int  # target tokens in the global batch, over all ranks
+    _loader: Iterator[Tokens_BS]
+
+    @property
+    def end(self) -> int:
+        """Position after the global batch."""
+        return self.layout.end_of_batch(self.begin)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch all its samples are from."""
+        return self.begin // self.layout.windows
+
+    def micro_batches(self) -> Iterator[tuple[Tokens_BS, bool]]:
+        """Yield ((micro_batch or fewer, seq_len + 1) tokens, whether it is the last of the step)."""
+        micro_steps = self.layout.micro_steps(self.begin)
+        for index in range(micro_steps):
+            yield next(self._loader), index == micro_steps - 1
+
+
+class _MapStyle(Dataset[Tokens_BS]):
+    """What DataLoader workers run: one gather for a whole micro-batch of ids."""
+
+    def __init__(self, windows: Windows):
+        self._windows = windows
+
+    def __getitem__(self, ids: Int64s) -> Tokens_BS:
+        return self._windows.gather(ids)
+
+
+def batches(windows: Windows, layout: Layout, *, seed: int, position: int, workers: int = 0) -> Iterator[Batch]:
+    """Yield the batches from `position` on, endlessly.
+
+    Mapped files are gathered in this process: one whole micro-batch at a time takes microseconds, where sending it from
+    a worker takes hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
+    """
+    sampler = ResumableDistributedSampler(windows, layout, seed, position)
+    loader: Iterator[Tokens_BS]
+    if workers:
+        # batch_size=None: the sampler's items are whole micro-batches already.
+        pinned = torch.cuda.is_available()
+        loader = iter(
+            DataLoader(_MapStyle(windows), sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned)
+        )
+    else:
+        loader = map(windows.gather, sampler)
+    while True:
+        end = layout.end_of_batch(position)
+        yield Batch(layout, position, (end - position) * windows.seq_len, loader)
+        position = end
+
+
+def validation_batches(windows: Windows, layout: Layout, limit: int | None) -> Iterator[Tokens_BS]:
+    """Yield this rank's micro-batches of the validation windows: all of them, or `limit` spread evenly over the split.
+
+    Every rank yields equally many, empty ones included, so that collectives match.
+    """
+    count = len(windows) if limit is None else min(limit, len(windows))
+    per_step = layout.micro_batch * layout.world_size
+    for begin in range(0, count, per_step):
+        first = min(count, begin + layout.rank * layout.micro_batch)
+        rows = np.arange(first, min(count, first + layout.micro_batch), dtype=np.int64)
+        yield windows.gather(rows * len(windows) // max(1, count))
+
+
+def inputs_and_targets(tokens: Tokens_BS, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move a micro-batch to the device and widen it there.
+
+    Args:
+        tokens: (n ≤ rows, seq_len + 1) in the stored dtype; n may be 0.
+        rows: to pad to; the added rows have inputs 0 and no targets.
+        device: where to.
+
+    Returns:
+        (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
+    """
+    if device.type == "cuda" and not tokens.is_pinned():
+        tokens = tokens.pin_memory()
+    wide = tokens.to(device, non_blocking=True).long()
+    inputs, targets = wide[:, :-1], wide[:, 1:]
+    missing = rows - tokens.shape[0]
+    if missing:
+        inputs = torch.nn.functional.pad(inputs, (0, 0, 0, missing))
+        targets = torch.nn.functional.pad(targets, (0, 0, 0, missing), value=IGNORE)
+    return inputs, targets

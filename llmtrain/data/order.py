@@ -1,0 +1,85 @@
+"""Which sample comes next: a pure function of (seed, epoch, position), in O(1) memory and without state.
+
+The order of an epoch is a keyed pseudo-random permutation of the window indices, computed and never stored: a Feistel
+network (Luby and Rackoff 1988) on the smallest power-of-two domain that holds them, with cycle walking (Black and
+Rogaway 2002, section 3) back into range. So any position of any epoch is known at once, on any rank, and raising the
+number of steps cannot change the past.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+_ROUNDS = 8  # four make a strong permutation in theory; small domains need more to look uniform (see the tests)
+_MIN_BITS = 6  # tiny domains have too few permutations reachable; walking the cycle from 64 costs nothing there
+_MASK64 = (1 << 64) - 1
+
+
+def sample_ids(positions: Int64s, windows: int, seed: int) -> Int64s:
+    """Map positions in the endless stream of samples to window indices.
+
+    Args:
+        positions: (n,) positions ≥ 0; position // windows is the epoch.
+        windows: number of windows in one epoch.
+        seed: of the run.
+
+    Returns:
+        (n,) window indices in [0, windows); each epoch visits every window exactly once, in an order of its own.
+    """
+    epochs, offsets = np.divmod(positions, windows)
+    ids = np.empty_like(offsets)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        ids[here] = permute(offsets[here], windows, _epoch_key(seed, epoch))
+    return ids
+
+
+def permute(offsets: Int64s, size: int, key: int) -> Int64s:
+    """Apply the permutation of [0, size) named by the 64-bit `key` to `offsets`, shape (n,)."""
+    bits = max(_MIN_BITS, (size - 1).bit_length())
+    round_keys = [_mix_int(key + round_ * 0x9E3779B97F4A7C15) for round_ in range(_ROUNDS)]
+    values = _feistel(offsets.astype(np.uint64), bits, round_keys)
+    while (outside := np.flatnonzero(values >= size)).size:  # expected: fewer than two walks, the domain is < 2 × size
+        values[outside] = _feistel(values[outside], bits, round_keys)
+    return values.astype(np.int64)
+
+
+def _feistel(values: UInt64s, bits: int, round_keys: list[int]) -> UInt64s:
+    """XOR a hash of one half into the other, by turns; each round undoes itself, so the whole is a bijection."""
+    low_bits = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    low, high = values & low_mask, values >> low_bits
+    for index, key in enumerate(round_keys):
+        if index % 2:
+            low ^= _mix(high, key) & low_mask
+        else:
+            high ^= _mix(low, key) & high_mask
+    return (high << low_bits) | low
+
+
+def _mix(values: UInt64s, key: int) -> UInt64s:
+    """Hash 64-bit words under a key: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), vectorised."""
+    words = values + np.uint64(key)
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def _mix_int(word: int) -> int:
+    """The same hash of one Python integer."""
+    word &= _MASK64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return word ^ (word >> 31)
+
+
+def _epoch_key(seed: int, epoch: int) -> int:
+    return _mix_int(_mix_int(seed + 0x9E3779B97F4A7C15) ^ _mix_int(epoch + 0xD1B54A32D192ED03))

@@ -1,0 +1,303 @@
+"""The on-disk token format: write, verify, memory-map.
+
+A prepared folder holds::
+
+    manifest.json           what is here: dtype, vocabulary, splits, every file with its size and SHA-256
+    tokenizer/              the tokenizer the ids belong to
+    train-00000.bin         token ids, little-endian uint16 or uint32, nothing else in the file
+    train-00000.ends        int64: for each document that ends in this shard, the position in it after its last token
+    val-00000.bin  …
+
+A split is one stream: shard after shard, document after document, each document closed by the end-of-document id.
+Documents may lie across two shards. A folder without `manifest.json` is not prepared data: it is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmtrain.errors import CorruptError, UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+Ids = npt.NDArray[np.integer[Any]]
+
+
+class FileInfo(BaseModel):
+    """One file of the folder: relative path, size in bytes, SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardInfo(BaseModel):
+    """One shard: its tokens, the documents that end in it, and its two files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    ids: FileInfo
+    ends: FileInfo
+
+
+class SplitInfo(BaseModel):
+    """One split: its size in tokens, documents and bytes of UTF-8 text, and its shards in stream order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
+    shards: tuple[ShardInfo, ...]
+
+
+class TokenizerInfo(BaseModel):
+    """The tokenizer the ids belong to; `sha256` is over its files and decides whether two are the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    vocab_size: int = Field(gt=0)
+    sha256: str
+    files: tuple[FileInfo, ...]
+
+
+class Manifest(BaseModel):
+    """`manifest.json` of a prepared folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["llmtrain-tokens"] = "llmtrain-tokens"
+    version: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: TokenizerInfo
+    splits: dict[str, SplitInfo]
+    recipe: dict[str, Any]  # how it was made: inputs, options, counts of what was skipped
+
+    def files(self) -> list[FileInfo]:
+        """Every file the manifest vouches for."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        return [f for shard in shards for f in (shard.ids, shard.ends)] + list(self.tokenizer.files)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the content (not the names or the recipe): equal exactly when the token streams are equal."""
+        content = {
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer.sha256,
+            "splits": {k: [s.ids.sha256 for s in v.shards] for k, v in sorted(self.splits.items())},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class ShardWriter:
+    """Appends documents to one split, cutting shards of exactly `shard_tokens` tokens (the last may be shorter)."""
+
+    def __init__(self, folder: Path, split: str, dtype: Literal["uint16", "uint32"], shard_tokens: int):
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._shards: list[ShardInfo] = []
+        self._tokens = self._documents = self._text_bytes = 0
+        self._open_shard()
+
+    def _open_shard(self) -> None:
+        self._path = self._folder / f"{self._split}-{len(self._shards):05d}.bin"
+        self._file = self._path.open("wb")
+        self._hash = hashlib.sha256()
+        self._filled = 0
+        self._ends: list[npt.NDArray[np.int64]] = []
+
+    def append(self, ids: Ids, document_lengths: npt.NDArray[np.int64], text_bytes: int) -> None:
+        """Append whole documents.
+
+        Args:
+            ids: (tokens,) token ids of all of them in order, end-of-document ids included.
+            document_lengths: (documents,) their lengths in tokens; sums to `len(ids)`.
+            text_bytes: how many bytes of UTF-8 text they encode.
+        """
+        ids = np.ascontiguousarray(ids, dtype=self._dtype)
+        ends = np.cumsum(document_lengths, dtype=np.int64)
+        self._tokens += len(ids)
+        self._documents += len(ends)
+        self._text_bytes += text_bytes
+        done = 0
+        while done < len(ids):
+            if self._filled == self._shard_tokens:
+                self._close_shard()
+                self._open_shard()
+            take = min(self._shard_tokens - self._filled, len(ids) - done)
+            part = ids[done : done + take].view(np.uint8).data
+            self._file.write(part)
+            self._hash.update(part)
+            here = ends[np.searchsorted(ends, done, "right") : np.searchsorted(ends, done + take, "right")]
+            self._ends.append(here - done + self._filled)
+            self._filled += take
+            done += take
+
+    def _close_shard(self) -> None:
+        self._file.close()
+        ends = np.concatenate([*self._ends, np.empty(0, np.int64)]).astype("<i8")
+        ends_path = self._path.with_suffix(".ends")
+        ends_path.write_bytes(ends.tobytes())
+        ids_info = FileInfo(
+            path=self._path.name, bytes=self._filled * self._dtype.itemsize, sha256=self._hash.hexdigest()
+        )
+        ends_info = FileInfo(path=ends_path.name, bytes=ends.nbytes, sha256=hashlib.sha256(ends.tobytes()).hexdigest())
+        self._shards.append(ShardInfo(tokens=self._filled, documents=len(ends), ids=ids_info, ends=ends_info))
+
+    def close(self) -> SplitInfo:
+        """Finish the last shard; return what the manifest says of this split."""
+        self._close_shard()
+        return SplitInfo(
+            tokens=self._tokens, documents=self._documents, text_bytes=self._text_bytes, shards=tuple(self._shards)
+        )
+
+
+class TokenStream:
+    """One split as one long memory-mapped sequence of token ids; opening it reads nothing but file sizes."""
+
+    def __init__(self, folder: Path, split: SplitInfo, dtype: str, vocab_size: int):
+        self.dtype = np.dtype(dtype)
+        self.vocab_size = vocab_size
+        self.tokens = split.tokens
+        self._folder, self._split = folder, split
+        shards = [shard for shard in split.shards if shard.tokens]
+        self._paths = [folder / shard.ids.path for shard in shards]
+        self._maps = [_map_ids(folder, shard, self.dtype) for shard in shards]
+        self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def gather(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
+        """Read `length` tokens from each of `starts`, across shard boundaries.
+
+        Args:
+            starts: (rows,) positions in the stream, each at most `len(self) - length`.
+
+        Returns:
+            (rows, length) ids in the stored dtype, in one fresh buffer.
+
+        Raises:
+            CorruptError: an id is outside the vocabulary; names the shard and the position.
+        """
+        rows = np.empty((len(starts), length), self.dtype)
+        shard_of = np.searchsorted(self._starts, starts, "right") - 1
+        for row, start, shard in zip(rows, starts.tolist(), shard_of.tolist(), strict=True):
+            begin = start - int(self._starts[shard])
+            piece = self._maps[shard][begin : begin + length]
+            row[: len(piece)] = piece
+            filled = len(piece)
+            while filled < length:  # the window goes on in the next shard
+                shard += 1  # noqa: PLW2901
+                piece = self._maps[shard][: length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
+        if rows.size and int(rows.max()) >= self.vocab_size:
+            self._name_bad_id(starts, rows)
+        return rows
+
+    def _name_bad_id(self, starts: npt.NDArray[np.int64], rows: Ids) -> None:
+        row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))
+        position = int(starts[row]) + column
+        shard = int(np.searchsorted(self._starts, position, "right")) - 1
+        raise CorruptError(
+            f"{self._paths[shard]}: token id {int(rows[row, column])} at position {position - int(self._starts[shard])}"
+            f" is outside the vocabulary of {self.vocab_size}; was it prepared with another tokenizer?"
+        )
+
+
+class TokenDataset:
+    """A prepared folder, opened and checked for what is cheap to check (names and sizes)."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+
+    def split(self, name: str) -> TokenStream:
+        """Memory-map the split called `name`.
+
+        Raises:
+            UserError: there is no such split.
+            CorruptError: a shard is missing or has another size than the manifest says.
+        """
+        if name not in self.manifest.splits:
+            raise UserError(f"{self.path}: no split '{name}'; it has {', '.join(self.manifest.splits)}")
+        return TokenStream(
+            self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.tokenizer.vocab_size
+        )
+
+
+def _map_ids(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> Ids:
+    path = folder / shard.ids.path
+    _check_size(path, shard.ids.bytes)
+    if shard.ids.bytes != shard.tokens * dtype.itemsize:
+        raise CorruptError(f"{path}: the manifest counts {shard.tokens} tokens in {shard.ids.bytes} bytes of {dtype}")
+    # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
+    return np.asarray(np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r"))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise CorruptError(f"{path}: cannot be read ({error.strerror}); prepare the data again") from error
+    if actual != expected:
+        raise CorruptError(
+            f"{path}: has {actual} bytes where the manifest says {expected}; truncated? prepare the data again"
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`: its fields, and that every path stays inside the folder."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+        raise UserError(f"{folder}: not prepared data ({hint}); make it: llmtrain prepare --out {folder}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptError(f"{path}: {where}: {first['msg']}; prepare the data again") from error
+    for file in manifest.files():
+        check_inside(folder, file.path, path)
+    return manifest
+
+
+def check_inside(folder: Path, name: str, manifest: Path) -> None:
+    """Refuse a name from a manifest that leads out of its folder (absolute, through `..`, or through a link)."""
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise CorruptError(f"{manifest}: names '{name}', which lies outside the folder; refused")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_files(folder: Path, files: list[FileInfo]) -> list[str]:
+    """Compare every file with its recorded size and hash, several at a time; return one line for each that differs."""
+
+    def problem(info: FileInfo) -> str | None:
+        path = folder / info.path
+        try:
+            _check_size(path, info.bytes)
+        except CorruptError as error:
+            return str(error)
+        return None if hash_file(path) == info.sha256 else f"{path}: content differs from the hash in the manifest"
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return [line for line in pool.map(problem, files) if line]

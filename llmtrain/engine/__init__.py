@@ -1,0 +1,8 @@
+"""The one seam between the loop and what runs it.
+
+The loop, checkpoints and metrics know `Engine` only; nothing outside this folder imports accelerate or deepspeed.
+"""
+
+from llmtrain.engine.protocol import Engine, Fragment, make_engine
+
+__all__ = ["Engine", "Fragment", "make_engine"]

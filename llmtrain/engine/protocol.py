@@ -1,0 +1,104 @@
+"""What an engine must do, and the choice of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from llmtrain.config import TrainingSection
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of one training-state tensor that this rank holds.
+
+    `name` is `model/<parameter>` for float32 master weights or `optimizer/<parameter>/<slot>`; `start` is where
+    `values` (1-D) begins in the flattened whole of `shape`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+ReadFragment = Callable[[Fragment], Tensor]  # the saved values of a fragment: its name and place say which
+
+
+class Engine(Protocol):
+    """Runs a model on whatever there is; the loop cannot tell which."""
+
+    name: str
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        """Take the model, put it in place, and build its optimizer."""
+
+    def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Loss summed over the targets (float32 scalar), in the run's precision."""
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """Dropout off, gradients off, the run's precision on; gives the bare model."""
+
+    def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:
+        """Add the gradient of loss_sum / global_targets; exchange gradients between ranks only where `sync`."""
+
+    def step(self, lr: float) -> Tensor:
+        """Clip by global norm, update, clear the gradients; return the norm before clipping, on the device."""
+
+    def parameter_norm(self) -> Tensor:
+        """L2 norm of all parameters (on the device)."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks, on the device."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: a decision that all ranks share."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the training state; together the ranks' parts cover it exactly once."""
+
+    def load(self, read: ReadFragment, *, optimizer: bool = True) -> None:
+        """Fill the training state (or the weights only) from a reader that knows any slice of it."""
+
+    def close(self) -> None:
+        """End the engine and, where there is one, the process group."""
+
+
+def make_engine(training: TrainingSection, clip_norm: float | None) -> Engine:
+    """Choose the engine that the launch environment asks for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError("this version does not train with DeepSpeed yet; launch with launch/single.yaml")
+    from llmtrain.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(training, clip_norm)
+
+
+def pick_device() -> torch.device:
+    """The device a single process gets: CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def computes_bf16_natively(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is in the hardware: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

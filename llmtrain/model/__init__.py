@@ -1,0 +1,1 @@
+"""The decoder, its loss, its cost as formulas, and sampling from it."""

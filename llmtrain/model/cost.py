@@ -1,0 +1,71 @@
+"""Parameters, FLOPs and bytes as formulas: one source for MFU and for the tables in the docs.
+
+A multiply-add counts as two operations; the backward pass as twice the forward (Kaplan et al. 2020, section 2.1).
+"""
+
+from __future__ import annotations
+
+from llmtrain.config import ModelSection, default_ff_dim
+
+
+def parameter_count(config: ModelSection, seq_len: int) -> int:
+    """Parameters of the model, tied ones once; `vocab_size` must be set."""
+    assert config.vocab_size is not None
+    norms = (2 * config.layers + 1) * config.dim
+    if config.qk_norm:
+        norms += config.layers * 2 * config.head_dim
+    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    positions = seq_len * config.dim if config.positions == "learned" else 0
+    return embeddings + positions + norms + config.layers * _block_matrix_parameters(config)
+
+
+def _block_matrix_parameters(config: ModelSection) -> int:
+    """Parameters of one block's matrices: each takes part in one multiply-add for each token."""
+    kv_dim = (config.kv_heads or config.heads) * config.head_dim
+    ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
+    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    return attention + (3 if config.activation == "swiglu" else 2) * config.dim * ff_dim
+
+
+def flops_per_token(config: ModelSection, seq_len: int, *, causal: bool = True) -> float:
+    """Floating-point operations to train on one token, forward and backward, of the model itself.
+
+    Recomputation by activation checkpointing does not count (model FLOPs, Chowdhery et al. 2022, appendix B).
+
+    Args:
+        config: with `vocab_size` set.
+        seq_len: tokens in a sequence.
+        causal: count the average (seq_len + 1) / 2 positions that causal attention looks at; False counts seq_len,
+            as PaLM's formula does, and so reads higher.
+    """
+    assert config.vocab_size is not None
+    matrices = config.layers * _block_matrix_parameters(config) + config.vocab_size * config.dim
+    positions = (seq_len + 1) / 2 if causal else seq_len
+    # Each layer and token: a dot product with each key, a weighted sum of each value; 2 × dim multiply-adds together.
+    attention = config.layers * 2 * config.dim * positions
+    return 3 * 2 * (matrices + attention)
+
+
+# Dense bf16 peak in FLOP/s by the exact name that the driver reports (vendors' datasheets). Unknown names have no peak:
+# an MFU against a guess would be worse than none.
+BF16_PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def model_flops_utilization(flops_per_second: float, device_name: str, world_size: int) -> float | None:
+    """Share of the devices' bf16 peak that is spent on model FLOPs, 0 to 1; None where the peak is not known."""
+    peak = BF16_PEAK_FLOPS.get(device_name)
+    return flops_per_second / (peak * world_size) if peak else None

@@ -1,0 +1,71 @@
+"""Sampling from a decoder: greedy, temperature, top-k, top-p; a key-value cache; on past the context length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.model.transformer import KVCache, Transformer
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    vocab_size: int | None = None  # ids from here on are padding of the model's vocabulary and never chosen
+
+
+def choose(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generator) -> Tensor:
+    """Pick one id for each row: (B, V) logits → (B,) int64.
+
+    Top-k keeps the k most likely; top-p then keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
+    """
+    logits_BV = logits_BV.float()[:, : options.vocab_size]
+    if options.temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / options.temperature
+    if options.top_k is not None and options.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(options.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    probabilities_BV = logits_BV.softmax(-1)
+    if options.top_p is not None and options.top_p < 1:
+        sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all that are more likely
+        outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= options.top_p)
+        probabilities_BV = probabilities_BV.masked_fill(outside_BV, 0.0)
+    # Drawn on the CPU, so that a seed means the same text on any device.
+    return torch.multinomial(probabilities_BV.cpu(), 1, generator=generator).squeeze(-1).to(logits_BV.device)
+
+
+@torch.no_grad()
+def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seed: int) -> Iterator[Tensor]:
+    """Yield one (B,) tensor of next ids after another, endlessly.
+
+    When the context is full, its newer half is read again as a new context: text goes on at the price of one longer
+    step for each half context.
+
+    Args:
+        model: in evaluation mode.
+        prompt_BS: int64 ids, at least one; only the last `model.seq_len` are read.
+        options: how to choose.
+        seed: of the choices.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    context_BS = prompt_BS[:, -model.seq_len :]
+    cache = KVCache(model.seq_len)
+    pending_BS = context_BS
+    while True:
+        logits_BSV = model.head(model.hidden(pending_BS, cache)[:, -1:])
+        ids_B = choose(logits_BSV[:, -1], options, generator)
+        yield ids_B
+        pending_BS = ids_B[:, None]
+        context_BS = torch.cat((context_BS, pending_BS), dim=1)
+        if cache.length == model.seq_len:
+            context_BS = context_BS[:, -max(1, model.seq_len // 2) :]
+            cache, pending_BS = KVCache(model.seq_len), context_BS

@@ -1,0 +1,275 @@
+"""The decoder-only transformer, its initialisation, and its key-value cache.
+
+Tensor names end in their shape: B batch, S sequence, D model width, H query heads, K key-value heads, E head width,
+F feed-forward width, V vocabulary, T cached positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from llmtrain.config import ModelSection
+from llmtrain.model.loss import cross_entropy_sum
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions seen so far, one pair for each layer, written in place."""
+
+    max_positions: int
+    length: int = 0
+    keys: list[Tensor] = field(default_factory=list)  # each (B, K, max_positions, E)
+    values: list[Tensor] = field(default_factory=list)
+
+    def extend(self, layer: int, key_BKSE: Tensor, value_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Append S positions to a layer; return all its keys and values so far."""
+        if layer == len(self.keys):
+            batch, heads, _, width = key_BKSE.shape
+            self.keys.append(key_BKSE.new_empty(batch, heads, self.max_positions, width))
+            self.values.append(value_BKSE.new_empty(batch, heads, self.max_positions, width))
+        end = self.length + key_BKSE.shape[2]
+        self.keys[layer][:, :, self.length : end] = key_BKSE
+        self.values[layer][:, :, self.length : end] = value_BKSE
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023), optionally with normalised queries and keys."""
+
+    def __init__(self, config: ModelSection):
+        super().__init__()
+        self.kv_heads = config.kv_heads or config.heads
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
+        self.k = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+        # Normalised heads bound the attention logits at any learning rate (Dehghani et al. 2023, section 3.1).
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.enable_gqa = self.kv_heads != config.heads
+
+    def forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """Attend from each position to itself and those before it, the cached ones included."""
+        q_BHSE = self.q_norm(self.q(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
+        k_BKSE = self.k_norm(self.k(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
+        v_BKSE = self.v(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if rotation is not None:
+            q_BHSE, k_BKSE = rotate(q_BHSE, rotation), rotate(k_BKSE, rotation)
+        q_BHSE, k_BKSE = q_BHSE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype)
+        mask = None
+        if cache is not None:
+            seen, new = cache.length, q_BHSE.shape[2]
+            k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
+            if seen and new > 1:
+                mask = torch.ones(new, seen + new, dtype=torch.bool, device=x_BSD.device).tril(seen)
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BHSE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q_BHSE.shape[2] == k_BKSE.shape[2],
+            enable_gqa=self.enable_gqa,
+        )
+        y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).flatten(2))
+        return y_BSD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021)."""
+
+    def __init__(self, config: ModelSection):
+        super().__init__()
+        assert config.ff_dim is not None
+        self.gate = nn.Linear(config.dim, config.ff_dim, bias=False) if config.activation == "swiglu" else None
+        self.up = nn.Linear(config.dim, config.ff_dim, bias=False)
+        self.down = nn.Linear(config.ff_dim, config.dim, bias=False)
+        self.squared = config.activation == "relu2"
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Map each position on its own."""
+        up_BSF = self.up(x_BSD)
+        if self.gate is not None:
+            hidden_BSF = F.silu(self.gate(x_BSD)) * up_BSF
+        elif self.squared:
+            hidden_BSF = F.relu(up_BSF).square()
+        else:
+            hidden_BSF = F.gelu(up_BSF)
+        y_BSD: Tensor = self.down(hidden_BSF)
+        return y_BSD
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelSection, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.ff_norm = make_norm(config)
+        self.ff = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """Return the residual stream after this block."""
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), rotation, cache, self.layer))
+        x_BSD = x_BSD + self.dropout(self.ff(self.ff_norm(x_BSD)))
+        return x_BSD
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits (or the summed loss) out.
+
+    Args:
+        config: resolved: `vocab_size`, `kv_heads` and `ff_dim` are set.
+        seq_len: longest sequence, in tokens; sizes the position tables.
+        activation_checkpointing: `none`, `full` (keep only each block's input) or `selective` (keep the results of
+            matrix products and attention, recompute the cheap rest).
+    """
+
+    def __init__(self, config: ModelSection, seq_len: int, activation_checkpointing: str = "none"):
+        super().__init__()
+        assert config.vocab_size is not None
+        self.config = config
+        self.seq_len = seq_len
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.position = nn.Embedding(seq_len, config.dim) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        rotation = None
+        if config.positions == "rope":
+            rotation = rotation_table(seq_len, config.head_dim, config.rope_theta)
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.rotation: Tensor | None
+
+    def forward(self, ids_BS: Tensor, targets_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Predict the next token at every position.
+
+        Args:
+            ids_BS: int64 ids.
+            targets_BS: int64 ids, -100 where there is no target; None asks for logits.
+            cache: positions already seen; extended in place.
+
+        Returns:
+            the loss summed over the targets, in nats (scalar float32), or the logits (B, S, V).
+        """
+        hidden_BSD = self.hidden(ids_BS, cache)
+        if targets_BS is None:
+            logits_BSV: Tensor = self.head(hidden_BSD)
+            return logits_BSV
+        return cross_entropy_sum(self.head(hidden_BSD), targets_BS)
+
+    def hidden(self, ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalised residual stream (B, S, D) after the last block."""
+        begin = cache.length if cache is not None else 0
+        end = begin + ids_BS.shape[1]
+        if end > self.seq_len:
+            raise ValueError(f"{end} positions, but the model was built for {self.seq_len}")
+        x_BSD = self.embedding(ids_BS)
+        if self.position is not None:
+            x_BSD = x_BSD + self.position.weight[begin:end]
+        x_BSD = self.dropout(x_BSD)
+        rotation = self.rotation[:, begin:end] if self.rotation is not None else None
+        for block in self.blocks:
+            if self.training and self.activation_checkpointing != "none":
+                x_BSD = self._recomputed(block, x_BSD, rotation)
+            else:
+                x_BSD = block(x_BSD, rotation, cache)
+        if cache is not None:
+            cache.length = end
+        normed_BSD: Tensor = self.norm(x_BSD)
+        return normed_BSD
+
+    def _recomputed(self, block: nn.Module, x_BSD: Tensor, rotation: Tensor | None) -> Tensor:
+        if self.activation_checkpointing == "full":
+            y_BSD: Tensor = checkpoint(block, x_BSD, rotation, use_reentrant=False)
+        else:
+            contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+            y_BSD = checkpoint(block, x_BSD, rotation, use_reentrant=False, context_fn=contexts)
+        return y_BSD
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Give every parameter its first value; a module type that is not listed here is an error.
+
+        Matrices: normal, standard deviation 1/√fan_in, so that activations keep their size at any width. The matrices
+        that write to the residual stream start at zero: every block is the identity at first (Zhang et al. 2019,
+        "Fixup"; measured in docs/LOG.md). Embeddings: small enough that the first loss is ln(vocab).
+        """
+        for module in self.modules():
+            match module:
+                case nn.Linear() if module is self.head and self.config.tie_embeddings:
+                    pass  # the embedding itself
+                case nn.Linear() if module is self.head:
+                    nn.init.zeros_(module.weight)
+                case nn.Linear():
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                case nn.Embedding():
+                    nn.init.normal_(module.weight, std=0.3 * module.embedding_dim**-0.5)
+                case nn.RMSNorm() | nn.LayerNorm():
+                    nn.init.ones_(module.weight)
+                case _ if next(module.parameters(recurse=False), None) is not None:
+                    raise TypeError(f"no initialisation for {type(module).__name__}")
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.ff.down.weight)
+        if self.rotation is not None:
+            self.rotation.copy_(rotation_table(self.seq_len, self.config.head_dim, self.config.rope_theta))
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 whatever comes in: under autocast torch leaves it in bf16, unfused and imprecise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide by the root mean square over the last dimension."""
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+
+
+def make_norm(config: ModelSection) -> nn.Module:
+    """RMSNorm (Zhang and Sennrich 2019), or LayerNorm without bias."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=False)
+
+
+def rotation_table(seq_len: int, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of rotary positions (Su et al. 2021): float32 (2, seq_len, head_dim)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies).repeat(1, 2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x_BHSE: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (i, i + E/2) of each head by the angle of its position; the order of pairs is Llama's."""
+    cos_SE, sin_SE = rotation
+    first, second = x_BHSE.chunk(2, dim=-1)
+    return x_BHSE * cos_SE + torch.cat((-second, first), dim=-1) * sin_SE
+
+
+def _keep_products(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    """Selective checkpointing: keep what is expensive to recompute for its size."""
+    aten = torch.ops.aten
+    expensive = {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+    return CheckpointPolicy.MUST_SAVE if op in expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,1 @@
+"""The step record and where it goes: JSON, CSV, console, TensorBoard, W&B, curves."""

@@ -1,0 +1,50 @@
+"""What a run says to the person who started it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Protocol
+
+from llmtrain.observe.progress import Progress
+from llmtrain.observe.record import Record
+
+
+class Console(Protocol):
+    """A place to tell about the run."""
+
+    def start(self, header: dict[str, str]) -> None:
+        """Say what is run: name → value, one line each."""
+
+    def message(self, text: str) -> None:
+        """Say something."""
+
+    def warn(self, text: str) -> None:
+        """Say something that asks for attention."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show what the model wrote after `prompt`."""
+
+    def record(self, record: Record) -> None:
+        """Show how far the run is."""
+
+    def close(self, outcome: str) -> None:
+        """Say how the run ended."""
+
+
+def open_console(total_steps: int, steps_per_epoch: int) -> Console:
+    """The live console on a terminal that can show it, else the plain one (which never imports rich)."""
+    progress = Progress(total_steps, steps_per_epoch)
+    if _is_capable_terminal():
+        from llmtrain.observe.live import LiveConsole
+
+        return LiveConsole(progress)
+    from llmtrain.observe.plain import PlainConsole
+
+    return PlainConsole(progress)
+
+
+def _is_capable_terminal() -> bool:
+    # Without UTF-8 there is no bar to draw, and rich would stop the run at the first character it cannot write.
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return sys.stdout.isatty() and is_utf8 and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")

@@ -1,0 +1,214 @@
+"""The one thing the loop tells about the run; it passes everything on to files, console, sinks and plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import RunConfig
+from llmtrain.observe import formats
+from llmtrain.observe.console import open_console
+from llmtrain.observe.files import LineAppender, rewind
+from llmtrain.observe.metrics import MetricsLog
+from llmtrain.observe.record import Record
+from llmtrain.observe.sinks import Sink, open_sinks
+from llmtrain.observe.watch import Watch
+
+SAMPLES = "samples.jsonl"
+
+
+class NullObserver:
+    """The observer of every rank but the first: the same methods, and nothing happens."""
+
+    def log(self, record: Record) -> None:
+        """Ignore a record."""
+
+    def message(self, text: str) -> None:
+        """Ignore a message."""
+
+    def warn(self, text: str) -> None:
+        """Ignore a warning."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Ignore a sample."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """Ignore a checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """Have nothing to remember."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Have nothing to go on from."""
+
+    def close(self, outcome: str) -> None:
+        """Have nothing to close."""
+
+
+class Observer(NullObserver):
+    """The observer of the first rank.
+
+    Only what a run cannot do without may stop it: its own files. A plot or a sink that fails costs a warning.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        run_dir: Path,
+        resume_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        header: dict[str, str],
+        sinks: Iterable[Sink] = (),
+    ):
+        """Open everything, forget what lies beyond `resume_step` (0: all), and say what is run.
+
+        Args:
+            config: resolved.
+            run_dir: exists; it belongs to this run.
+            resume_step: the step of the checkpoint that the run goes on from; 0 for a new run.
+            total_steps: at which the run will be done.
+            steps_per_epoch: optimizer steps.
+            header: name → value, shown at the start: model, data, batch, device …
+            sinks: more places for the records than the config names.
+
+        Raises:
+            UserError: the folder cannot be written, or a sink that is switched on cannot start.
+        """
+        self._metrics = MetricsLog(run_dir, csv=config.logging.csv, resume_step=resume_step)
+        rewind(run_dir / SAMPLES, resume_step)
+        self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
+        self._samples_path = run_dir / SAMPLES
+        self._sinks = [*open_sinks(config, run_dir, resume_step), *sinks]
+        self._plotter = _Plotter(run_dir, config.run.name) if config.logging.plots else None
+        self._watch = Watch()
+        self._is_closed = False
+        self._console = open_console(total_steps, steps_per_epoch)
+        self._console.start(header)
+
+    def log(self, record: Record) -> None:
+        """Take in one record.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._metrics.log(record)
+        self._to_sinks(lambda sink: sink.log(record))
+        for warning in self._watch.check(record):
+            self.warn(warning)
+        self._console.record(record)
+
+    def message(self, text: str) -> None:
+        """Say something."""
+        self._console.message(text)
+
+    def warn(self, text: str) -> None:
+        """Say something that asks for attention."""
+        self._console.warn(text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show and keep what the model wrote after `prompt` (`text` is without it).
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._samples is None:
+            self._samples = LineAppender(self._samples_path)
+        self._samples.append(json.dumps({"step": step, "prompt": prompt, "text": text}))
+        self._to_sinks(lambda sink: sink.text(step, prompt, text))
+        self._console.sample(step, prompt, text)
+
+    def saved(self, step: int, path: Path) -> None:
+        """A checkpoint of `step` is at `path`: bring the files up to it, and the plots when they are due.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._metrics.flush()
+        self._console.message(f"step {formats.count(step)}: saved {path}")
+        if self._plotter and self._plotter.is_due():
+            self._attempt("the plots could not be drawn", self._plotter.draw)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must remember of the records so far; plain JSON values."""
+        return {"watch": self._watch.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`."""
+        self._watch.load(state.get("watch", {}))
+
+    def close(self, outcome: str) -> None:
+        """Finish all files, draw the last plots, and say how the run ended and where its curves are.
+
+        To be called however the run ends. Never raises, so that a full disk cannot hide why the run ended; a second
+        call does nothing.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._attempt("the last records could not be written", self._metrics.close)
+        if self._samples:
+            self._attempt("the last samples could not be written", self._samples.close)
+        if self._plotter:
+            self._attempt("the plots could not be drawn", self._plotter.draw)
+        self._to_sinks(lambda sink: sink.close())
+        curves = "".join(f"\ncurves: {path}" for path in self._plotter.pictures) if self._plotter else ""
+        with contextlib.suppress(OSError):  # nobody reads our output any more
+            self._console.close(outcome + curves)
+
+    def _to_sinks(self, action: Callable[[Sink], None]) -> None:
+        """Do `action` with every sink; one that fails is left out from now on."""
+        self._sinks = [
+            sink
+            for sink in self._sinks
+            if self._attempt(f"{type(sink).__name__} failed and gets no more records", lambda: action(sink))  # noqa: B023 -- called at once
+        ]
+
+    def _attempt(self, failure: str, action: Callable[[], object]) -> bool:
+        """Do `action`; if it fails, for whatever reason, warn and return False."""
+        try:
+            action()
+        except Exception as error:  # whatever a plotting library or a service raises is worth less than the run
+            with contextlib.suppress(OSError):
+                self._console.warn(f"{failure}: {type(error).__name__}: {error}")
+            return False
+        return True
+
+
+class _Plotter:
+    """Draws the plots of a run, now and then."""
+
+    _EVERY_S = 60.0
+    _SHARE = 0.02  # of the run's time
+    _FIRST_GUESS_S = 2.0  # importing matplotlib and drawing two pictures, on a slow core
+
+    def __init__(self, run_dir: Path, name: str | None, clock: Callable[[], float] = time.monotonic):
+        self._run_dir, self._name, self._clock = run_dir, name, clock
+        self._started = self._drawn = clock()
+        self._spent_s = 0.0
+        self._next_s = self._FIRST_GUESS_S
+        self.pictures: list[Path] = []
+
+    def is_due(self) -> bool:
+        """Whether the plots are old enough, and one more drawing stays within its share of the time."""
+        now = self._clock()
+        within_share = self._spent_s + self._next_s <= self._SHARE * (now - self._started)
+        return within_share and now - self._drawn >= self._EVERY_S
+
+    def draw(self) -> None:
+        """Draw them, and note what it took."""
+        from llmtrain.observe.curves import plot_run  # imports matplotlib: half a second
+
+        begun = self._clock()
+        try:
+            self.pictures = plot_run(self._run_dir, self._name)
+        finally:
+            self._drawn = self._clock()
+            self._next_s = self._drawn - begun
+            self._spent_s += self._next_s

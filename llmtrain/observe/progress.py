@@ -1,0 +1,51 @@
+"""How far the run is and when it will be done, as named pieces of one line."""
+
+from __future__ import annotations
+
+import math
+
+from llmtrain.observe import formats
+from llmtrain.observe.record import Record
+
+
+class Progress:
+    """Turns records into the pieces of the progress line; keeps what the estimate of the time left needs."""
+
+    # Weight of the past in each new record: long enough to even out evaluations, short enough to forget compilation.
+    _MEMORY = 0.95
+
+    def __init__(self, total_steps: int, steps_per_epoch: int):
+        self._total_steps = total_steps
+        self._total_epochs = math.ceil(total_steps / steps_per_epoch)
+        self._last: Record | None = None
+        self._seconds = self._steps = 0.0
+
+    def share(self, record: Record) -> float:
+        """How much of the run is done, 0 to 1."""
+        return min(1.0, record.step / self._total_steps)
+
+    def pieces(self, record: Record) -> dict[str, str]:
+        """The pieces of the line by name, in order; to be called once for each record. Epochs count from 1 here."""
+        pieces = {
+            "epoch": f"epoch {record.epoch + 1}/{self._total_epochs}",
+            "percent": formats.percent(self.share(record)),
+            "step": f"step {formats.count(record.step)}/{formats.count(self._total_steps)}",
+            "loss": f"loss {formats.loss(record.train_loss)}",
+        }
+        if record.val_loss is not None:
+            pieces["val"] = f"val {formats.loss(record.val_loss)}"
+        pieces["lr"] = f"lr {formats.rate(record.learning_rate)}"
+        pieces["speed"] = f"{formats.compact(record.tokens_per_sec)} tok/s"
+        if record.mfu is not None:
+            pieces["mfu"] = f"mfu {formats.percent(record.mfu)}"
+        pieces["eta"] = f"eta {formats.duration(self._seconds_left(record))}"
+        return pieces
+
+    def _seconds_left(self, record: Record) -> float:
+        # From record to record by the clock, so that evaluations and checkpoints count; only the first cannot do so.
+        last, self._last = self._last, record
+        steps = record.step - last.step if last else 1
+        seconds = max(0.0, record.time - last.time) if last else record.step_time_s
+        self._steps = self._MEMORY * self._steps + steps
+        self._seconds = self._MEMORY * self._seconds + seconds
+        return max(0, self._total_steps - record.step) * self._seconds / max(1.0, self._steps)

@@ -1,0 +1,74 @@
+"""`run.json`: what produced a run, so that a number can be traced to code, machine and data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain import __version__
+from llmtrain.data.shards import Manifest
+
+_PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors")
+
+
+def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_size: int) -> dict[str, Any]:
+    """Versions, git commit, hardware, launch, fingerprints; never the environment, which may hold secrets."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "llmtrain": __version__,
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "hardware": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "cuda": torch.version.cuda,
+        },
+        "launch": {"world_size": world_size, "threads": torch.get_num_threads()},
+        "data": {"path": str(data_path), "fingerprint": manifest.fingerprint()},
+        "tokenizer": {"kind": manifest.tokenizer.kind, "sha256": manifest.tokenizer.sha256},
+    }
+
+
+def append_launch(path: Path, launch: dict[str, Any]) -> None:
+    """Add this launch to `run.json`, `{"launches": [first, …, this]}`; replaced whole, so never half written."""
+    launches: list[dict[str, Any]] = []
+    if path.exists():
+        launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"launches": [*launches, launch]}, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this code where it runs from a checkout, with `+changes` where it differs from it."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git here, or no commit yet: the field stays empty
+    return commit + ("+changes" if dirty else "")

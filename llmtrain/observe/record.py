@@ -1,0 +1,78 @@
+"""One full record of a logging step: what every file, sink and screen of a run shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+Number = float | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known after optimizer step `step`, on all ranks together."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    train_loss: float  # nats per target token, the token-weighted mean since the last record
+    val_loss: float | None  # nats per target token; None where not evaluated
+    val_accuracy: float | None  # share of target tokens predicted right
+    learning_rate: float  # what the update of this step used
+    grad_norm: float  # global, of this step, before clipping
+    param_norm: float  # global, after the update
+    tokens: int  # target tokens trained on so far
+    tokens_per_sec: float  # since the last record, over all ranks
+    step_time_s: float  # mean since the last record
+    mfu: float | None  # share of the peak FLOP/s, 0 to 1; None where the peak is unknown
+    memory_gb: float  # peak of one device
+    time: float  # Unix seconds
+
+    @property
+    def perplexity(self) -> float:
+        """exp(train_loss)."""
+        return perplexity(self.train_loss)
+
+    def row(self) -> dict[str, Number]:
+        """Every field and the perplexity by name, in the order of `COLUMNS`, holding only what strict JSON can hold."""
+        return {name: finite(getattr(self, name)) for name in COLUMNS}
+
+    def to_json(self) -> str:
+        """The record as one line of strict JSON."""
+        return json.dumps(self.row(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """Read what `to_json` wrote; a number that was not finite comes back as NaN.
+
+        Raises:
+            ValueError: the line is not a JSON object with a whole step, epoch and tokens.
+        """
+        values: Any = json.loads(line)
+        if not isinstance(values, dict) or not all(isinstance(values.get(name), int) for name in _COUNTS):
+            raise ValueError(f"not a record: {line!r}")
+        return cls(**{name: _or_nan(name, values.get(name)) for name in _FIELDS})
+
+
+_FIELDS = tuple(field.name for field in fields(Record))
+_COUNTS = ("step", "epoch", "tokens")
+_OPTIONAL = ("val_loss", "val_accuracy", "mfu")
+COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.index("tokens") :])
+
+
+def _or_nan(name: str, value: Any) -> Any:
+    return math.nan if value is None and name not in _OPTIONAL else value
+
+
+def finite(value: Number) -> Number:
+    """The one place where a number that strict JSON cannot hold (NaN, ±inf) becomes null."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

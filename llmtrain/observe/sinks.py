@@ -1,0 +1,150 @@
+"""Other places where records can go: TensorBoard and Weights & Biases, by a switch each; anything else by a `Sink`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from llmtrain.config import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.observe.files import replacing
+from llmtrain.observe.record import Record, finite, perplexity
+
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID = "wandb_id"
+
+
+class Sink(Protocol):
+    """What a place for records must be able to do. One that raises is reported and left out; training goes on."""
+
+    def log(self, record: Record) -> None:
+        """Take in one record."""
+
+    def text(self, step: int, prompt: str, text: str) -> None:
+        """Take in what the model wrote after `prompt`."""
+
+    def close(self) -> None:
+        """Write out what is still held back."""
+
+
+def open_sinks(config: RunConfig, run_dir: Path, resume_step: int) -> list[Sink]:
+    """Open the sinks that the config switches on.
+
+    Raises:
+        UserError: a package is missing, or W&B cannot start.
+    """
+    sinks: list[Sink] = []
+    if config.logging.tensorboard:
+        sinks.append(TensorBoardSink(run_dir, resume_step))
+    if config.logging.wandb:
+        sinks.append(WandbSink(config, run_dir, resume_step))
+    return sinks
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record under the names they have on dashboards, without those that are not known."""
+    groups: dict[str, dict[str, float | None]] = {
+        "train": {
+            "loss": record.train_loss,
+            "perplexity": record.perplexity,
+            "lr": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            "param_norm": record.param_norm,
+            "epoch": record.epoch,
+            "tokens": record.tokens,
+            "tokens_per_sec": record.tokens_per_sec,
+            "step_time_s": record.step_time_s,
+            "mfu": record.mfu,
+            "memory_gb": record.memory_gb,
+        },
+        "val": {
+            "loss": record.val_loss,
+            "perplexity": None if record.val_loss is None else perplexity(record.val_loss),
+            "accuracy": record.val_accuracy,
+        },
+    }
+    named = {f"{group}/{name}": finite(value) for group, values in groups.items() for name, value in values.items()}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+class TensorBoardSink:
+    """Event files under `run_dir/tensorboard`."""
+
+    _FLUSH_S = 30  # how far the page may be behind, and what a kill may cost
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        # What an earlier launch logged beyond the checkpoint is hidden: those steps come again.
+        self._writer: SummaryWriter = SummaryWriter(
+            str(run_dir / TENSORBOARD_FOLDER), purge_step=resume_step + 1, flush_secs=self._FLUSH_S
+        )
+
+    def log(self, record: Record) -> None:
+        """Write the numbers under their tags."""
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, record.step, walltime=record.time)
+
+    def text(self, step: int, prompt: str, text: str) -> None:
+        """Write a sample; indented, since TensorBoard renders Markdown."""
+        indented = "".join(f"    {line}\n" for line in f"{prompt}{text}".splitlines())
+        self._writer.add_text("samples", indented, step)
+
+    def close(self) -> None:
+        """Write out the last events."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A W&B run that a resumed launch goes on with. Online, offline or off as WANDB_MODE says; the key is wandb's."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int):
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
+        id_path = run_dir / WANDB_ID
+        # From the start again is another run: W&B takes no step twice.
+        known_id = id_path.read_text().strip() if resume_step and id_path.exists() else None
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                name=config.run.name or run_dir.resolve().name,
+                config=config.model_dump(mode="json"),
+                dir=run_dir,
+                id=known_id,
+                resume="allow" if known_id else None,
+                settings=wandb.Settings(console="off"),  # it would record each drawing of the progress line
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"logging.wandb is on but W&B cannot start: {error}; run `wandb login`, or set WANDB_MODE=offline, "
+                "or set logging.wandb=false"
+            ) from error
+        self._html: Callable[[str], object] = wandb.Html
+        with replacing(id_path) as file:
+            file.write(f"{self._run.id}\n".encode())
+
+    def log(self, record: Record) -> None:
+        """Log the numbers at the optimizer step."""
+        self._run.log(scalars(record), step=record.step)
+
+    def text(self, step: int, prompt: str, text: str) -> None:
+        """Log a sample at the optimizer step."""
+        page = f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>"
+        self._run.log({"samples": self._html(page)}, step=step)
+
+    def close(self) -> None:
+        """Finish the upload (online) or the file (offline)."""
+        self._run.finish()
+
+
+def _missing(package: str) -> UserError:
+    return UserError(
+        f"logging.{package} is on but {package} is not installed: "
+        f"pip install 'llmtrain[{package}]', or set logging.{package}=false"
+    )

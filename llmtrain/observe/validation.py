@@ -1,0 +1,53 @@
+"""Loss and accuracy over a validation split: the trainer and the `evaluate` verb call the same function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from llmtrain.data.batches import IGNORE, inputs_and_targets
+from llmtrain.engine import Engine
+from llmtrain.model.loss import cross_entropy_sum
+from llmtrain.observe.record import perplexity
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Token-weighted means over what was evaluated."""
+
+    loss: float  # nats per token
+    accuracy: float  # share of targets that were the most likely token
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        """Bits to code one byte of text: independent of the tokenizer."""
+        return self.loss / math.log(2) / bytes_per_token
+
+
+def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int) -> Validation:
+    """Evaluate the engine's model.
+
+    Args:
+        engine: prepared.
+        batches: this rank's (n ≤ rows, seq_len + 1) token batches; every rank has equally many.
+        rows: rows of a full batch, to which short ones are padded.
+    """
+    # Totals in float64, except on MPS, which has none.
+    sums = torch.zeros(3, dtype=torch.float32 if engine.device.type == "mps" else torch.float64, device=engine.device)
+    with engine.evaluating() as model:
+        for tokens in batches:
+            inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
+            logits_BSV = model(inputs_BS)
+            loss = cross_entropy_sum(logits_BSV, targets_BS)
+            correct = (logits_BSV.argmax(-1) == targets_BS).sum()
+            sums += torch.stack((loss, correct, (targets_BS != IGNORE).sum())).to(sums.dtype)
+    loss_sum, correct_sum, count = engine.sum(sums).tolist()
+    return Validation(loss_sum / count, correct_sum / count, int(count))

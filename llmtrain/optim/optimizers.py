@@ -1,0 +1,83 @@
+"""Parameter groups and the optimizers over them.
+
+Every parameter is in exactly one group. Matrices decay (decoupled, Loshchilov and Hutter 2019); norms, biases and
+embeddings do not. All groups follow the one learning rate of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from llmtrain.config import OptimizerSection
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers over disjoint parameters that look like one."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        # The very same dicts, so that a learning rate set here is the one that is used there.
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.state = ChainMap(*(optimizer.state for optimizer in optimizers))  # type: ignore[assignment]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step each of them."""
+        assert closure is None, "a closure would run once for each optimizer"
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort the parameters into `matrices` (of the blocks), `head`, `embeddings` and `vectors` (norms, biases)."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "head": [], "embeddings": [], "vectors": []}
+    seen: set[nn.Parameter] = set()
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter in seen:
+            continue
+        seen.add(parameter)
+        if parameter in embeddings:
+            groups["embeddings"].append(parameter)
+        elif parameter.ndim < 2:
+            groups["vectors"].append(parameter)
+        else:
+            groups["head" if name.startswith("head.") else "matrices"].append(parameter)
+    return groups
+
+
+def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Optimizer:
+    """Build the optimizer over all parameters of `model`, which already lies on its device.
+
+    `muon` orthogonalises the momentum of the blocks' matrices (Jordan et al. 2024), its update scaled to the size of
+    AdamW's (Liu et al. 2025, section 2.2) so that one learning rate and decay serve both; AdamW takes the rest.
+    """
+    groups = parameter_groups(model)
+    undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
+    decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
+    if config.name != "muon":
+        return _make_plain(config, [group for group in (decayed, undecayed) if group["params"]])
+    muon = torch.optim.Muon(
+        groups["matrices"],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = [{"params": groups["head"], "weight_decay": config.weight_decay}, undecayed]
+    return Together([muon, _make_plain(config, [group for group in rest if group["params"]])])
+
+
+def _make_plain(config: OptimizerSection, groups: ParamsT) -> torch.optim.Optimizer:
+    # fused: one kernel for all parameters, on every device we run on
+    common: dict[str, Any] = {"lr": config.lr, "fused": True}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, **common)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, betas=config.betas, eps=config.eps, **common)

@@ -1,0 +1,123 @@
+"""Train a model from a config, or go on with an interrupted run. The loop is `train`; it does not know what runs it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmtrain.assemble import Assembly, assemble, describe
+from llmtrain.checkpoint.progress import Progress
+from llmtrain.checkpoint.resume import choose_checkpoint, restore
+from llmtrain.checkpoint.store import BEST
+from llmtrain.config import RunConfig, load_config
+from llmtrain.data.batches import Batch, batches, inputs_and_targets
+from llmtrain.engine import Engine
+from llmtrain.errors import run_main
+from llmtrain.health.signals import StopSignals
+from llmtrain.observe.meter import peak_memory_gb
+from llmtrain.run import Run
+
+
+def train(run: Run, signals: StopSignals) -> None:
+    """Take optimizer steps until the run is done.
+
+    Raises:
+        Stopped: told to stop; saved.
+        DivergedError: the loss is no longer a number.
+        UserError: a checkpoint could not be written.
+    """
+    engine, progress, training = run.engine, run.progress, run.config.training
+    stream = run.batches()
+    while progress.step < run.total_steps and not run.has_stopped_improving():
+        run.stop_if_told(signals)
+        batch = next(stream)
+        lr = run.schedule(progress.step + 1)
+        seed_dropout(run.config, progress.step + 1, engine.rank)
+        loss_sum = accumulate(engine, batch, training.micro_batch_size)
+        grad_norm = engine.step(lr)
+        progress.advance(batch.end, batch.target_count)
+        run.meter.add(loss_sum, batch.target_count)
+
+        validation = run.validate() if run.due(training.eval_every) else None
+        is_best = validation is not None and progress.validated(validation.loss)
+        if validation or run.due(run.config.logging.every):
+            run.log(batch, lr, grad_norm, validation)
+        if run.due(training.sample_every):
+            run.sample()
+        if is_best:
+            run.save(BEST)
+        elif run.due(run.config.checkpoint.save_every):
+            run.save()
+    run.finish()
+
+
+def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
+    """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
+    loss_sum = torch.zeros((), device=engine.device)
+    for tokens, is_last in batch.micro_batches():
+        inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
+        loss = engine.loss(inputs_BS, targets_BS)
+        engine.backward(loss, global_targets=batch.target_count, sync=is_last)
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def seed_dropout(config: RunConfig, step: int, rank: int) -> None:
+    """Make dropout a function of (seed, step, rank): a resumed run draws what an uninterrupted one would."""
+    if config.model.dropout:
+        torch.manual_seed(int(np.random.SeedSequence([config.run.seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def dry_run(parts: Assembly, resume: str) -> None:
+    """Check everything a run would need, take one step, print the plan; write nothing."""
+    config, engine = parts.config, parts.engine
+    reader = choose_checkpoint(Path(config.run.dir), resume, print)
+    progress = restore(reader, config, parts.data.manifest, engine) if reader else Progress()
+    batch = next(batches(parts.train, parts.layout, seed=config.run.seed, position=progress.position))
+    began = time.perf_counter()
+    loss = engine.sum(accumulate(engine, batch, config.training.micro_batch_size)).item() / batch.target_count
+    grad_norm = engine.step(config.optimizer.lr).item()
+    seconds = time.perf_counter() - began
+    plan = {
+        **describe(parts),
+        "start": f"after step {progress.step:,} of {reader.folder}" if reader else "from the beginning",
+        "one step": f"loss {loss:.4f} (chance: {math.log(config.model.vocab_size or 1):.4f}) · gradient norm "
+        f"{grad_norm:.4f} · {seconds:.2f} s with warm-up · peak memory {peak_memory_gb(engine.device):.2f} GB",
+    }
+    if engine.rank == 0:
+        print("\n".join(f"{name:>10}  {value}" for name, value in plan.items()))
+        print("dry run: all checks passed; nothing was written")
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain train`."""
+    parser = argparse.ArgumentParser(
+        prog="llmtrain train",
+        description=__doc__.splitlines()[0],
+        epilog="example: llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
+    )
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--resume", default="auto", help="auto: go on with the run in run.dir (default); never; PATH")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, run one step, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    args = parser.parse_args(argv)
+    parts = assemble(load_config(args.config, args.overrides))
+    try:
+        if args.dry_run:
+            dry_run(parts, args.resume)
+        else:
+            run = Run(parts, args.resume)
+            with run.reporting(), StopSignals() as signals:
+                train(run, signals)
+    finally:
+        parts.engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
