@@ -214,7 +214,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which `1e-3` is a number (YAML 1.2), not a string (PyYAML's 1.1), and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)

@@ -147,7 +147,7 @@ class Run:
                 self.observer.sample(self.progress.step, prompt, self._tokenizer.decode(written))
 
     def save(self, *links: str) -> None:
-        """Save now; the loop goes on as soon as the state is copied."""
+        """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
         meter = self.meter.state()
         if not math.isfinite(meter["loss_sum"]):
             raise self._diverged(f"loss {meter['loss_sum']}")

@@ -18,6 +18,7 @@ Nothing is pickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -100,17 +101,19 @@ def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileInfo
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for piece in [len(encoded).to_bytes(8, "little") + encoded, *map(_bytes_of, tensors.values())]:
-            view = memoryview(piece)
+        start = memoryview(len(encoded).to_bytes(8, "little") + encoded)
+        for view in itertools.chain([start], map(_bytes_of, tensors.values())):
             digest.update(view)
-            while view:
-                view = view[file.write(view) :]
+            written = 0
+            while written < len(view):
+                written += file.write(view[written:])
         os.fsync(file.fileno())
         return FileInfo(path=path.name, bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    flat: memoryview = tensor.contiguous().view(torch.uint8).numpy().data
+    return flat
 
 
 def write_file(path: Path, content: str | bytes) -> None:

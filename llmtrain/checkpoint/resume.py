@@ -56,8 +56,8 @@ def restore(reader: CheckpointReader, config: RunConfig, data: Manifest, engine:
     if reader.manifest.data_fingerprint != data.fingerprint():
         raise UserError(
             f"{reader.folder}: was trained on other data than {config.data.path} holds (fingerprint "
-            f"{reader.manifest.data_fingerprint[:12]}, now {data.fingerprint()[:12]}); the position in the data would be "
-            "meaningless. Use the same data, or start a new run.dir with model.init_from"
+            f"{reader.manifest.data_fingerprint[:12]}, now {data.fingerprint()[:12]}), so its position in the data "
+            "means nothing here; use the same data, or start a new run.dir with model.init_from"
         )
     saved = saved_config(reader)
     for section, keys in _FIXED.items():

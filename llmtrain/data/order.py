@@ -15,7 +15,7 @@ Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
 _ROUNDS = 8  # four make a strong permutation in theory; small domains need more to look uniform (see the tests)
-_MIN_BITS = 6  # tiny domains have too few permutations reachable; walking the cycle from 64 costs nothing there
+_MIN_BITS = 6  # on 4 bits some orders of four windows came too often (chi-square 104 at 23 degrees of freedom)
 _MASK64 = (1 << 64) - 1
 
 

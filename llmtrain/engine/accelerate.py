@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmtrain.config import TrainingSection
 from llmtrain.engine.protocol import Fragment, ReadFragment, pick_device
+from llmtrain.model.transformer import Transformer
 
 
 class AccelerateEngine:
@@ -33,15 +34,15 @@ class AccelerateEngine:
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Move the model to the device, compile its blocks where asked, wrap it for DDP where there are ranks."""
         model.to(self.device)
         self._bare = model
         self._optimizer = make_optimizer(model)
         if self._compile is True:
             # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
-            for block in model.blocks:  # type: ignore[union-attr]
-                block.compile()  # type: ignore[operator, union-attr]
+            for block in model.blocks:
+                block.compile()
         self._model = self._accelerator.prepare_model(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -51,7 +52,7 @@ class AccelerateEngine:
         return loss
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def evaluating(self) -> Iterator[Transformer]:
         """See `Engine`."""
         self._bare.eval()
         try:

@@ -15,6 +15,7 @@ from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
     from llmtrain.config import TrainingSection
+    from llmtrain.model.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,13 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         """Take the model, put it in place, and build its optimizer."""
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Loss summed over the targets (float32 scalar), in the run's precision."""
 
-    def evaluating(self) -> AbstractContextManager[nn.Module]:
+    def evaluating(self) -> AbstractContextManager[Transformer]:
         """Dropout off, gradients off, the run's precision on; gives the bare model."""
 
     def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:

@@ -206,10 +206,14 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Give every parameter its first value; a module type that is not listed here is an error.
 
-        Matrices: normal, standard deviation 1/√fan_in, so that activations keep their size at any width. The matrices
-        that write to the residual stream start at zero: every block is the identity at first (Zhang et al. 2019,
-        "Fixup"; measured in docs/LOG.md). Embeddings: small enough that the first loss is ln(vocab).
+        Matrices: normal with standard deviation 1/√fan_in, so that activations keep their size at any width; those that
+        write to the residual stream divided by √(2 × layers), so that it does at any depth (Radford et al. 2019).
+        Embeddings: small beside what the blocks write, or a tied head would predict that every token repeats; capped so
+        that the first logits stay near zero. An untied head starts at zero. So the first loss is ln(vocab). Measured
+        against other choices in docs/LOG.md.
         """
+        embedding_std = min(0.02, 0.3 * self.config.dim**-0.5)
+        residual_scale = (2 * self.config.layers) ** -0.5
         for module in self.modules():
             match module:
                 case nn.Linear() if module is self.head and self.config.tie_embeddings:
@@ -219,14 +223,14 @@ class Transformer(nn.Module):
                 case nn.Linear():
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 case nn.Embedding():
-                    nn.init.normal_(module.weight, std=0.3 * module.embedding_dim**-0.5)
+                    nn.init.normal_(module.weight, std=embedding_std)
                 case nn.RMSNorm() | nn.LayerNorm():
                     nn.init.ones_(module.weight)
                 case _ if next(module.parameters(recurse=False), None) is not None:
                     raise TypeError(f"no initialisation for {type(module).__name__}")
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.ff.down.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.out.weight", "ff.down.weight")):
+                weight *= residual_scale
         if self.rotation is not None:
             self.rotation.copy_(rotation_table(self.seq_len, self.config.head_dim, self.config.rope_theta))
 
@@ -236,7 +240,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last dimension."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), list(self.normalized_shape), self.weight, self.eps)
 
 
 def make_norm(config: ModelSection) -> nn.Module:
@@ -248,14 +252,14 @@ def make_norm(config: ModelSection) -> nn.Module:
 
 def rotation_table(seq_len: int, head_dim: int, theta: float) -> Tensor:
     """Cosines and sines of rotary positions (Su et al. 2021): float32 (2, seq_len, head_dim)."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies: Tensor = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies).repeat(1, 2)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x_BHSE: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs (i, i + E/2) of each head by the angle of its position; the order of pairs is Llama's."""
-    cos_SE, sin_SE = rotation
+    cos_SE, sin_SE = rotation.unbind()
     first, second = x_BHSE.chunk(2, dim=-1)
     return x_BHSE * cos_SE + torch.cat((-second, first), dim=-1) * sin_SE
 

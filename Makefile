@@ -1,0 +1,45 @@
+# `make demo`, `make test`, `make check`, `make bench`: each makes .venv first if it is missing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test test-fast check bench clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; torch comes first, so that nothing else decides which build is taken.
+$(VENV)/.installed-base: $(BIN)/python $(INPUTS)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+$(VENV)/.installed-test: $(VENV)/.installed-base
+	$(PIP) install -c constraints.txt -e .[test]
+	touch $@
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PIP) install -c constraints.txt -e .[dev]
+	touch $@
+
+demo: $(VENV)/.installed-base
+	BIN=$(BIN) bash launch/demo.sh
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.run_all
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,103 @@
+"""Shared by all tests: small prepared data, a small config, and running the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter
+from llmtrain.data.tokenizer import fit_tokenizer, tokenizer_info
+
+# Machines differ in speed; a property does not.
+hypothesis.settings.register_profile("llmtrain", deadline=None)
+hypothesis.settings.load_profile("llmtrain")
+
+WORDS = "the cat sat on a mat and then it ran to see who had come home with fish for tea".split()
+
+
+def prose(characters: int, seed: int = 0) -> str:
+    """Text with something to learn: words from a small list, sentences, lines."""
+    generator = np.random.default_rng(seed)
+    words = generator.choice(WORDS, characters // 3)
+    sentences = [" ".join(words[i : i + 9]).capitalize() + ".\n" for i in range(0, len(words), 9)]
+    return "".join(sentences)[:characters]
+
+
+def write_data(folder: Path, splits: dict[str, str], shard_tokens: int = 1 << 20, kind: str = "char") -> Path:
+    """Prepared data from plain strings, through the real writer."""
+    folder.mkdir(parents=True)
+    tokenizer = fit_tokenizer(kind, [splits["train"]], validation=[splits.get("val", "")])
+    (folder / TOKENIZER_FOLDER).mkdir()
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    infos = {}
+    for name, text in splits.items():
+        writer = ShardWriter(folder, name, "uint16", shard_tokens)
+        ids = tokenizer.encode(text)
+        writer.append(ids, np.array([len(ids)]), len(text.encode()))
+        infos[name] = writer.close()
+    info = tokenizer_info(folder / TOKENIZER_FOLDER)
+    manifest = Manifest(dtype="uint16", tokenizer=info, splits=infos, recipe={})
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 12,000 training characters in several shards, and 1,500 for validation."""
+    splits = {"train": prose(12_000), "val": prose(1_500, seed=1)}
+    return write_data(tmp_path_factory.mktemp("data") / "prose", splits, shard_tokens=5_000)
+
+
+@pytest.fixture
+def config_dict(data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that takes a second or two: 187 windows of 64, 24 steps an epoch, float32."""
+    return {
+        "run": {"dir": str(tmp_path / "run")},
+        "data": {"path": str(data), "seq_len": 64},
+        "model": {"dim": 32, "layers": 2, "heads": 2},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 5},
+        "training": {
+            "micro_batch_size": 4, "global_batch_size": 8, "max_steps": 30, "precision": "fp32", "eval_every": 10,
+            "compile": False,
+        },
+        "checkpoint": {"save_every": 10},
+        "logging": {"every": 4, "plots": False},
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Bitwise comparisons hold for any fixed number of threads; one makes the tests independent of the machine."""
+    torch.set_num_threads(1)
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def llmtrain(tmp_path: Path) -> Command:
+    """Run `python -m llmtrain …` as a user would, in an empty folder."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmtrain", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+        options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300, **options}
+        return subprocess.run(command, env=environment, check=False, **options)
+
+    return run
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The parsed lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

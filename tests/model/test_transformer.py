@@ -1,0 +1,221 @@
+"""The decoder: equal to a reference, initialised on purpose, counted, causal, and the same with a cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.config import PRESETS, ModelSection, make_config, resolve
+from llmtrain.model.cost import flops_per_token, model_flops_utilization, parameter_count
+from llmtrain.model.transformer import KVCache, Transformer
+from llmtrain.optim.optimizers import make_optimizer, parameter_groups
+
+SEQ_LEN = 32
+
+
+def resolved(vocab_size: int = 101, **model: Any) -> ModelSection:
+    config = make_config({"model": {"dim": 64, "layers": 3, "heads": 4, **model}})
+    return resolve(
+        config, vocab_size=vocab_size, train_tokens=10**9, world_size=1, bf16_native=False, compile_auto=False
+    ).model
+
+
+def build(vocab_size: int = 101, checkpointing: str = "none", seed: int = 0, **model: Any) -> Transformer:
+    torch.manual_seed(seed)
+    built = Transformer(resolved(vocab_size, **model), SEQ_LEN, checkpointing)
+    built.init_weights()
+    return built
+
+
+def shake(model: Transformer) -> Transformer:
+    """Move every parameter off its special first value, so that nothing is zero or one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"tie_embeddings": False},
+    {"norm": "layernorm", "positions": "learned", "activation": "gelu", "qk_norm": False},
+    {"kv_heads": 1},
+    {"kv_heads": 2, "activation": "relu2", "tie_embeddings": False},
+    {"ff_dim": 48, "qk_norm": False},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_counted_by_the_formula(variant: dict[str, Any]) -> None:
+    model = build(**variant)
+    assert parameter_count(model.config, SEQ_LEN) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_is_initialised_on_purpose(variant: dict[str, Any]) -> None:
+    """Filled with NaN first: what init_weights leaves out stays NaN."""
+    model = build(**variant)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    model.init_weights()
+    assert [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()] == []
+
+
+def test_an_unknown_module_with_parameters_is_refused_by_the_initialisation() -> None:
+    model = build()
+    model.extra = torch.nn.Conv1d(2, 2, 1)
+    with pytest.raises(TypeError, match="Conv1d"):
+        model.init_weights()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_optimizer_group(variant: dict[str, Any], name: str) -> None:
+    model = build(**variant)
+    optimizer = make_optimizer(model, make_config({"optimizer": {"name": name}}).optimizer)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert set(grouped) == set(model.parameters())
+
+
+def test_norms_biases_and_embeddings_do_not_decay() -> None:
+    model = build(tie_embeddings=False, positions="learned")
+    optimizer = make_optimizer(model, make_config({}).optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    undecayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert undecayed == {
+        name for name in names.values() if "norm" in name or name.startswith(("embedding", "position"))
+    }
+    assert [names[p] for p in parameter_groups(model)["head"]] == ["head.weight"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("vocab_size", "dim"), [(66, 64), (66, 256), (8192, 128), (50_257, 768)])
+def test_a_fresh_model_knows_nothing(variant: dict[str, Any], vocab_size: int, dim: int) -> None:
+    model = build(vocab_size, **{**variant, "dim": dim, "heads": 4, "layers": 2})
+    ids = torch.randint(vocab_size, (4, SEQ_LEN + 1), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        loss = model(ids[:, :-1], ids[:, 1:]).item() / (4 * SEQ_LEN)
+    assert loss == pytest.approx(math.log(vocab_size), abs=0.1)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("tie", [True, False])
+def test_results_equal_those_of_transformers_llama(kv_heads: int, tie: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = shake(build(kv_heads=kv_heads, tie_embeddings=tie, qk_norm=False)).eval()
+    config = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=101, hidden_size=config.dim, intermediate_size=config.ff_dim, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, num_key_value_heads=kv_heads, rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta, tie_word_embeddings=tie, max_position_embeddings=SEQ_LEN,
+            attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
+        "attention_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "attention.q": "self_attn.q_proj",
+        "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
+        "ff.gate": "mlp.gate_proj", "ff.up": "mlp.up_proj", "ff.down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {}
+    for ours, value in model.state_dict().items():
+        if ours.startswith("blocks."):
+            _, layer, rest = ours.split(".", 2)
+            state[f"model.layers.{layer}.{names[rest.removesuffix('.weight')]}.weight"] = value
+        else:
+            state[names[ours]] = value
+    llama.load_state_dict(state)
+    ids = torch.randint(101, (3, SEQ_LEN))
+    with torch.no_grad():
+        theirs, ours_logits = llama(ids).logits, model(ids)
+    assert (theirs - ours_logits).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_future_is_not_seen(variant: dict[str, Any]) -> None:
+    model = shake(build(**variant)).eval()
+    ids = torch.randint(101, (2, SEQ_LEN))
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 101
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_gives_the_same_logits_piece_by_piece(variant: dict[str, Any]) -> None:
+    model = shake(build(**variant)).eval()
+    ids = torch.randint(101, (2, SEQ_LEN))
+    cache = KVCache(SEQ_LEN)
+    with torch.no_grad():
+        whole = model(ids)
+        pieces = [model(ids[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 20), (20, SEQ_LEN))]
+    # float32 sums in another order: a few units in the last place of numbers of order one.
+    assert torch.allclose(whole, torch.cat(pieces, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
+    ids = torch.randint(101, (2, SEQ_LEN))
+    gradients = []
+    for checkpointing in ("none", kind):
+        model = shake(build(checkpointing=checkpointing))
+        model(ids, ids).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_targets_that_are_ignored_count_for_nothing() -> None:
+    model = shake(build())
+    ids = torch.randint(101, (2, SEQ_LEN))
+    targets = ids.clone()
+    targets[1] = -100
+    assert model(ids, targets).item() == pytest.approx(model(ids[:1], ids[:1]).item(), rel=1e-6)
+    assert model(ids, torch.full_like(ids, -100)).item() == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds_with_about_the_size_in_its_name(preset: str) -> None:
+    config = make_config({"model": {"preset": preset}})
+    model = resolve(
+        config,
+        vocab_size=8192 if preset == "10m" else 32_000,
+        train_tokens=10**9,
+        world_size=1,
+        bf16_native=True,
+        compile_auto=False,
+    ).model
+    with torch.device("meta"):
+        built = Transformer(model, 2048)
+    counted = parameter_count(model, 2048)
+    assert counted == sum(p.numel() for p in built.parameters())
+    named = float(preset[:-1]) * {"m": 1e6, "b": 1e9}[preset[-1]]
+    blocks_only = counted - model.vocab_size * model.dim  # type: ignore[operator]
+    assert 0.75 * named < counted < 1.25 * named or 0.75 * named < blocks_only < 1.25 * named
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[3]])
+def test_flops_agree_with_those_torch_counts(variant: dict[str, Any]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(**variant)
+    ids = torch.randint(101, (2, SEQ_LEN))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(ids, ids).backward()
+    # The plain attention kernel computes all positions, so this is the count without the causal half.
+    assert counter.get_total_flops() == pytest.approx(
+        2 * SEQ_LEN * flops_per_token(model.config, SEQ_LEN, causal=False)
+    )
+
+
+def test_utilization_of_an_unknown_device_is_unknown() -> None:
+    assert model_flops_utilization(1e14, "Some GPU", 1) is None
+    assert model_flops_utilization(989e12, "NVIDIA H200", 2) == pytest.approx(0.5)
