@@ -153,8 +153,16 @@ class Run:
             raise self._diverged(f"loss {meter['loss_sum']}")
         self.progress.meter, self.progress.observer = meter, self.observer.state()
         with self.meter.paused():
-            folder = self.store.save(self.engine, self.progress.to_dict(), links)
-            self.observer.saved(self.progress.step, folder)
+            self.store.save(self.engine, self.progress.to_dict(), links)
+
+    def _report_saves(self) -> None:
+        for folder in self.store.news():
+            with self.meter.paused():
+                self.observer.saved(folder)
+
+    def _wait_for_saves(self) -> None:
+        self.store.wait()
+        self._report_saves()
 
     def stop_if_told(self, signals: StopSignals) -> None:
         """Between two steps: obey a signal or `stop_after`, and notice a failed save.
@@ -163,8 +171,7 @@ class Run:
             Stopped: told to stop; everything is saved.
             UserError: a save behind the loop's back failed.
         """
-        if self.store.failed():
-            self.store.wait()
+        self._report_saves()
         step, stop_after = self.progress.step, self.config.training.stop_after
         # Ranks must agree; asking costs a sync, so several of them ask only where they wait for each other anyway.
         asks = self.engine.world_size == 1 or step % self.config.logging.every == 0
@@ -176,7 +183,7 @@ class Run:
             return
         if step:
             self.save()
-            self.store.wait()
+            self._wait_for_saves()
         raise Stopped(f"stopped after step {step:,} by {reason}; saved; the same command goes on from there")
 
     def has_stopped_improving(self) -> bool:
@@ -187,7 +194,7 @@ class Run:
     def finish(self) -> None:
         """Save as `final`, wait until it is on disk, and say how it went."""
         self.save(FINAL)
-        self.store.wait()
+        self._wait_for_saves()
         outcome = f"done: {self.progress.step:,} of {self.total_steps:,} steps"
         if self.has_stopped_improving():
             outcome += f", validation no better for {self.progress.evaluations_since_best} evaluations"

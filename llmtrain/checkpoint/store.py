@@ -130,8 +130,9 @@ class CheckpointStore:
         self._tokenizer = data_path / TOKENIZER_FOLDER
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._committed: list[Path] = []
 
-    def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> Path:
+    def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
         """Copy the training state to host memory and write it, behind the loop's back where `async_save` is on.
 
         Args:
@@ -150,7 +151,6 @@ class CheckpointStore:
         job.start()
         if not self._config.async_save:
             self.wait()
-        return step_folder(self.run_dir, step)
 
     def wait(self) -> None:
         """Wait for a save that is under way; raise what went wrong in it."""
@@ -165,9 +165,16 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def failed(self) -> bool:
-        """Whether a save behind the loop's back has failed (then `wait` raises why)."""
-        return self._error is not None
+    def news(self) -> list[Path]:
+        """The checkpoints that were committed since this was last asked.
+
+        Raises:
+            UserError: a save behind the loop's back failed.
+        """
+        if self._error:
+            self.wait()
+        committed, self._committed = self._committed, []
+        return committed
 
     def _write(
         self, engine: Engine, step: int, fragments: list[Fragment], state: dict[str, Any], links: tuple[str, ...]
@@ -182,6 +189,7 @@ class CheckpointStore:
             if engine.rank == 0:
                 self._commit(engine, folder, step, state)
                 self._link(folder, links)
+                self._committed.append(folder)
                 self._retain()
         except (OSError, LlmtrainError) as error:
             self._error = error

@@ -113,11 +113,10 @@ def thin(xs: Floats, ys: Floats, max_points: int) -> tuple[Floats, Floats]:
 def _draw_curve(history: _History, title: str) -> Figure:
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    xs, ys = history.train.points()
-    _plot_train(top, xs, ys)
+    _plot_train(top, history.train)
     _plot_val(top, *history.val.points())
     _label_losses(top, title, _summary(history))
-    _limit_losses(top, np.concatenate([ys, np.asarray(history.val.ys)]))
+    _limit_losses(top, np.concatenate([history.train.ys, history.val.ys]))
 
     xs, ys = history.rate.points()
     bottom.plot(xs, ys, color=_RATE, linewidth=1.5, marker="o" if len(xs) <= 3 else "")
@@ -150,18 +149,17 @@ def _draw_epochs(history: _History, title: str) -> Figure:
     return figure
 
 
-def _plot_train(axes: Axes, xs: Floats, ys: Floats) -> None:
+def _plot_train(axes: Axes, line: _Line) -> None:
+    xs, ys = line.points()
     if len(xs) <= 3 * _MEANS:
         axes.plot(xs, ys, color=_TRAIN, linewidth=1.2, marker=_marker(xs), markersize=4, label="training")
         return
     # So many that they make a band: the band pale, and its middle as the line.
     axes.plot(xs, ys, color=_TRAIN, linewidth=0.8, alpha=0.35)
-    middle = [(part_xs.mean(), part_ys.mean()) for part_xs, part_ys in zip(_cut(xs), _cut(ys), strict=True)]
-    axes.plot(*zip(*middle, strict=True), color=_TRAIN, linewidth=1.6, label="training")
-
-
-def _cut(values: Floats) -> list[Floats]:
-    return np.array_split(values, _MEANS)
+    middle_xs, middle_ys = (
+        [part.mean() for part in np.array_split(np.asarray(values), _MEANS)] for values in (line.xs, line.ys)
+    )
+    axes.plot(middle_xs, middle_ys, color=_TRAIN, linewidth=1.6, label="training")
 
 
 def _marker(xs: Floats) -> str:
@@ -176,7 +174,8 @@ def _plot_val(axes: Axes, xs: Floats, ys: Floats, label: str = "validation") -> 
 
 def _label_losses(axes: Axes, title: str, subtitle: str) -> None:
     # Names are the user's: a `$` in one must not start a formula.
-    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
+    short = title if len(title) <= 50 else f"{title[:49]}…"
+    axes.set_title(short, loc="left", fontweight="bold", parse_math=False)
     axes.set_title(subtitle, loc="right", fontsize="medium", color="dimgray")
     axes.set_ylabel("loss (nats per token)")
     if axes.get_legend_handles_labels()[0]:
@@ -194,12 +193,13 @@ def _summary(history: _History) -> str:
 
 
 def _limit_losses(axes: Axes, losses: Floats) -> None:
-    """Let a spike leave the picture where it would press everything else flat."""
+    """Let a spike leave the picture where it would press everything else flat; the start of the run is no spike."""
     if not len(losses):
         return
     low, usual, high = np.quantile(losses, (0.0, 0.98, 1.0))
-    if high - low > 5 * (usual - low) > 0:
-        axes.set_ylim(low - 0.1 * (usual - low), low + 2 * (usual - low))
+    height = max(usual, losses[0]) - low
+    if high - low > 3 * height > 0:
+        axes.set_ylim(low - 0.05 * height, low + 1.5 * height)
 
 
 def _scale_rates(axes: Axes, rates: Floats) -> None:
@@ -216,7 +216,8 @@ def _scale_rates(axes: Axes, rates: Floats) -> None:
     axes.set_ylim(0 if has_foot else foot / 1.5, 1.5 * peak)
     decades = 10.0 ** np.arange(math.floor(math.log10(foot)), math.ceil(math.log10(peak)) + 1)
     ticks = decades if len(decades) > 3 else np.outer(decades, (1, 2, 5)).ravel()
-    shown = [0.0] * has_foot + [tick for tick in ticks if foot / 1.5 <= tick <= 1.5 * peak]
+    inside = [float(tick) for tick in ticks if foot / 1.5 <= tick <= 1.5 * peak]
+    shown = [0.0] * has_foot + (inside if len(inside) > 1 else sorted({foot, peak}))
     axes.set_yticks(shown, [formats.rate(tick) if tick else "0" for tick in shown])
     axes.minorticks_off()
 

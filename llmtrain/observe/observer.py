@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import RunConfig
-from llmtrain.observe import formats
 from llmtrain.observe.console import open_console
 from llmtrain.observe.files import LineAppender, rewind
 from llmtrain.observe.metrics import MetricsLog
@@ -36,7 +35,7 @@ class NullObserver:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Ignore a sample."""
 
-    def saved(self, step: int, path: Path) -> None:
+    def saved(self, path: Path) -> None:
         """Ignore a checkpoint."""
 
     def state(self) -> dict[str, Any]:
@@ -124,14 +123,14 @@ class Observer(NullObserver):
         self._to_sinks(lambda sink: sink.text(step, prompt, text))
         self._console.sample(step, prompt, text)
 
-    def saved(self, step: int, path: Path) -> None:
-        """A checkpoint of `step` is at `path`: bring the files up to it, and the plots when they are due.
+    def saved(self, path: Path) -> None:
+        """A checkpoint is at `path`: bring the files up to it, and the plots when they are due.
 
         Raises:
             UserError: the disk is full.
         """
         self._metrics.flush()
-        self._console.message(f"step {formats.count(step)}: saved {path}")
+        self._console.message(f"saved {path}")
         if self._plotter and self._plotter.is_due():
             self._attempt("the plots could not be drawn", self._plotter.draw)
 

@@ -122,8 +122,8 @@ class WandbSink:
             )
         except wandb.Error as error:
             raise UserError(
-                f"logging.wandb is on but W&B cannot start: {error}; run `wandb login`, or set WANDB_MODE=offline, "
-                "or set logging.wandb=false"
+                f"logging.wandb is on but W&B cannot start: {' '.join(str(error).split())}; "
+                "run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false"
             ) from error
         self._html: Callable[[str], object] = wandb.Html
         with replacing(id_path) as file:

@@ -6,7 +6,6 @@ embeddings do not. All groups follow the one learning rate of the schedule.
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,9 @@ class Together(torch.optim.Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         # The very same dicts, so that a learning rate set here is the one that is used there.
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.state = ChainMap(*(optimizer.state for optimizer in optimizers))  # type: ignore[assignment]
+        # One state for all, likewise: their parameters are disjoint.
+        for optimizer in optimizers:
+            optimizer.state = self.state
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step each of them."""

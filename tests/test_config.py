@@ -1,0 +1,137 @@
+"""The config: what is read is what is meant, what is wrong is named, and nothing can be changed later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.config import PRESETS, RunConfig, default_ff_dim, load_config, make_config, resolve
+from llmtrain.errors import UserError
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return load_config(path, list(overrides))
+
+
+def settled(config: RunConfig, **facts: Any) -> RunConfig:
+    defaults = {"vocab_size": 100, "train_tokens": 10**6, "world_size": 1, "bf16_native": False, "compile_auto": False}
+    return resolve(config, **{**defaults, **facts})
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == RunConfig()
+
+
+def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "optimizer: {lr: 1e-3}\n", "optimizer.lr=3e-4", "run.name=my run", "model.tie_embeddings=false",
+        "optimizer.betas=[0.9, 0.99]", "optimizer.clip_norm=null",
+    )  # fmt: skip
+    assert (config.optimizer.lr, config.run.name, config.model.tie_embeddings) == (3e-4, "my run", False)
+    assert (config.optimizer.betas, config.optimizer.clip_norm) == ((0.9, 0.99), None)
+
+
+@pytest.mark.parametrize(("text", "overrides", "reason"), [
+    ("optimizr: {lr: 1}", [], "unknown section 'optimizr': did you mean 'optimizer'?"),
+    ("optimizer: {lrr: 1}", [], "unknown key 'optimizer.lrr': did you mean 'lr'?"),
+    ("", ["trainig.epochs=3"], "unknown section 'trainig': did you mean 'training'?"),
+    ("", ["training.epoch=3"], "did you mean 'epochs'?"),
+    ("", ["lr=3"], "write it as section.key=value"),
+    ("model: {dim: 10, heads: 3}", [], "dim 10 is not divisible by heads 3"),
+    ("model: {heads: 4, kv_heads: 3}", [], "heads 4 is not divisible by kv_heads 3"),
+    ("model: {dim: 6, heads: 2}", [], "dim / heads = 3 is odd"),
+    ("training: {micro_batch_size: 6}", [], "global_batch_size 16 is not divisible by micro_batch_size 6"),
+    ("training: {max_steps: 5, max_tokens: 5}", [], "max_steps and max_tokens are both set"),
+    ("schedule: {min_lr: 1}", [], "above optimizer.lr"),
+    ("model: {preset: 9b}", [], "did you mean '8b'?"),
+    ("optimizer: {lr: -1}", [], "optimizer.lr: Input should be greater than or equal to 0 (given: -1)"),
+    ("optimizer: {lr: fast}", [], "optimizer.lr"),
+    ("training: {compile: maybe}", [], "training.compile: "),
+    ("data: {sources: [1]}", [], "not supported by this version"),
+    ("model: {dim: 1, dim: 2}", [], "key 'dim' stands twice"),
+    ("model: [", [], "not valid YAML"),
+    ("just words", [], "must hold sections"),
+    ("model: 3", [], "'model' must hold keys"),
+    ("run: !!python/object/apply:os.system ['true']", [], "not valid YAML"),
+])  # fmt: skip
+def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, overrides: list[str], reason: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text, *overrides)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_nothing_can_be_changed_after_loading() -> None:
+    config = RunConfig()
+    with pytest.raises(pydantic.ValidationError):
+        config.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_preset_is_a_start_and_explicit_keys_win() -> None:
+    assert make_config({"model": {"preset": "10m"}}).model.dim == 256
+    assert make_config({"model": {"preset": "10M", "layers": 3}}).model.layers == 3
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_written_and_read_again_is_the_same(tmp_path: Path, preset: str | None) -> None:
+    config = settled(make_config({"model": {"preset": preset}, "data": {"seq_len": 64}}))
+    assert load(tmp_path, config.to_yaml()) == config
+    assert settled(load(tmp_path, config.to_yaml())) == config
+
+
+def test_resolving_settles_what_the_data_and_the_machine_decide() -> None:
+    config = settled(RunConfig(), vocab_size=77, bf16_native=True, compile_auto=True)
+    assert (config.model.vocab_size, config.model.kv_heads, config.model.ff_dim) == (
+        77,
+        2,
+        default_ff_dim(128, "swiglu"),
+    )
+    assert (config.training.precision, config.training.compile, config.data.stride) == ("bf16", True, 256)
+    assert settled(make_config({"training": {"precision": "fp32"}}), bf16_native=True).training.precision == "fp32"
+
+
+@pytest.mark.parametrize(("facts", "reason"), [
+    ({"train_tokens": 256}, "seq_len 256 is longer than the data"),
+    ({"world_size": 3}, "choose a global_batch_size that is a multiple of 3"),
+    ({"world_size": 4}, "training.micro_batch_size=4 fits"),
+])  # fmt: skip
+def test_contradictions_with_data_and_ranks_are_refused(facts: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as error:
+        settled(RunConfig(), **facts)
+    assert reason in str(error.value)
+
+
+@given(lr=st.floats(1e-12, 1e3), exponent=st.integers(-9, 3))
+def test_numbers_keep_their_value_in_any_spelling(lr: float, exponent: int) -> None:
+    for text in (repr(lr), f"{lr:.17e}", f"1e{exponent}", f"1.0E{exponent}"):
+        raw = yaml.safe_load("{}")
+        raw["optimizer"] = {"lr": text}
+        raw["schedule"] = {"min_lr": 0}
+        assert make_config(raw).optimizer.lr == float(text)
+
+
+SHIPPED = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_builds(path: Path) -> None:
+    import torch
+
+    from llmtrain.model.transformer import Transformer
+
+    config = settled(load_config(path), vocab_size=259)
+    with torch.device("meta"):
+        Transformer(config.model, config.data.seq_len)

@@ -1,0 +1,465 @@
+"""The run as a whole: exact resume, accumulation, stopping, early stopping, the files it leaves, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.checkpoint.store import committed_steps, pointed
+from llmtrain.config import load_config
+from llmtrain.errors import LlmtrainError, Stopped, UserError
+from llmtrain.train import main
+from tests.conftest import Command, prose, records, write_data
+
+Config = dict[str, Any]
+
+
+def merged(config: Config, **sections: dict[str, Any]) -> Config:
+    result = copy.deepcopy(config)
+    for section, values in sections.items():
+        result.setdefault(section, {}).update(values)
+    return result
+
+
+def run(config: Config, *arguments: str) -> Path:
+    """Train in this process; return the run folder."""
+    folder = Path(config["run"]["dir"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    main(["--config", str(path), *arguments])
+    return folder
+
+
+def numbers(folder: Path) -> list[tuple[Any, ...]]:
+    """What must be equal bit for bit between two runs."""
+    keys = (
+        "step",
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "learning_rate",
+        "grad_norm",
+        "param_norm",
+        "tokens",
+    )
+    return [tuple(record[key] for key in keys) for record in records(folder)]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / f"step-{step:08d}" / "rank00000.safetensors")
+
+
+# One setting at a time that has state of its own: dropout (random numbers), Muon and SGD (other moments), accumulation.
+RESUMED: dict[str, Config] = {
+    "plain": {},
+    "dropout": {"model": {"dropout": 0.2}},
+    "muon": {"optimizer": {"name": "muon"}},
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.1}},
+    "accumulated": {"training": {"micro_batch_size": 2}},
+    "stride": {"data": {"stride": 40}},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_and_resumed_writes_the_same_numbers_bit_for_bit(
+    config_dict: Config, tmp_path: Path, name: str
+) -> None:
+    """Stopped mid-epoch, mid-logging-interval, twice in a row at the same place, and in the second epoch."""
+    base = merged(config_dict, **RESUMED[name])
+    whole = run(merged(base, run={"dir": str(tmp_path / "whole")}))
+    broken = merged(base, run={"dir": str(tmp_path / "broken")})
+    for stop_after in (7, 7, 11, 26):
+        with pytest.raises(Stopped) as stopped:
+            run(broken, f"training.stop_after={stop_after}")
+        assert stopped.value.exit_code == 75
+    resumed = run(broken)
+    assert numbers(resumed) == numbers(whole)
+    before, after = weights(whole, 30), weights(resumed, 30)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    metrics = [json.loads((f / "training_metrics.json").read_text()) for f in (whole, resumed)]
+    assert metrics[0] == metrics[1]
+
+
+def test_resume_keeps_the_patience_of_early_stopping(config_dict: Config, tmp_path: Path) -> None:
+    hopeless = merged(
+        config_dict, optimizer={"lr": 0.0}, schedule={"min_lr": 0.0, "warmup_steps": 0},
+        training={"max_steps": 100, "eval_every": 5, "early_stopping_patience": 3},
+    )  # fmt: skip
+    whole = run(merged(hopeless, run={"dir": str(tmp_path / "whole")}))
+    assert records(whole)[-1]["step"] == 20  # best at 5, then 10, 15, 20 are no better
+    broken = merged(hopeless, run={"dir": str(tmp_path / "broken")})
+    with pytest.raises(Stopped):
+        run(broken, "training.stop_after=12")
+    assert numbers(run(broken)) == numbers(whole)
+    assert pointed(tmp_path / "broken", "final") == tmp_path / "broken" / "step-00000020"
+    assert pointed(tmp_path / "broken", "best") == tmp_path / "broken" / "step-00000005"
+    assert numbers(run(broken)) == numbers(whole)  # once more: it stays stopped
+
+
+def test_killed_without_warning_resumes_to_the_same_numbers(config_dict: Config, tmp_path: Path) -> None:
+    """kill -9 in a real process, at several moments; what was lost is trained again, not doubled in any file."""
+    base = merged(config_dict, training={"max_steps": 60}, logging={"plots": False})
+    whole = run(merged(base, run={"dir": str(tmp_path / "whole")}))
+    broken = merged(base, run={"dir": str(tmp_path / "broken")})
+    path = tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump(broken))
+    command = [sys.executable, "-m", "llmtrain.train", "--config", str(path)]
+    for wait_for_step in (8, 25, 41):
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: last_step(tmp_path / "broken") >= wait_for_step, process)  # noqa: B023
+        finally:
+            process.kill()
+            process.wait()
+        metrics = json.loads((tmp_path / "broken" / "training_metrics.json").read_text())
+        assert len({len(values) for values in metrics.values()}) == 1
+    assert numbers(run(broken)) == numbers(whole)
+
+
+def last_step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"the run ended early with exit code {process.returncode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75(config_dict: Config, tmp_path: Path, number: signal.Signals) -> None:
+    config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None}, checkpoint={"save_every": None})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_until(lambda: last_step(tmp_path / "run") >= 4, process)
+    process.send_signal(number)
+    assert process.wait(60) == 75
+    assert process.stderr is not None
+    assert number.name in process.stderr.read()
+    [step] = committed_steps(tmp_path / "run")
+    assert step >= 4
+    assert CheckpointReader(tmp_path / "run" / f"step-{step:08d}").verify() == []
+
+
+def test_accumulation_equals_the_big_batch(config_dict: Config, tmp_path: Path) -> None:
+    """4 × 8 = 1 × 32, with an uneven last batch in each epoch (187 windows = 5 × 32 + 27)."""
+    results = []
+    for micro in (32, 8, 4):
+        training = {"micro_batch_size": micro, "global_batch_size": 32, "max_steps": 18, "eval_every": 6}
+        config = merged(config_dict, run={"dir": str(tmp_path / str(micro))}, training=training)
+        results.append(records(run(merged(config, logging={"every": 1}))))
+    assert [r["tokens"] for r in results[0]][:6] == [2048, 4096, 6144, 8192, 10240, 10240 + 27 * 64]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            # float32 sums in another order: 2^-24 each, grown over 18 steps of training.
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            assert a["learning_rate"] == b["learning_rate"]
+
+
+def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_record(config_dict: Config, tmp_path: Path) -> None:
+    training = {"max_steps": 24, "eval_every": None, "global_batch_size": 32}
+    every_step, fourth = (
+        records(run(merged(config_dict, run={"dir": str(tmp_path / str(n))}, training=training, logging={"every": n})))
+        for n in (1, 4)
+    )
+    tokens = [0] + [r["tokens"] for r in every_step]
+    for i, record in enumerate(fourth):
+        steps = range(4 * i, 4 * i + 4)
+        total = sum(every_step[s]["train_loss"] * (tokens[s + 1] - tokens[s]) for s in steps)
+        assert record["train_loss"] == pytest.approx(total / (tokens[4 * i + 4] - tokens[4 * i]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "steps"), [
+    ({"max_steps": 7}, 7), ({"epochs": 2}, 48), ({"max_tokens": 187 * 64 + 1}, 25), ({"max_tokens": 8 * 64 * 3}, 3),
+])  # fmt: skip
+def test_a_run_ends_by_steps_epochs_or_tokens(config_dict: Config, length: Config, steps: int) -> None:
+    training = {"max_steps": None, "eval_every": None, **length}
+    folder = run(merged(config_dict, training=training, checkpoint={"save_every": None}))
+    assert records(folder)[-1]["step"] == steps
+    assert committed_steps(folder) == [steps]
+
+
+def test_more_steps_go_on_from_a_finished_run_and_change_nothing_before(config_dict: Config, tmp_path: Path) -> None:
+    constant = merged(config_dict, schedule={"name": "constant"})
+    whole = run(merged(constant, run={"dir": str(tmp_path / "whole")}))
+    part = merged(constant, run={"dir": str(tmp_path / "part")})
+    run(merged(part, training={"max_steps": 20}))
+    assert numbers(run(part)) == numbers(whole)
+
+
+def test_every_sample_comes_once_an_epoch_when_the_batch_size_changes_on_the_way(config_dict: Config) -> None:
+    training = {"max_steps": None, "epochs": 1, "eval_every": None}
+    with pytest.raises(Stopped):
+        run(merged(config_dict, training={**training, "stop_after": 10}))
+    folder = run(merged(config_dict, training={**training, "global_batch_size": 16, "micro_batch_size": 16}))
+    # 10 × 8 samples, then the other 107 in batches of 16.
+    assert records(folder)[-1]["step"] == 10 + 7
+    assert records(folder)[-1]["tokens"] == 187 * 64
+
+
+def test_the_run_folder_holds_what_is_promised(config_dict: Config) -> None:
+    folder = run(merged(config_dict, logging={"plots": True}, training={"sample_every": 15, "sample_tokens": 10}))
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.yaml", "run.json", "training_metrics.json", "metrics.jsonl", "training_log.csv", "training_curve.png",
+        "loss_by_epoch.png", "samples.jsonl", "best", "latest", "final",
+    }  # fmt: skip
+    metrics = json.loads((folder / "training_metrics.json").read_text())
+    assert metrics["steps"] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
+    assert metrics["epochs"] == [0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert [value is not None for value in metrics["val_loss"]] == [s in (10, 20, 30) for s in metrics["steps"]]
+    assert metrics["train_loss"][-1] < metrics["train_loss"][0]
+    [launch] = json.loads((folder / "run.json").read_text())["launches"]
+    assert launch["packages"]["torch"] == torch.__version__
+    assert len(launch["data"]["fingerprint"]) == 64
+    assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()] == [15, 30]
+
+
+def test_the_resolved_config_gives_the_same_run(config_dict: Config, tmp_path: Path) -> None:
+    first = run(merged(config_dict, run={"dir": str(tmp_path / "first")}))
+    main(["--config", str(first / "config.yaml"), f"run.dir={tmp_path / 'second'}"])
+    assert numbers(tmp_path / "second") == numbers(first)
+    again = load_config(tmp_path / "second" / "config.yaml")
+    assert again.model == load_config(first / "config.yaml").model
+
+
+def test_best_and_the_last_three_are_kept(config_dict: Config) -> None:
+    training = {"max_steps": 40, "eval_every": 8}
+    checkpoint = {"save_every": 5, "keep_last": 2, "keep_every": 15}
+    folder = run(merged(config_dict, training=training, checkpoint=checkpoint))
+    best = pointed(folder, "best")
+    assert best is not None
+    expected = {35, 40, 15, 30, int(best.name[5:])}
+    assert set(committed_steps(folder)) == expected
+
+
+def test_validation_windows_do_not_overlap_and_all_count(config_dict: Config, data: Path) -> None:
+    folder = run(merged(config_dict, training={"max_steps": 2, "eval_every": 2, "micro_batch_size": 8}))
+    [record] = records(folder)[-1:]
+    assert record["val_loss"] == pytest.approx(math.log(27), abs=0.5)
+
+
+def test_init_from_starts_with_the_weights_of_another_run(config_dict: Config, tmp_path: Path) -> None:
+    first = run(merged(config_dict, run={"dir": str(tmp_path / "first")}))
+    trained = records(first)[-1]["val_loss"]
+    second = merged(config_dict, run={"dir": str(tmp_path / "second")}, model={"init_from": str(first)})
+    second = merged(second, optimizer={"lr": 0.0}, schedule={"min_lr": 0.0}, training={"max_steps": 1, "eval_every": 1})
+    assert records(run(second))[-1]["val_loss"] == pytest.approx(trained, rel=1e-6)
+
+
+def test_dry_run_checks_takes_a_step_and_writes_nothing(
+    config_dict: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(config_dict, "--dry-run")
+    printed = capsys.readouterr().out
+    assert "one step" in printed
+    assert "nothing was written" in printed
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(config_dict: Config, tmp_path: Path) -> None:
+    results = []
+    for compiled in (False, True):
+        training = {"compile": compiled, "max_steps": 6, "eval_every": None}
+        config = merged(
+            config_dict, run={"dir": str(tmp_path / str(compiled))}, training=training, logging={"every": 1}
+        )
+        results.append(records(run(config)))
+    for a, b in zip(*results, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)  # fused float32 sums, 6 steps
+
+
+def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> None:
+    results = []
+    for precision in ("fp32", "bf16"):
+        config = merged(config_dict, run={"dir": str(tmp_path / precision)}, training={"precision": precision})
+        results.append(records(run(config)))
+    # bf16 keeps 8 bits: relative error 2^-9 for each product, averaging out over thousands of targets.
+    assert results[0][-1]["train_loss"] == pytest.approx(results[1][-1]["train_loss"], rel=2**-7)
+    saved = weights(tmp_path / "bf16", 30)
+    assert {value.dtype for value in saved.values()} == {torch.float32}  # masters
+
+
+# ---- bad input: one clear line, exit 2 (4 where nothing good is left), nothing lost ----
+
+
+def corrupt_last(folder: Path) -> Path:
+    path = folder / f"step-{committed_steps(folder)[-1]:08d}" / "rank00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(merged(config_dict, run={"dir": str(tmp_path / "whole")}))
+    broken = merged(config_dict, run={"dir": str(tmp_path / "broken")})
+    with pytest.raises(Stopped):
+        run(broken, "training.stop_after=26")
+    damaged = corrupt_last(tmp_path / "broken")
+    assert numbers(run(broken)) == numbers(whole)
+    assert str(damaged) in capsys.readouterr().err
+
+
+def test_no_good_checkpoint_left_is_exit_4(config_dict: Config) -> None:
+    with pytest.raises(Stopped):
+        run(config_dict, "training.stop_after=3")
+    corrupt_last(Path(config_dict["run"]["dir"]))
+    with pytest.raises(LlmtrainError) as error:
+        run(config_dict)
+    assert error.value.exit_code == 4
+
+
+def refused(config: Config, *arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        run(config, *arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(config_dict: Config, tmp_path: Path) -> None:
+    folder = run(config_dict)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert "holds another run" in refused(config_dict, "--resume", "never")
+    assert "model.dim=32, this run has 64" in refused(merged(config_dict, model={"dim": 64}))
+    other = write_data(tmp_path / "other", {"train": prose(9_000, seed=5), "val": prose(900)})
+    assert "other data" in refused(merged(config_dict, data={"path": str(other)}))
+    letters = write_data(tmp_path / "letters", {"train": prose(9_000).upper(), "val": prose(900).upper()})
+    assert "another tokenizer" in refused(merged(config_dict, data={"path": str(letters)}))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("sections", "reason"), [
+    ({"model": {"dim": 33}}, "not divisible by heads"),
+    ({"training": {"micro_batch_size": 3}}, "not divisible by micro_batch_size"),
+    ({"data": {"seq_len": 50_000}}, "longer than the data"),
+    ({"model": {"vocab_size": 5}}, "smaller than"),
+    ({"data": {"path": "nowhere"}}, "not prepared data"),
+    ({"training": {"sample_every": 5, "sample_prompts": ["日本"]}}, "日"),
+])  # fmt: skip
+def test_contradictions_are_refused_before_anything_is_written(
+    config_dict: Config, sections: Config, reason: str
+) -> None:
+    assert reason in refused(merged(config_dict, **sections))
+    assert not Path(config_dict["run"]["dir"]).exists()
+
+
+def copied(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "copy"))
+
+
+def test_a_truncated_shard_is_named(config_dict: Config, data: Path, tmp_path: Path) -> None:
+    folder = copied(data, tmp_path)
+    with (folder / "train-00001.bin").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(LlmtrainError, match=r"train-00001\.bin: has 100 bytes where the manifest says"):
+        run(merged(config_dict, data={"path": str(folder)}))
+
+
+def test_an_id_outside_the_vocabulary_is_named_and_checkpoints_stay(
+    config_dict: Config, data: Path, tmp_path: Path
+) -> None:
+    folder = copied(data, tmp_path)
+    with (folder / "train-00001.bin").open("r+b") as file:
+        file.seek(2 * 4000)
+        file.write(b"\xff\xff")
+    with pytest.raises(LlmtrainError, match=r"train-00001\.bin: token id 65535 at position 4000 is outside"):
+        run(merged(config_dict, data={"path": str(folder)}))
+
+
+def test_errors_of_the_user_are_one_line_and_exit_2(llmtrain: Command, config_dict: Config, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("optimizer: {learning_rate: 1.0}\n")
+    for arguments in (["--config", path], ["--config", tmp_path / "none.yaml"], ["--config", path, "--resume"]):
+        result = llmtrain("train", *arguments)
+        assert result.returncode == 2, result
+        assert "Traceback" not in result.stderr
+    assert "unknown key 'optimizer.learning_rate'" in llmtrain("train", "--config", path).stderr
+
+
+def test_divergence_is_exit_3_and_leaves_the_good_checkpoints(config_dict: Config, tmp_path: Path) -> None:
+    config = merged(
+        config_dict, optimizer={"name": "sgd", "lr": 1e30, "clip_norm": None}, schedule={"warmup_steps": 0, "min_lr": 0.0},
+        checkpoint={"save_every": 2}, logging={"every": 1},
+    )  # fmt: skip
+    with pytest.raises(LlmtrainError, match="diverged") as error:
+        run(config)
+    assert error.value.exit_code == 3
+    for step in committed_steps(tmp_path / "run"):
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run", step).values())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of its own, of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_cleanly(
+    llmtrain: Command, config_dict: Config, small_disk: Path, tmp_path: Path
+) -> None:
+    folder = small_disk / "run"
+    config = merged(config_dict, run={"dir": str(folder)}, checkpoint={"save_every": 5, "keep_last": 100})
+    path = tmp_path / "full.yaml"
+    path.write_text(yaml.safe_dump(merged(config, training={"max_steps": 500, "eval_every": None})))
+    result = llmtrain("train", "--config", path)
+    assert result.returncode == 2, result
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    steps = committed_steps(folder)
+    assert steps
+    for step in steps:
+        assert CheckpointReader(folder / f"step-{step:08d}").verify() == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    llmtrain: Command, config_dict: Config, small_disk: Path, tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    path = tmp_path / "ro.yaml"
+    path.write_text(yaml.safe_dump(merged(config_dict, run={"dir": str(small_disk / "run")})))
+    result = llmtrain("train", "--config", path)
+    assert result.returncode == 2, result
+    assert "cannot be written" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
