@@ -25,7 +25,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	touch $@
 
 demo: $(VENV)/.installed-base
-	BIN=$(BIN) bash launch/demo.sh
+	$(BIN)/llmtrain prepare --input stdlib --out data/stdlib
+	# An interruption on purpose, half way: exit code 75 means "saved, run me again".
+	$(BIN)/llmtrain train --config configs/demo.yaml training.stop_after=300 || [ $$? -eq 75 ]
+	$(BIN)/llmtrain train --config configs/demo.yaml
+	$(BIN)/llmtrain generate checkpoints/demo --prompt "def " --max-new-tokens 120 --temperature 0.8
+	@echo
+	@echo "The curves are in checkpoints/demo/training_curve.png and checkpoints/demo/loss_by_epoch.png."
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

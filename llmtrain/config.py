@@ -254,7 +254,7 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(problem, where) for problem in error.errors())) from error
+        raise UserError(_describe(error, where)) from error
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -305,13 +305,19 @@ def _expand_preset(raw: dict[str, Any], where: str) -> None:
     raw["model"] = {**_PRESETS[str(name).lower()], **explicit}
 
 
-def _describe(problem: Any, where: str) -> str:
-    loc = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-")))
-    message = problem["msg"].removeprefix("Value error, ")
-    if loc in ("data.sources", "data.document_mask"):
-        message = "not supported by this version; leave it out"
-    given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
-    return f"{where}: {loc + ': ' if loc else ''}{message}{given}"
+def _describe(error: ValidationError, where: str) -> str:
+    """All problems on one line; the alternatives of one key (a word or a number) count as one problem."""
+    problems: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"][:2])
+        message = problem["msg"].removeprefix("Value error, ")
+        if key in ("data.sources", "data.document_mask"):
+            message = "not supported by this version; leave it out"
+        problems.setdefault(key, []).append(message)
+        given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+    lines = [f"{key + ': ' if key else ''}{' or '.join(texts)}{given[key]}" for key, texts in problems.items()]
+    return f"{where}: {'; '.join(lines)}"
 
 
 def resolve(

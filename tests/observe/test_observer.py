@@ -71,7 +71,7 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, observe, make_record, 
     }
     out = capsys.readouterr().out
     assert out.startswith("model    tiny\nrun dir  ")
-    assert f"step 20: saved {tmp_path / 'step-00000020'}\n" in out
+    assert f"saved {tmp_path / 'step-00000020'}\n" in out
     assert f"done: 20 steps\ncurves: {tmp_path / 'training_curve.png'}\n" in out
 
 

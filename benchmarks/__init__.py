@@ -1,0 +1,1 @@
+"""Measurements against peers and bare libraries; `make bench` runs those that fit this machine."""

@@ -1,0 +1,92 @@
+"""Shared by the benchmarks: what they ran on, how repeats are taken, where results go."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The machine: CPU model, cores this process may use, operating system, Python."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": _cpu_model(), "cores": cores, "system": platform.platform(), "python": platform.python_version()}
+
+
+def versions(*distributions: str) -> dict[str, str | None]:
+    """The installed versions of the named distributions; None for those that are missing."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in distributions}
+
+
+def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int = 3) -> dict[str, list[float]]:
+    """Measure every contender once per round, so that a slow minute of the machine falls on all of them alike.
+
+    Args:
+        contenders: by name, a function that does the work once and returns its measure.
+        repeats: number of rounds; one round more is run first and thrown away.
+
+    Returns:
+        By name, one measure per round.
+    """
+    measures: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_number in range(-1, repeats):
+        for name, measure in contenders.items():
+            value = measure()
+            if round_number >= 0:
+                measures[name].append(value)
+    return measures
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def write_result(name: str, rows: Sequence[Mapping[str, Any]], distributions: Sequence[str] = ("llmtrain",)) -> Path:
+    """Write `results/NAME.json`: rows of measurements with machine, date and versions; return its path."""
+    content = {
+        "benchmark": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(*distributions),
+        "rows": list(rows),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of equal keys as an aligned table."""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
