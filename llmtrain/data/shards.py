@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from llmtrain.errors import CorruptError, UserError
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Ids = npt.NDArray[np.integer[Any]]
+Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
 
 class FileInfo(BaseModel):
@@ -282,13 +284,17 @@ def check_inside(folder: Path, name: str, manifest: Path) -> None:
         raise CorruptError(f"{manifest}: names '{name}', which lies outside the folder; refused")
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, report: Report = lambda _bytes: None) -> str:
+    """SHA-256 of a file, read in pieces, each of which is reported."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            report(len(piece))
+    return digest.hexdigest()
 
 
-def verify_files(folder: Path, files: list[FileInfo]) -> list[str]:
+def verify_files(folder: Path, files: list[FileInfo], report: Report = lambda _bytes: None) -> list[str]:
     """Compare every file with its recorded size and hash, several at a time; return one line for each that differs."""
 
     def problem(info: FileInfo) -> str | None:
@@ -297,7 +303,11 @@ def verify_files(folder: Path, files: list[FileInfo]) -> list[str]:
             _check_size(path, info.bytes)
         except CorruptError as error:
             return str(error)
-        return None if hash_file(path) == info.sha256 else f"{path}: content differs from the hash in the manifest"
+        try:
+            same = hash_file(path, report) == info.sha256
+        except OSError as error:  # a bad disk says so only when it is read
+            return f"{path}: cannot be read ({error.strerror})"
+        return None if same else f"{path}: content differs from the hash in the manifest"
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return [line for line in pool.map(problem, files) if line]

@@ -1,0 +1,365 @@
+"""Documents out of sources: inputs → files → chunks → documents.
+
+1. `find_files` turns what the user typed (files, folders, globs, `stdlib`) into a list of files in a fixed order.
+2. `cut_into_chunks` deals the files out as pieces of work of a few megabytes: names of text files, lines of JSONL, row
+   groups of Parquet. It reads no more than it must, so that whoever takes a chunk does the reading and parsing.
+3. `chunk.read` yields the documents of a chunk, one at a time, each with its ordinal: its place among all records of
+   the input, bad ones included, which is the same however the work is dealt out.
+
+A text file is one document; so is a JSONL line or a Parquet row.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import zstandard
+
+from llmtrain.errors import UserError
+
+CHUNK_BYTES = 4 << 20
+# As git and grep do: a NUL byte near the beginning means that a file is no text.
+BINARY_PROBE_BYTES = 8192
+_FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
+_COMPRESSIONS: dict[str, Literal["", ".gz", ".zst"]] = {".gz": ".gz", ".zst": ".zst"}
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+Skipped = Counter[str]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file: what it holds, how it is compressed, and whether the user named it or it was found."""
+
+    path: Path
+    named: bool
+    format: Literal["text", "jsonl", "parquet"]
+    compression: Literal["", ".gz", ".zst"]
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are taken out of records: the JSONL field or Parquet column, and whether bad ones are skipped."""
+
+    text_field: str = "text"
+    skip_bad: bool = False
+
+    def bad(self, what: str, message: str, skipped: Skipped) -> None:
+        """Count a bad record if such are to be skipped, else refuse it."""
+        if not self.skip_bad:
+            raise UserError(f"{message}; mend it, or leave such {what} out with --skip-bad")
+        skipped[f"bad {what}"] += 1
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Whole text files, each one document."""
+
+    first_ordinal: int
+    files: tuple[SourceFile, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """How much of the input files this is, for progress."""
+        return sum(file.bytes for file in self.files)
+
+    def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
+        """Yield (ordinal, text) of each document."""
+        for ordinal, file in enumerate(self.files, self.first_ordinal):
+            text = _read_text(file, options, skipped)
+            if text:
+                yield ordinal, text
+            elif text is not None:
+                skipped["empty documents"] += 1
+
+
+@dataclass(frozen=True)
+class LinesChunk:
+    """Whole lines of a JSONL file, not yet parsed."""
+
+    first_ordinal: int
+    file: SourceFile
+    first_line: int
+    data: bytes
+    source_bytes: int
+
+    def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
+        """Yield (ordinal, text) of each line's document."""
+        for index, line in enumerate(self.data.split(b"\n")):
+            if not line.strip():
+                continue
+            try:
+                text = _parse_line(line, options.text_field)
+            except ValueError as error:
+                options.bad("lines", f"{self.file.path}: line {self.first_line + index}: {error}", skipped)
+                continue
+            if text:
+                yield self.first_ordinal + index, text
+            else:
+                skipped["empty documents"] += 1
+
+
+@dataclass(frozen=True)
+class RowsChunk:
+    """One row group of a Parquet file, not yet read."""
+
+    first_ordinal: int
+    file: SourceFile
+    row_group: int
+    first_row: int
+    source_bytes: int
+
+    def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
+        """Yield (ordinal, text) of each row's document."""
+        import pyarrow as pa
+
+        row = 0
+        with _open_parquet(self.file, options.text_field) as parquet:
+            for batch in parquet.iter_batches(1024, row_groups=[self.row_group], columns=[options.text_field]):
+                # As bytes, because only then one row that is not UTF-8 does not spoil the others.
+                for data in batch.column(0).cast(pa.large_binary()).to_pylist():
+                    try:
+                        text = (data or b"").decode()
+                    except UnicodeDecodeError as error:
+                        place = f"{self.file.path}: row {self.first_row + row}"
+                        options.bad("rows", f"{place}: not UTF-8 at byte {error.start}", skipped)
+                    else:
+                        if text:
+                            yield self.first_ordinal + row, text
+                        else:
+                            skipped["empty documents"] += 1
+                    row += 1
+
+
+Chunk = TextChunk | LinesChunk | RowsChunk
+
+
+def find_files(inputs: Sequence[str], max_files: int | None = None) -> list[SourceFile]:
+    """List the files of the inputs, in the order of the inputs and sorted within each.
+
+    Args:
+        inputs: files, folders (all files below, hidden ones left out), globs, or `stdlib`.
+        max_files: keep only the first so many.
+
+    Raises:
+        UserError: an input does not exist, matches nothing, is empty or cannot be read.
+    """
+    files = [file for source in inputs for file in _files_of(source)]
+    return files[:max_files]
+
+
+def cut_into_chunks(
+    files: Iterable[SourceFile], options: ReadOptions, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """Cut files into pieces of work of about `chunk_bytes`; a document is never cut, so a piece can be larger."""
+    ordinal, waiting = 0, _Waiting()
+    for file in files:
+        if file.format == "text":
+            if waiting.files and waiting.bytes + file.bytes > chunk_bytes:
+                yield waiting.take()
+            waiting.add(file, ordinal)
+            ordinal += 1
+            continue
+        if waiting.files:
+            yield waiting.take()
+        cut = _cut_lines(file, ordinal, chunk_bytes) if file.format == "jsonl" else _cut_rows(file, ordinal, options)
+        for chunk, records in cut:
+            yield chunk
+            ordinal += records
+    if waiting.files:
+        yield waiting.take()
+
+
+def digest(files: Iterable[SourceFile]) -> str:
+    """SHA-256 over names, sizes and times of modification: changes when the input was changed."""
+    lines = (f"{file.path}\0{file.bytes}\0{file.modified_ns}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class _Waiting:
+    """Text files gathered until they make a chunk."""
+
+    def __init__(self) -> None:
+        self.files: list[SourceFile] = []
+        self.bytes = 0
+        self._first_ordinal = 0
+
+    def add(self, file: SourceFile, ordinal: int) -> None:
+        if not self.files:
+            self._first_ordinal = ordinal
+        self.files.append(file)
+        self.bytes += file.bytes
+
+    def take(self) -> TextChunk:
+        chunk = TextChunk(self._first_ordinal, tuple(self.files))
+        self.files, self.bytes = [], 0
+        return chunk
+
+
+def _cut_lines(file: SourceFile, ordinal: int, chunk_bytes: int) -> Iterator[tuple[LinesChunk, int]]:
+    line, done = 1, 0
+    with _open_bytes(file) as (stream, raw):
+        while data := stream.read(chunk_bytes):
+            if not data.endswith(b"\n"):
+                data += stream.readline()
+            consumed = raw.tell() - done
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            yield LinesChunk(ordinal, file, line, data, consumed), lines
+            line, ordinal, done = line + lines, ordinal + lines, done + consumed
+
+
+def _cut_rows(file: SourceFile, ordinal: int, options: ReadOptions) -> Iterator[tuple[RowsChunk, int]]:
+    with _open_parquet(file, options.text_field) as parquet:
+        groups = parquet.metadata.num_row_groups
+        row_counts = [parquet.metadata.row_group(group).num_rows for group in range(groups)]
+    row = 0
+    for group, rows in enumerate(row_counts):
+        yield RowsChunk(ordinal + row, file, group, row, file.bytes // groups), rows
+        row += rows
+
+
+def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str | None:
+    """Return a file's text; None if it was skipped."""
+    with _open_bytes(file) as (stream, _):
+        data = stream.read()
+    if b"\0" in data[:BINARY_PROBE_BYTES]:
+        if file.named:
+            raise UserError(f"{file.path}: a binary file (NUL byte at offset {data.index(0)}), not UTF-8 text")
+        skipped["binary files"] += 1
+        return None
+    try:
+        # A byte order mark is a mark of the file, not a character of its text.
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        options.bad("files", f"{file.path}: not UTF-8 ({place})", skipped)
+        return None
+
+
+def _parse_line(line: bytes, field: str) -> str:
+    """Return the text of a JSONL line; raise ValueError with what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if field not in record:
+        raise ValueError(f"no field '{field}' (it has: {', '.join(record) or 'none'}; --text-field names another)")
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field '{field}' is no text")
+    if b"\\u" in line:  # only an escape can bring in half of a surrogate pair
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a surrogate pair at character {error.start} of '{field}'") from error
+    return text
+
+
+@contextmanager
+def _open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file decompressed; also give the file beneath, whose position tells how much of it is read."""
+    try:
+        with file.path.open("rb") as raw:
+            if file.compression == ".gz":
+                yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw
+            elif file.compression == ".zst":
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                yield io.BufferedReader(reader), raw
+            else:
+                yield raw, raw
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{file.path}: damaged or truncated {file.compression} file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file.path) as opened:
+            schema = opened.schema_arrow
+            if column not in schema.names:
+                names = ", ".join(schema.names)
+                raise UserError(f"{file.path}: no column '{column}' (it has: {names}; --text-field names another)")
+            kind = schema.field(column).type
+            if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+                raise UserError(f"{file.path}: column '{column}' holds {kind}, not text")
+            yield opened
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file.path}: not a Parquet file that can be read ({error})") from error
+
+
+def _files_of(source: str) -> list[SourceFile]:
+    if source == "stdlib":
+        return _standard_library()
+    if source.startswith("hf:"):
+        raise UserError(f"{source}: Hugging Face datasets are not supported yet; download it as JSONL or Parquet")
+    path = Path(source)
+    if path.is_dir():
+        return _found(source, _walk(path), "a folder without files")
+    if path.is_file():
+        file = _describe(path, named=True)
+        if file.bytes == 0:
+            raise UserError(f"{source}: the file is empty")
+        return [file]
+    if glob.has_magic(source):
+        matches = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
+        return _found(source, [match for match in matches if match.is_file()], "matches no file")
+    raise UserError(f"{source}: {'not a file or folder' if path.exists() else 'no such file or folder'}")
+
+
+def _found(source: str, paths: list[Path], if_none: str) -> list[SourceFile]:
+    if not paths:
+        raise UserError(f"{source}: {if_none}")
+    return [_describe(path, named=False) for path in paths]
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, sorted by path; hidden files and folders are left out, as a glob leaves them out."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.is_file())
+
+
+def _standard_library() -> list[SourceFile]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = [path for path in _walk(root) if path.suffix == ".py"]
+    kept = [path for path in modules if not NOT_LIBRARY & set(path.relative_to(root).parts)]
+    return _found("stdlib", kept, f"this Python has no library sources in {root}")
+
+
+def _describe(path: Path, named: bool) -> SourceFile:
+    compression = _COMPRESSIONS.get(path.suffix, "")
+    inner = path.with_suffix("") if compression else path
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return SourceFile(path, named, _FORMATS.get(inner.suffix, "text"), compression, status.st_size, status.st_mtime_ns)

@@ -1,0 +1,201 @@
+"""Tokenizers in the `tokenizer.json` format: `bbpe` trained on the input, and files made elsewhere.
+
+`gigatoken` trains and encodes; `tokenizers` is the reference: it decodes, encodes prompts, and stands in where
+`gigatoken` cannot give the same ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from gigatoken import gigatoken_rs
+
+from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
+from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, special_token, unspellable
+from llmtrain.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+EXISTING = "tokenizer.json"  # the kind of a file that was not made here
+EOS = "<|endoftext|>"
+EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
+BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
+PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
+BYTES = 256
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`.
+
+    Raises:
+        UserError: the text is no such file, or it has no token for the end of a document; says which it has.
+    """
+
+    def __init__(self, content: str, kind: str = EXISTING, source: str = TOKENIZER_FILE):
+        self.kind = kind
+        self._content = content
+        try:
+            self._full = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{source}: not a tokenizer.json that `tokenizers` reads ({error})") from error
+        config = json.loads(content)
+        special = {token["content"]: token["id"] for token in config.get("added_tokens") or [] if token["special"]}
+        eos_id = self._first_of(EOS_NAMES)
+        if eos_id is None:
+            raise UserError(
+                f"{source}: none of its tokens ends a document ({', '.join(EOS_NAMES)});"
+                f" its special tokens are: {', '.join(special) or 'none'}"
+            )
+        self.eos_id = eos_id
+        self.bos_id = self._first_of(BOS_NAMES)
+        self.pad_id = self._first_of(PAD_NAMES)
+        unk = config["model"].get("unk_token")
+        self.unk_id = self._full.token_to_id(unk) if unk else None
+        self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        self._dtype = id_dtype(self.vocab_size)
+        marks = {i for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None}
+        self._textless = marks | set(special.values())
+        names = (self._full.id_to_token(i) for i in self._textless)
+        self._config = unspellable(config, {name for name in names if name is not None})
+        self._reference = tokenizers.Tokenizer.from_str(json.dumps(self._config))
+
+    @classmethod
+    def fit(cls, training: Iterable[str], vocab_size: int | None, default_size: int) -> HuggingFaceTokenizer:
+        """Train byte-level BPE (GPT-2's splitting of text into words) on documents.
+
+        Raises:
+            UserError: `vocab_size` was asked for and the merges run out before it is reached.
+        """
+        if vocab_size is not None and vocab_size <= BYTES:
+            raise UserError(f"--vocab-size {vocab_size} is too small for bbpe: its bytes and {EOS} need {BYTES + 1}")
+        # 0xFF is no byte of UTF-8, so it cannot stand inside a document.
+        text = b"\xff".join(document.encode() for document in training)
+        tokens, merges = _train_merges(text, (vocab_size or default_size) - 1)
+        if vocab_size is not None and len(tokens) + 1 < vocab_size:
+            raise UserError(
+                f"--vocab-size {vocab_size} is larger than this text supports;"
+                f" the largest possible for bbpe is {len(tokens) + 1}"
+            )
+        return cls(_byte_level_json(tokens, merges), kind="bbpe")
+
+    def encode(self, text: str) -> Ids:
+        """Return the (tokens,) ids of a text."""
+        refuse_surrogates(self.kind, text)
+        return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._dtype)
+
+    def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
+        """Encode many documents, each closed by the end-of-document id."""
+        if self._fast is None or any(SEPARATOR in document for document in documents):
+            return close_documents(map(self.encode, documents), self.eos_id, self._dtype)
+        return self._fast.encode_documents(documents)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text of ids."""
+        known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.vocab_size and i not in self._textless]
+        return self._full.decode(known, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, which `tokenizers` and `transformers` load as it is."""
+        (folder / TOKENIZER_FILE).write_text(self._content, encoding="utf-8")
+        write_identity(folder, self.kind)
+
+    @functools.cached_property
+    def _fast(self) -> FastEncoder | None:
+        """Loaded when documents come, not for a prompt: a large vocabulary takes a while."""
+        if not _one_merge_per_token(self._config["model"]):
+            return None
+        try:
+            fast = FastEncoder(self._config, self.eos_id, self._dtype)
+        except ValueError:
+            return None
+        return fast if fast.agrees_with(self.encode) else None
+
+    def _first_of(self, names: Sequence[str]) -> int | None:
+        ids = (self._full.token_to_id(name) for name in names)
+        return next((i for i in ids if i is not None), None)
+
+
+def _one_merge_per_token(model: dict[str, Any]) -> bool:
+    """Say whether no token can be merged in two ways, or the model is one where gigatoken ranks merges as it should."""
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        return True
+    merged = [pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in model["merges"]]
+    return len(set(merged)) == len(merged)
+
+
+def _train_merges(text: bytes, size: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
+    """Learn merges until there are `size` different tokens (bytes included) or nothing is left to merge.
+
+    Two merges can give the same token ("ab"+"c" and "a"+"bc"). Only the first is kept, because the libraries disagree
+    about the rank of the second (its place in the list, or its token's), and training goes on for as many more.
+    """
+    asked = size
+    while True:
+        with _quiet():
+            vocabulary, merges = gigatoken_rs.train_bpe(text, asked, [], separator=b"\xff")
+        first_merges = dict[bytes, tuple[bytes, bytes]]()
+        for left, right in merges:
+            first_merges.setdefault(left + right, (left, right))
+        tokens = [bytes([byte]) for byte in range(BYTES)] + list(first_merges)
+        if len(tokens) >= size or len(vocabulary) < asked:
+            return tokens, list(first_merges.values())
+        asked += size - len(tokens)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the library writes past Python to standard output and error, so that `--json` stays JSON."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+def _byte_level_json(tokens: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]]) -> str:
+    """Write tokens and merges as a GPT-2-like tokenizer.json, with the end-of-document token last."""
+    spelling = _byte_alphabet()
+
+    def spell(token: bytes) -> str:
+        return "".join(spelling[byte] for byte in token)
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    model = {
+        "type": "BPE",
+        "vocab": {spell(token): i for i, token in enumerate(tokens)},
+        "merges": [[spell(left), spell(right)] for left, right in merges],
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special_token(EOS, len(tokens))],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(BYTES)]

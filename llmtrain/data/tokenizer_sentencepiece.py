@@ -1,0 +1,180 @@
+"""SentencePiece: `bpe` and `unigram` trained on the input, and models made elsewhere.
+
+Models trained here spell every text exactly: identity normalisation, nothing trimmed or added, bytes for what the
+vocabulary lacks. Control pieces (`<s>`, `</s>`) are never matched in text by the library.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
+from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, unspellable
+from llmtrain.errors import UserError
+
+MODEL_FILE = "tokenizer.model"
+EXISTING = "sentencepiece"  # the kind of a model that was not trained here
+# The library writes a space as this character and reads this character as a space: a text that has it would come back
+# with spaces, so it is spelled in bytes.
+SPACE_SYMBOL = "\u2581"
+NOT_FOR_FAST = re.compile(f"[{SPACE_SYMBOL}{SEPARATOR}]")
+SPLIT_AT_SYMBOL = re.compile(f"({SPACE_SYMBOL})")
+# What the trainer cannot have in a sentence: it ends lines, drops sentences with a tab, NUL or its own symbols.
+BETWEEN_SENTENCES = re.compile("[\r\n\t\0\u2581\u2585]+")
+SENTENCE_CHARACTERS = 1000  # at 4 bytes each, under the 4192 bytes beyond which the trainer drops a sentence
+# The E-step of unigram sums floats per thread, so the number of threads is part of the result: it must not follow the
+# machine.
+TRAINER_THREADS = 8
+# No piece crosses a space, so a cut before a space changes no id; long texts are cut, because the library needs
+# hundreds of bytes of memory per character of a call.
+CUT_CHARACTERS = 1 << 20
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Raises:
+        UserError: the bytes are no model, or it has no end-of-document piece that text cannot spell.
+    """
+
+    def __init__(self, model: bytes, kind: str = EXISTING, source: str = MODEL_FILE):
+        self.kind = kind
+        self._model = model
+        try:
+            if not model:
+                raise ValueError("empty")  # which the library takes for "nothing to load"
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{source}: not a SentencePiece model") from error
+        self.vocab_size = int(self._processor.vocab_size())
+        self.eos_id = int(self._processor.eos_id())
+        if self.eos_id < 0 or not self._processor.is_control(self.eos_id):
+            raise UserError(f"{source}: the model has no control piece for the end of a document (usually </s>)")
+        self.bos_id = _present(self._processor.bos_id())
+        self.pad_id = _present(self._processor.pad_id())
+        self._trained_here = kind != EXISTING
+        self.unk_id = None if self._trained_here else _present(self._processor.unk_id())
+        self._dtype = id_dtype(self.vocab_size)
+        bytes_of_symbol = [f"<0x{byte:02X}>" for byte in SPACE_SYMBOL.encode()]
+        self._space_symbol = np.array(self._processor.piece_to_id(bytes_of_symbol), np.int32)
+
+    @classmethod
+    def fit(
+        cls, kind: str, training: Iterable[str], vocab_size: int | None, default_size: int
+    ) -> SentencePieceTokenizer:
+        """Train a model on documents.
+
+        Raises:
+            UserError: `vocab_size` was asked for and the text supports only fewer, or needs more; says how many.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(training),
+                model_writer=model,
+                model_type=kind,
+                vocab_size=vocab_size or default_size,
+                hard_vocab_limit=vocab_size is not None,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                num_threads=TRAINER_THREADS,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise _training_error(kind, vocab_size, str(error)) from error
+        return cls(model.getvalue(), kind)
+
+    def encode(self, text: str) -> Ids:
+        """Return the (tokens,) ids of a text."""
+        refuse_surrogates(self.kind, text)
+        return self._encode_by_library([text])[0]
+
+    def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
+        """Encode many documents, each closed by the model's end-of-sentence id."""
+        if self._fast is None or any(NOT_FOR_FAST.search(document) for document in documents):
+            return close_documents(self._encode_by_library(documents), self.eos_id, self._dtype)
+        return self._fast.encode_documents(documents)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text of ids."""
+        known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.vocab_size]
+        return str(self._processor.decode(known))
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.model`, which the library loads as it is."""
+        (folder / MODEL_FILE).write_bytes(self._model)
+        write_identity(folder, self.kind)
+
+    @functools.cached_property
+    def _fast(self) -> FastEncoder | None:
+        """Loaded when documents come: gigatoken, if the model is one it knows (BPE with bytes for what is lacking)."""
+        try:
+            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+            config = json.loads(sentencepiece_to_tokenizer_json(self._model))
+            pieces = range(self.vocab_size)
+            special = [i for i in pieces if self._processor.is_control(i) or self._processor.is_unknown(i)]
+            config = unspellable(config, self._processor.id_to_piece(special))
+            fast = FastEncoder(config, self.eos_id, self._dtype)
+        except (ImportError, ValueError):
+            return None
+        return fast if fast.agrees_with(lambda text: self._processor.encode(text, out_type="numpy")) else None
+
+    def _encode_by_library(self, documents: Sequence[str]) -> list[Ids]:
+        parts_of = [_parts(document) if self._trained_here else [document] for document in documents]
+        batch = [part for parts in parts_of for part in parts]
+        encoded = iter(self._processor.encode(batch, out_type="numpy", num_threads=1))
+        return [
+            self._concatenate(
+                [self._space_symbol if part == SPACE_SYMBOL else ids for part, ids in zip(parts, encoded, strict=False)]
+            )
+            for parts in parts_of
+        ]
+
+    def _concatenate(self, arrays: Sequence[npt.NDArray[np.int32]]) -> Ids:
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return joined.astype(self._dtype)
+
+
+def _present(special_id: int) -> int | None:
+    return int(special_id) if special_id >= 0 else None
+
+
+def _sentences(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for line in BETWEEN_SENTENCES.split(document):
+            for start in range(0, len(line), SENTENCE_CHARACTERS):
+                yield line[start : start + SENTENCE_CHARACTERS]
+
+
+def _parts(document: str) -> list[str]:
+    """Cut a document where no piece is lost: around each space symbol, and before a space every million characters."""
+    parts = []
+    for piece in SPLIT_AT_SYMBOL.split(document) if SPACE_SYMBOL in document else [document]:
+        start = 0
+        while (cut := piece.find(" ", start + CUT_CHARACTERS)) >= 0:
+            parts.append(piece[start:cut])
+            start = cut
+        parts.append(piece[start:])
+    return parts
+
+
+def _training_error(kind: str, vocab_size: int | None, message: str) -> UserError:
+    """Turn the library's words into ours; it says in them how large the vocabulary can or must be."""
+    asked = f"--vocab-size {vocab_size}" if vocab_size is not None else "the default vocabulary"
+    if at_most := re.search(r"to a value <= (\d+)", message):
+        return UserError(f"{asked} is larger than this text supports; the largest possible for {kind} is {at_most[1]}")
+    if at_least := re.search(r"required_chars. \d+ vs (\d+)", message):
+        return UserError(f"{asked} is too small for {kind}: its bytes and characters alone need {at_least[1]}")
+    return UserError(f"SentencePiece cannot train {kind} on this text with {asked}: {' '.join(message.split())}")

@@ -1,0 +1,152 @@
+"""One function over many items in several processes, results in the order of the items.
+
+Pipes instead of a shared queue: when the parent is killed, each worker reads the end of its pipe and ends too, and no
+worker can be left behind. The processes are spawned, as on macOS, so the function must be picklable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
+
+from llmtrain.errors import LlmtrainError, UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# How far results may run ahead of the one that is waited for, per worker: bounds memory when one item takes long.
+AHEAD = 4
+_NO_MORE = object()
+
+
+def ordered_map(
+    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Apply a function to items and yield the results in order; with one worker in this very process.
+
+    Args:
+        make_function: makes the function, once in each worker (it may load something large).
+        items: taken one by one, as workers become free.
+        workers: number of processes.
+
+    Raises:
+        LlmtrainError: what the function raised for the first item it failed on.
+        UserError: a worker was killed.
+    """
+    if workers == 1:
+        yield from map(make_function(), items)
+        return
+    with _started(make_function, workers) as connections:
+        yield from _deal(items, connections)
+
+
+def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
+    source = iter(items)
+    idle, busy = list(connections), dict[Connection, int]()
+    done = dict[int, Any]()
+    dealt = yielded = 0
+    exhausted = False
+    while busy or not exhausted:
+        # A worker gets an item only while it waits for one: were both to send at once, both would block.
+        while idle and not exhausted and dealt < yielded + AHEAD * len(connections):
+            item = next(source, _NO_MORE)
+            if item is _NO_MORE:
+                exhausted = True
+            else:
+                busy[idle[-1]] = dealt
+                _send(idle.pop(), item)
+                dealt += 1
+        for connection in _ready(busy):
+            done[busy.pop(connection)] = _receive(connection)
+            idle.append(connection)
+        while yielded in done:
+            failed, result = done.pop(yielded)
+            if failed:
+                raise result
+            yield result
+            yielded += 1
+
+
+def _ready(busy: dict[Connection, int]) -> list[Connection]:
+    return [c for c in wait(list(busy)) if isinstance(c, Connection)] if busy else []
+
+
+def _send(connection: Connection, item: object) -> None:
+    try:
+        connection.send(item)
+    except OSError as error:
+        raise _worker_died() from error
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError) as error:
+        raise _worker_died() from error
+
+
+def _worker_died() -> UserError:
+    return UserError("a worker process was killed (out of memory?); nothing was written; try fewer --workers")
+
+
+@contextmanager
+def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) -> Iterator[list[Connection]]:
+    """Start the workers, each at the other end of a pipe; end them all whatever happens."""
+    context = multiprocessing.get_context("spawn")
+    processes: list[SpawnProcess] = []
+    connections: list[Connection] = []
+    try:
+        with _interrupts_ignored():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(make_function, theirs), daemon=True)
+                process.start()
+                theirs.close()  # so that the end of the worker is the end of the pipe
+                connections.append(ours)
+                processes.append(process)
+        yield connections
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for connection in connections:
+            connection.close()
+        for process in processes:
+            process.join()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C goes to the whole terminal: children started here never see it, and the parent ends them instead."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _work(make_function: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:
+    """The life of a worker: answer each item with (failed, result) until the pipe ends."""
+    try:
+        function = make_function()
+        while True:
+            item = connection.recv()
+            try:
+                answer = (False, function(item))
+            except LlmtrainError as error:
+                answer = (True, error)
+            except Exception:
+                answer = (True, RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
+            connection.send(answer)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return

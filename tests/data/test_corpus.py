@@ -1,0 +1,184 @@
+"""Documents come out of every kind of source, in a fixed order, and what is wrong with a source is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks, find_files
+from llmtrain.errors import UserError
+
+
+def read(*inputs: object, chunk_bytes: int = 4 << 20, max_files: int | None = None, **options: object) -> list[str]:
+    return [text for _, text in numbered(*inputs, chunk_bytes=chunk_bytes, max_files=max_files, **options)[0]]
+
+
+def numbered(*inputs, chunk_bytes=4 << 20, max_files=None, **options):
+    reading, skipped = ReadOptions(**options), Counter()
+    files = find_files([str(path) for path in inputs], max_files)
+    found = [entry for chunk in cut_into_chunks(files, reading, chunk_bytes) for entry in chunk.read(reading, skipped)]
+    return found, skipped
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def write_parquet(path: Path, texts: list[str | None], column: str = "text", rows_per_group: int = 2) -> Path:
+    parquet.write_table(
+        pa.table({column: texts, "other": list(range(len(texts)))}), path, row_group_size=rows_per_group
+    )
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, text in {"z.txt": "last", "b/x.md": "middle", "a.txt": "first", ".git/h": "hidden", ".i": "too"}.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_folder_is_read_recursively_in_sorted_order_without_hidden_files(folder):
+    assert read(folder) == ["first", "middle", "last"]
+
+
+def test_glob_and_several_inputs_keep_the_order_of_the_inputs(folder):
+    assert read(folder / "*.txt", folder / "b") == ["first", "last", "middle"]
+    assert read(f"{folder}/**/*.md") == ["middle"]
+    assert read(folder, max_files=2) == ["first", "middle"]
+
+
+def test_text_is_kept_exactly_but_for_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeff a\r\n\tb\u2028é\n".encode())
+    assert read(tmp_path / "a.txt") == [" a\r\n\tb\u2028é\n"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("chunk_bytes", [1, 50, 4 << 20])
+def test_compressed_and_plain_files_give_the_same_documents(tmp_path, suffix, chunk_bytes):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    (tmp_path / f"a.txt{suffix}").write_bytes(pack("one\ntwo é".encode()))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(pack(jsonl(["three", "vier\n", "fünf"])))
+    assert read(tmp_path, chunk_bytes=chunk_bytes) == ["one\ntwo é", "three", "vier\n", "fünf"]
+
+
+def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
+    frames = [zstandard.ZstdCompressor().compress(jsonl([text])) for text in ("one", "two")]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert read(tmp_path) == ["one", "two"]
+
+
+def test_parquet_streams_the_text_column_by_row_group(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["a", "b", None, "é", ""], column="body")
+    found, skipped = numbered(path, text_field="body")
+    assert found == [(0, "a"), (1, "b"), (3, "é")]
+    assert skipped == {"empty documents": 2}
+    with pytest.raises(UserError, match=r"no column 'text' .it has: body, other"):
+        read(path)
+    with pytest.raises(UserError, match="column 'other' holds int64, not text"):
+        read(path, text_field="other")
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=30), data=st.data())
+def test_documents_and_ordinals_do_not_depend_on_where_chunks_are_cut(texts, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "a.jsonl").write_bytes(jsonl(texts))
+    write_parquet(folder / "b.parquet", [*texts, "x"])
+    for i, text in enumerate(texts[:5]):
+        (folder / f"c{i}.txt").write_bytes(text.replace("\0", "").encode())
+    whole = numbered(folder)
+    assert numbered(folder, chunk_bytes=data.draw(st.integers(1, 200))) == whole
+    ordinals = [ordinal for ordinal, _ in whole[0]]
+    assert ordinals == sorted(set(ordinals))
+    assert [text for _, text in whole[0]][: len([t for t in texts if t])] == [t for t in texts if t]
+
+
+def test_stdlib_is_sorted_python_source_without_tests():
+    files = find_files(["stdlib"])
+    assert len(files) > 300
+    assert [file.path for file in files] == sorted(file.path for file in files)
+    assert not any({"test", "tests", "site-packages"} & set(file.path.parts) for file in files)
+    assert any(file.path.name == "argparse.py" for file in files)
+    reading = ReadOptions()
+    assert sum(1 for chunk in cut_into_chunks(files[:50], reading) for _ in chunk.read(reading, Counter())) > 40
+
+
+def test_binary_files_in_a_folder_are_skipped_and_counted_but_refused_by_name(folder):
+    (folder / "image.png").write_bytes(b"\x89PNG\r\n\0\0")
+    found, skipped = numbered(folder)
+    assert len(found) == 3
+    assert skipped == {"binary files": 1}
+    with pytest.raises(UserError, match=r"image.png: a binary file .NUL byte at offset 6."):
+        read(folder / "image.png")
+
+
+def test_text_that_is_not_utf8_is_named_with_its_offset_or_skipped_on_request(folder):
+    (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 .byte 0xef at offset 2.*--skip-bad"):
+        read(folder)
+    found, skipped = numbered(folder, skip_bad=True)
+    assert len(found) == 3
+    assert skipped == {"bad files": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "x"', "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'{"body": "x"}', "no field 'text' .it has: body"),
+        (b'{"text": 7}', "field 'text' is no text"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+        (rb'{"text": "ab\ud800"}', "half of a surrogate pair at character 2"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 4 << 20])
+def test_a_broken_jsonl_line_is_named_with_its_number_or_counted(tmp_path, line, problem, chunk_bytes):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["one"]) + b"\n" + line + b"\n" + jsonl(["four"]).rstrip())
+    with pytest.raises(UserError, match=f"a.jsonl: line 3: {problem}"):
+        read(path, chunk_bytes=chunk_bytes)
+    found, skipped = numbered(path, chunk_bytes=chunk_bytes, skip_bad=True)
+    assert found == [(0, "one"), (3, "four")]
+    assert skipped == {"bad lines": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("missing.txt", "no such file or folder"),
+        ("missing/*.txt", "matches no file"),
+        ("empty_folder", "a folder without files"),
+        ("empty.txt", "the file is empty"),
+        ("cut.jsonl.gz", "damaged or truncated .gz file"),
+        ("cut.txt.zst", "damaged or truncated .zst file|Zstd|zstd"),
+        ("fake.parquet", "not a Parquet file"),
+    ],
+)
+def test_an_input_that_gives_nothing_is_refused_with_the_reason(tmp_path, monkeypatch, source, problem):
+    monkeypatch.chdir(tmp_path)
+    Path("empty_folder").mkdir()
+    Path("empty.txt").touch()
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(jsonl(["x" * 1000]))[:-12])
+    Path("cut.txt.zst").write_bytes(b"no frame at all")
+    Path("fake.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=problem):
+        read(source)
+
+
+def test_hugging_face_names_are_refused_until_they_are_supported():
+    with pytest.raises(UserError, match=r"hf:x/y: .*not supported yet"):
+        read("hf:x/y")

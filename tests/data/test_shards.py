@@ -1,0 +1,151 @@
+"""What is written is what is read: any documents, any shard size, any window; and damage is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data.shards import MANIFEST, FileInfo, Manifest, ShardWriter, TokenDataset, TokenizerInfo, verify_files
+from llmtrain.errors import CorruptError, UserError
+
+VOCAB = 100
+documents_of_ids = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), min_size=1, max_size=20)
+
+
+def write(folder: Path, documents: list[list[int]], shard_tokens: int, batch: int = 3, dtype: str = "uint16") -> Path:
+    """A prepared folder with one split, documents appended a few at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, "train", dtype, shard_tokens)
+    for start in range(0, len(documents), batch):
+        part = documents[start : start + batch]
+        lengths = np.array([len(document) for document in part], np.int64)
+        writer.append(np.concatenate([np.array(document) for document in part]), lengths, int(lengths.sum()))
+    tokenizer = TokenizerInfo(kind="none", vocab_size=VOCAB, sha256="0" * 64, files=())
+    manifest = Manifest(dtype=dtype, tokenizer=tokenizer, splits={"train": writer.close()}, recipe={})
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=documents_of_ids, shard_tokens=st.integers(1, 30), batch=st.integers(1, 5), data=st.data())
+def test_every_window_equals_the_plain_concatenation(documents, shard_tokens, batch, data, tmp_path_factory):
+    dtype = data.draw(st.sampled_from(["uint16", "uint32"]))
+    folder = write(tmp_path_factory.mktemp("shards"), documents, shard_tokens, batch, dtype)
+    stream = TokenDataset(folder).split("train")
+    plain = np.concatenate([np.array(document) for document in documents])
+    assert len(stream) == len(plain)
+    length = data.draw(st.integers(1, len(plain)))
+    starts = np.array(data.draw(st.lists(st.integers(0, len(plain) - length), max_size=10)), np.int64)
+    rows = stream.gather(starts, length)
+    assert rows.dtype == dtype
+    assert rows.tolist() == [plain[start : start + length].tolist() for start in starts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=documents_of_ids, shard_tokens=st.integers(1, 30), batch=st.integers(1, 5))
+def test_shards_are_full_but_the_last_and_ends_are_where_documents_end(
+    documents, shard_tokens, batch, tmp_path_factory
+):
+    folder = write(tmp_path_factory.mktemp("shards"), documents, shard_tokens, batch)
+    split = TokenDataset(folder).manifest.splits["train"]
+    sizes = [shard.tokens for shard in split.shards]
+    assert all(size == shard_tokens for size in sizes[:-1])
+    assert 0 < sizes[-1] <= shard_tokens
+    ends, start = [], 0
+    for shard in split.shards:
+        ends += (np.fromfile(folder / shard.ends.path, "<i8") + start).tolist()
+        start += shard.tokens
+    assert ends == np.cumsum([len(document) for document in documents]).tolist()
+    assert split.documents == len(documents) == sum(shard.documents for shard in split.shards)
+    assert verify_files(folder, TokenDataset(folder).manifest.files()) == []
+
+
+@settings(max_examples=20, deadline=None)
+@given(documents=documents_of_ids, data=st.data())
+def test_how_documents_are_batched_does_not_change_a_byte(documents, data, tmp_path_factory):
+    folders = [
+        write(tmp_path_factory.mktemp("shards"), documents, shard_tokens=7, batch=data.draw(st.integers(1, 9)))
+        for _ in range(2)
+    ]
+    one, other = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+    assert one == other
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    return write(tmp_path / "data", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], shard_tokens=4)
+
+
+def change_manifest(folder: Path, change) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    change(content["splits"]["train"]["shards"][0])
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("escape", ["../outside.bin", "/etc/hostname", "link.bin", "folder/inside.bin"])
+def test_a_manifest_that_names_a_path_outside_its_folder_is_refused(prepared, escape):
+    outside = prepared.parent / "outside.bin"
+    outside.write_bytes(b"12345678")
+    (prepared / "link.bin").symlink_to(outside)
+    (prepared / "folder").symlink_to(prepared.parent)
+    change_manifest(prepared, lambda shard: shard["ids"].update(path=escape))
+    with pytest.raises(CorruptError, match=f"names '{escape}', which lies outside the folder"):
+        TokenDataset(prepared)
+
+
+def test_a_truncated_or_missing_shard_is_named(prepared):
+    shard = prepared / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(CorruptError, match=r"train-00001.bin: has 6 bytes where the manifest says 8; truncated\?"):
+        TokenDataset(prepared).split("train")
+    shard.unlink()
+    with pytest.raises(CorruptError, match=r"train-00001.bin: cannot be read"):
+        TokenDataset(prepared).split("train")
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_its_shard_and_position(prepared):
+    ids = np.fromfile(prepared / "train-00001.bin", "<u2")
+    ids[2] = VOCAB
+    ids.tofile(prepared / "train-00001.bin")
+    stream = TokenDataset(prepared).split("train")
+    assert stream.gather(np.array([0]), 6).tolist() == [[1, 2, 3, 4, 5, 6]]
+    with pytest.raises(CorruptError, match=r"train-00001.bin: token id 100 at position 2 .*vocabulary of 100"):
+        stream.gather(np.array([0, 3]), 5)
+
+
+def test_changed_content_of_the_right_size_is_found_by_its_hash(prepared):
+    ids = np.fromfile(prepared / "train-00000.bin", "<u2")
+    ids[0] += 1
+    ids.tofile(prepared / "train-00000.bin")
+    (problem,) = verify_files(prepared, TokenDataset(prepared).manifest.files())
+    assert "train-00000.bin: content differs" in problem
+
+
+def test_a_folder_without_manifest_or_with_a_broken_one_is_refused(prepared):
+    with pytest.raises(UserError, match="no split 'val'; it has train"):
+        TokenDataset(prepared).split("val")
+    change_manifest(prepared, lambda shard: shard.update(tokens=-1))
+    with pytest.raises(CorruptError, match=r"splits.train.shards.0.tokens: .*prepare the data again"):
+        TokenDataset(prepared)
+    (prepared / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"not prepared data .no manifest.json in it"):
+        TokenDataset(prepared)
+    with pytest.raises(UserError, match="no such folder"):
+        TokenDataset(prepared / "nowhere")
+
+
+def test_the_fingerprint_follows_the_tokens_and_not_the_recipe(tmp_path):
+    one = TokenDataset(write(tmp_path / "a", [[1, 2], [3]], 10)).manifest
+    same = one.model_copy(update={"recipe": {"other": True}})
+    other = TokenDataset(write(tmp_path / "b", [[1, 2], [4]], 10)).manifest
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+def test_file_info_refuses_what_is_no_hash():
+    with pytest.raises(ValueError, match="sha256"):
+        FileInfo(path="x", bytes=1, sha256="../x")
