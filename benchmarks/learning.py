@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning --text book.txt --nanogpt DIR [--repeats 1]
 
-nanoGPT runs by its own code from DIR with the flags of its README for a CPU (0.8M parameters, length 64, batch 12, 2,000
-steps, characters). llmtrain runs `configs/char.yaml` as shipped. Both split the text 90 : 10 at the same place, so the
+nanoGPT runs by its own code from DIR with the flags of its README for a CPU (0.8M parameters, length 64, batch 12,
+2,000 steps, characters). llmtrain runs `configs/char.yaml` as shipped. Both split the text 90 : 10 at the same place, so the
 validation characters are the same; nanoGPT estimates its loss over 200 random batches, llmtrain counts every window.
 Wall time is that of the whole process.
 """
@@ -63,7 +63,8 @@ def llmtrain(text_file: Path, folder: Path, seed: int, overrides: list[str]) -> 
     settings = [f"data.path={data}", f"run.dir={folder / 'run'}", f"run.seed={seed}", "training.eval_every=2000"]
     settings += ["training.eval_batches=null", *overrides]
     began = time.perf_counter()
-    subprocess.run([*module, "train", "--config", ROOT / "configs/char.yaml", *settings], check=True, capture_output=True)
+    config = ROOT / "configs/char.yaml"
+    subprocess.run([*module, "train", "--config", config, *settings], check=True, capture_output=True)
     seconds = time.perf_counter() - began
     last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2000

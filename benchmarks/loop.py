@@ -53,7 +53,7 @@ def main() -> None:
                 },
                 "checkpoint": {"save_every": None},
                 "logging": {"plots": False},
-            }  # fmt: skip
+            }
         )
         ours, bare = the_loop(config, args.steps), bare_loop(config, args.steps)
         measures = alternate({"llmtrain": ours, "bare PyTorch": bare}, args.rounds)

@@ -49,16 +49,7 @@ def assemble(config: RunConfig) -> Assembly:
     """
     data = TokenDataset(config.data.path)
     stream = data.split("train")
-    device = pick_device()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = resolve(
-        config,
-        vocab_size=data.manifest.tokenizer.vocab_size,
-        train_tokens=len(stream),
-        world_size=world_size,
-        bf16_native=computes_bf16_natively(device),
-        compile_auto=device.type == "cuda",
-    )
+    config = resolve_here(config, data.manifest.tokenizer.vocab_size, len(stream))
     stride = config.data.stride or config.data.seq_len
     train = Windows(stream, config.data.seq_len, stride)
     val = None
@@ -85,6 +76,23 @@ def assemble(config: RunConfig) -> Assembly:
     model.init_weights()
     engine.prepare(model, lambda placed: make_optimizer(placed, config.optimizer))
     return Assembly(config, data, train, val, layout, engine)
+
+
+def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int) -> RunConfig:
+    """Resolve the config against the data and this machine.
+
+    Raises:
+        UserError: the config contradicts one of them.
+    """
+    device = pick_device()
+    return resolve(
+        config,
+        vocab_size=vocab_size,
+        train_tokens=train_tokens,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        bf16_native=computes_bf16_natively(device),
+        compile_auto=device.type == "cuda",
+    )
 
 
 def describe(parts: Assembly) -> dict[str, str]:

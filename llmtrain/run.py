@@ -24,6 +24,7 @@ from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import DivergedError, Stopped, UserError
 from llmtrain.health.signals import StopSignals
 from llmtrain.model.sampling import SamplingOptions, sample
+from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
 from llmtrain.observe.observer import NullObserver, Observer
 from llmtrain.observe.provenance import append_launch, provenance
@@ -58,6 +59,10 @@ class Run:
         self._prompts = [(prompt, self._tokenizer.encode(prompt).tolist()) for prompt in prompts]
         self.observer = self._open_folder()
         self.observer.load_state(self.progress.observer)
+        self.ledger = None
+        if self.config.logging.sample_ledger:
+            self.engine.barrier()  # rank 0 has made the folder
+            self.ledger = SampleLedger(self.dir, self.engine.rank, self.progress.step, self.config.run.seed)
         if reader:
             self.observer.message(f"going on from {reader.folder} after step {self.progress.step:,}")
             for line in differences:
@@ -142,16 +147,15 @@ class Run:
             for prompt, ids in self._prompts:
                 prompt_BS = torch.tensor([ids], device=self.engine.device)
                 options = SamplingOptions(temperature=0.8, vocab_size=self._tokenizer.vocab_size)
-                tokens = sample(model, prompt_BS, options, seed=self.config.run.seed)
+                tokens = sample(model, prompt_BS, options, seeds=[self.config.run.seed])
                 written = [int(t) for t in itertools.islice(tokens, self.config.training.sample_tokens)]
                 self.observer.sample(self.progress.step, prompt, self._tokenizer.decode(written))
 
     def save(self, *links: str) -> None:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
-        meter = self.meter.state()
-        if not math.isfinite(meter["loss_sum"]):
-            raise self._diverged(f"loss {meter['loss_sum']}")
-        self.progress.meter, self.progress.observer = meter, self.observer.state()
+        if not self.meter.is_finite():
+            raise self._diverged("a loss or a gradient norm since the last record is not a number")
+        self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         with self.meter.paused():
             self.store.save(self.engine, self.progress.to_dict(), links)
 

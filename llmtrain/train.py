@@ -42,7 +42,9 @@ def train(run: Run, signals: StopSignals) -> None:
         loss_sum = accumulate(engine, batch, training.micro_batch_size)
         grad_norm = engine.step(lr)
         progress.advance(batch.end, batch.target_count)
-        run.meter.add(loss_sum, batch.target_count)
+        run.meter.add(loss_sum, grad_norm, batch.target_count)
+        if run.ledger:
+            run.ledger.write(progress.step, batch)
 
         validation = run.validate() if run.due(training.eval_every) else None
         is_best = validation is not None and progress.validated(validation.loss)

@@ -22,13 +22,13 @@ from llmtrain.data.tokenizer import fit_tokenizer, tokenizer_info
 hypothesis.settings.register_profile("llmtrain", deadline=None)
 hypothesis.settings.load_profile("llmtrain")
 
-WORDS = "the cat sat on a mat and then it ran to see who had come home with fish for tea".split()
+SENTENCE = "the cat sat on a mat and then it ran to see who had come home with fish for tea"
 
 
 def prose(characters: int, seed: int = 0) -> str:
     """Text with something to learn: words from a small list, sentences, lines."""
     generator = np.random.default_rng(seed)
-    words = generator.choice(WORDS, characters // 3)
+    words = generator.choice(SENTENCE.split(), characters // 3)
     sentences = [" ".join(words[i : i + 9]).capitalize() + ".\n" for i in range(0, len(words), 9)]
     return "".join(sentences)[:characters]
 

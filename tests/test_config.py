@@ -123,6 +123,22 @@ def test_numbers_keep_their_value_in_any_spelling(lr: float, exponent: int) -> N
         assert make_config(raw).optimizer.lr == float(text)
 
 
+SMALL = ("debug", "char", "demo", "10m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_configs_take_a_real_step(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmtrain.train import main
+
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    prompts = "training.sample_prompts=[the]"
+    main(["--config", str(path), f"data.path={data}", f"run.dir={tmp_path / 'run'}", prompts, "--dry-run"])
+    assert "all checks passed" in capsys.readouterr().out
+
+
 SHIPPED = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
 

@@ -227,6 +227,17 @@ def test_every_sample_comes_once_an_epoch_when_the_batch_size_changes_on_the_way
     assert records(folder)[-1]["tokens"] == 187 * 64
 
 
+def test_the_ledger_shows_every_sample_once_an_epoch_also_after_a_resume(config_dict: Config) -> None:
+    base = merged(config_dict, training={"max_steps": None, "epochs": 2}, logging={"sample_ledger": True})
+    with pytest.raises(Stopped):
+        run(base, "training.stop_after=33")
+    folder = run(base)
+    lines = [json.loads(line) for line in (folder / "samples-rank00000.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 49))
+    for epoch in (lines[:24], lines[24:]):
+        assert sorted(i for line in epoch for i in line["ids"]) == list(range(187))
+
+
 def test_the_run_folder_holds_what_is_promised(config_dict: Config) -> None:
     folder = run(merged(config_dict, logging={"plots": True}, training={"sample_every": 15, "sample_tokens": 10}))
     names = {path.name for path in folder.iterdir()}
@@ -412,8 +423,8 @@ def test_errors_of_the_user_are_one_line_and_exit_2(llmtrain: Command, config_di
 
 def test_divergence_is_exit_3_and_leaves_the_good_checkpoints(config_dict: Config, tmp_path: Path) -> None:
     config = merged(
-        config_dict, optimizer={"name": "sgd", "lr": 1e30, "clip_norm": None}, schedule={"warmup_steps": 0, "min_lr": 0.0},
-        checkpoint={"save_every": 2}, logging={"every": 1},
+        config_dict, optimizer={"name": "sgd", "lr": 1e30, "clip_norm": None},
+        schedule={"warmup_steps": 0, "min_lr": 0.0}, checkpoint={"save_every": 1}, logging={"every": 7},
     )  # fmt: skip
     with pytest.raises(LlmtrainError, match="diverged") as error:
         run(config)

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmtrain.data.shards import FileInfo, check_inside, hash_file, verify_files
+from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError
 
@@ -175,9 +175,9 @@ class CheckpointReader:
         self._tensors: dict[str, TensorInfo] | None = None
         self._open: dict[str, Any] = {}
 
-    def verify(self) -> list[str]:
+    def verify(self, report: Report = lambda _bytes: None) -> list[str]:
         """Check the size and hash of every file, in parallel; return one line for each that is wrong."""
-        return verify_files(self.folder, list(self.manifest.files))
+        return verify_files(self.folder, list(self.manifest.files), report)
 
     def state(self) -> dict[str, Any]:
         """The parsed `state.json`."""

@@ -34,11 +34,12 @@ class AccelerateEngine:
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
 
-    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None) -> None:
         """Move the model to the device, compile its blocks where asked, wrap it for DDP where there are ranks."""
         model.to(self.device)
         self._bare = model
-        self._optimizer = make_optimizer(model)
+        # Plain SGD holds nothing beside the weights, so it stands for no optimizer.
+        self._optimizer = make_optimizer(model) if make_optimizer else torch.optim.SGD(model.parameters(), lr=0.0)
         if self._compile is True:
             # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
             for block in model.blocks:

@@ -43,8 +43,8 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
-        """Take the model, put it in place, and build its optimizer."""
+    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None) -> None:
+        """Take the model, put it in place, and build its optimizer; None: it is only used, not trained."""
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Loss summed over the targets (float32 scalar), in the run's precision."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmtrain.model.transformer import KVCache, Transformer
+
+# Colder than this, float32 probabilities are one and zeros, and a division by the temperature may overflow.
+COLDEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,13 @@ class SamplingOptions:
     vocab_size: int | None = None  # ids from here on are padding of the model's vocabulary and never chosen
 
 
-def choose(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generator) -> Tensor:
-    """Pick one id for each row: (B, V) logits → (B,) int64.
+def choose(logits_BV: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> Tensor:
+    """Pick one id for each row, by the row's own (CPU) generator: (B, V) logits → (B,) int64.
 
     Top-k keeps the k most likely; top-p then keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
     """
     logits_BV = logits_BV.float()[:, : options.vocab_size]
-    if options.temperature == 0:
+    if options.temperature < COLDEST:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / options.temperature
     if options.top_k is not None and options.top_k < logits_BV.shape[-1]:
@@ -40,11 +43,12 @@ def choose(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generat
         outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= options.top_p)
         probabilities_BV = probabilities_BV.masked_fill(outside_BV, 0.0)
     # Drawn on the CPU, so that a seed means the same text on any device.
-    return torch.multinomial(probabilities_BV.cpu(), 1, generator=generator).squeeze(-1).to(logits_BV.device)
+    rows = zip(probabilities_BV.cpu(), generators, strict=True)
+    return torch.cat([torch.multinomial(row_V, 1, generator=own) for row_V, own in rows]).to(logits_BV.device)
 
 
 @torch.no_grad()
-def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seed: int) -> Iterator[Tensor]:
+def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seeds: Sequence[int]) -> Iterator[Tensor]:
     """Yield one (B,) tensor of next ids after another, endlessly.
 
     When the context is full, its newer half is read again as a new context: text goes on at the price of one longer
@@ -54,15 +58,15 @@ def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seed
         model: in evaluation mode.
         prompt_BS: int64 ids, at least one; only the last `model.seq_len` are read.
         options: how to choose.
-        seed: of the choices.
+        seeds: one for each row: what is chosen for a row does not depend on the rows beside it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     context_BS = prompt_BS[:, -model.seq_len :]
     cache = KVCache(model.seq_len)
     pending_BS = context_BS
     while True:
         logits_BSV = model.head(model.hidden(pending_BS, cache)[:, -1:])
-        ids_B = choose(logits_BSV[:, -1], options, generator)
+        ids_B = choose(logits_BSV[:, -1], options, generators)
         yield ids_B
         pending_BS = ids_B[:, None]
         context_BS = torch.cat((context_BS, pending_BS), dim=1)

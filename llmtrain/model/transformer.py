@@ -230,7 +230,7 @@ class Transformer(nn.Module):
                     raise TypeError(f"no initialisation for {type(module).__name__}")
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "ff.down.weight")):
-                weight *= residual_scale
+                weight.mul_(residual_scale)
         if self.rotation is not None:
             self.rotation.copy_(rotation_table(self.seq_len, self.config.head_dim, self.config.rope_theta))
 

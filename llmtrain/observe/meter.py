@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,15 @@ class Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self._loss_sum = torch.zeros((), device=engine.device)
+        self._gradient_fault = torch.zeros((), device=engine.device)
         self._targets = 0
         self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
 
-    def add(self, loss_sum: torch.Tensor, targets: int) -> None:
-        """Add one optimizer step: this rank's loss sum (stays on the device), the global batch's target tokens."""
+    def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, targets: int) -> None:
+        """Add one optimizer step: this rank's loss sum, the gradient norm, the global batch's target tokens."""
         self._loss_sum += loss_sum
+        self._gradient_fault += grad_norm * 0  # 0 as long as every norm is finite, NaN ever after
         self._targets += targets
         self._timed_targets += targets
         self._timed_steps += 1
@@ -70,6 +73,10 @@ class Meter:
         self._targets = self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
         return record
+
+    def is_finite(self) -> bool:
+        """Whether every loss since the last record and every gradient norm of this launch was a number."""
+        return math.isfinite(self._engine.sum(self._loss_sum + self._gradient_fault).item())
 
     def state(self) -> dict[str, float]:
         """The sums of an unfinished interval, over all ranks, exact in JSON."""

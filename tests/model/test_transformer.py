@@ -34,7 +34,7 @@ def shake(model: Transformer) -> Transformer:
     """Move every parameter off its special first value, so that nothing is zero or one."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
 
 
@@ -119,7 +119,8 @@ def test_results_equal_those_of_transformers_llama(kv_heads: int, tie: bool) -> 
         )
     ).eval()  # fmt: skip
     names = {
-        "embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
+        "embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
         "attention_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "attention.q": "self_attn.q_proj",
         "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
         "ff.gate": "mlp.gate_proj", "ff.up": "mlp.up_proj", "ff.down": "mlp.down_proj",

@@ -1,0 +1,28 @@
+"""The sample ledger: which samples each rank consumed at each step, so that anyone can check that none was repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from llmtrain.data.batches import Batch
+from llmtrain.data.order import sample_ids
+from llmtrain.observe.files import LineAppender, rewind
+
+
+class SampleLedger:
+    """Appends `{"step": s, "ids": [window, …]}` to `samples-rankNNNNN.jsonl`; forgets what lies beyond the resume."""
+
+    def __init__(self, run_dir: Path, rank: int, resume_step: int, seed: int):
+        self._seed = seed
+        path = run_dir / f"samples-rank{rank:05d}.jsonl"
+        rewind(path, resume_step)
+        self._file = LineAppender(path)
+
+    def write(self, step: int, batch: Batch) -> None:
+        """Record this rank's share of the batch that step `step` trained on."""
+        positions = np.concatenate(batch.layout.rank_positions(batch.begin))
+        ids = sample_ids(positions, batch.layout.windows, self._seed)
+        self._file.append(json.dumps({"step": step, "ids": ids.tolist()}))

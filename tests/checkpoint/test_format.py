@@ -1,0 +1,145 @@
+"""The checkpoint format: any slices in, any slices out; every flipped byte is found; no name leads outside."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.store import open_verified
+from llmtrain.engine import Fragment
+from llmtrain.errors import CorruptError
+
+
+def write(folder: Path, ranks: list[list[Fragment]], step: int = 1) -> Path:
+    """A committed checkpoint in which each rank holds the given fragments."""
+    folder.mkdir(parents=True)
+    for rank, fragments in enumerate(ranks):
+        fmt.write_rank(folder, rank, fragments)
+    fmt.write_file(folder / fmt.STATE, json.dumps({"step": step}))
+    files = [fmt.describe_file(folder, path) for path in sorted(folder.iterdir())]
+    manifest = fmt.CheckpointManifest(
+        step=step, engine="test", world_size=len(ranks), data_fingerprint="d", tokenizer_sha256="t",
+        llmtrain_version="0", torch_version="0", files=tuple(files),
+    )  # fmt: skip
+    fmt.commit(folder, manifest)
+    return folder
+
+
+def cut(values: torch.Tensor, borders: list[int]) -> list[Fragment]:
+    """Slices of a flat tensor between the borders."""
+    edges = sorted({0, *borders, values.numel()})
+    return [Fragment("model/w", (values.numel(),), a, values[a:b].clone()) for a, b in itertools.pairwise(edges)]
+
+
+@given(
+    size=st.integers(1, 60), saved=st.lists(st.integers(0, 60), max_size=4), asked=st.tuples(*[st.integers(0, 60)] * 2)
+)
+def test_any_slice_is_read_back_however_it_was_cut(
+    tmp_path_factory: pytest.TempPathFactory, size: int, saved: list[int], asked: tuple[int, int]
+) -> None:
+    values = torch.arange(size, dtype=torch.float32)
+    ranks = [[fragment] for fragment in cut(values, [min(b, size) for b in saved])]
+    reader = fmt.CheckpointReader(write(tmp_path_factory.mktemp("c") / "step-00000001", ranks))
+    low, high = sorted(min(a, size) for a in asked)
+    wanted = Fragment("model/w", (size,), low, torch.empty(high - low))
+    assert torch.equal(reader.read(wanted), values[low:high])
+
+
+def tensors() -> list[Fragment]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Fragment("model/a", (3, 5), 0, torch.randn(15, generator=generator)),
+        Fragment("model/b", (7,), 0, torch.randn(7, generator=generator).bfloat16()),
+        Fragment("optimizer/a/step", (), 0, torch.tensor([4.0])),
+    ]
+
+
+def test_the_files_are_ordinary_safetensors(tmp_path: Path) -> None:
+    folder = write(tmp_path / "step-00000001", [tensors()])
+    loaded = load_file(folder / "rank00000.safetensors")
+    assert {name: value.tolist() for name, value in loaded.items()} == {
+        f"{f.name}@0": f.values.tolist() for f in tensors()
+    }
+
+
+def test_a_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", [tensors()])
+    open_verified(whole)
+    for path in sorted(whole.iterdir()):
+        size = path.stat().st_size
+        for offset in {0, size // 2, size - 1}:
+            damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+            content = bytearray((damaged / path.name).read_bytes())
+            content[offset] ^= 1
+            (damaged / path.name).write_bytes(content)
+            with pytest.raises(CorruptError):
+                open_verified(damaged)
+            shutil.rmtree(damaged)
+
+
+def test_a_missing_or_truncated_file_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", [tensors()])
+    (folder / "rank00000.safetensors").unlink()
+    with pytest.raises(CorruptError, match=r"rank00000\.safetensors: cannot be read"):
+        open_verified(folder)
+    folder = write(tmp_path / "b", [tensors()])
+    with (folder / fmt.STATE).open("r+b") as file:
+        file.truncate(2)
+    with pytest.raises(CorruptError, match=r"state\.json: has 2 bytes"):
+        open_verified(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "link/passwd"])
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "step-00000001", [tensors()])
+    (folder / "link").symlink_to("/etc")
+    manifest = json.loads((folder / fmt.MANIFEST).read_text())
+    manifest["files"][0]["path"] = name
+    fmt.commit(folder, fmt.CheckpointManifest.model_validate(manifest))
+    with pytest.raises(CorruptError, match="outside the folder"):
+        fmt.CheckpointReader(folder)
+
+
+def test_what_does_not_fit_is_refused_with_a_reason(tmp_path: Path) -> None:
+    reader = fmt.CheckpointReader(write(tmp_path / "a", [tensors()]))
+    with pytest.raises(CorruptError, match="holds no 'model/none'"):
+        reader.read(Fragment("model/none", (1,), 0, torch.empty(1)))
+    with pytest.raises(CorruptError, match=r"has shape \(3, 5\), the run wants \(5, 3\)"):
+        reader.read(Fragment("model/a", (5, 3), 0, torch.empty(15)))
+    gap = [Fragment("model/w", (10,), 0, torch.zeros(4)), Fragment("model/w", (10,), 6, torch.zeros(4))]
+    reader = fmt.CheckpointReader(write(tmp_path / "b", [[fragment] for fragment in gap]))
+    with pytest.raises(CorruptError, match="gaps: 8 of 10"):
+        reader.read(Fragment("model/w", (10,), 0, torch.empty(10)))
+
+
+def test_a_file_with_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
+    """Whoever can write the folder can write matching hashes; even then nothing is unpickled."""
+    import os
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'exploded'}",)
+
+    folder = write(tmp_path / "step-00000001", [tensors()])
+    (folder / "rank00000.safetensors").write_bytes(pickle.dumps(Bomb()))
+    record = fmt.RankRecord.model_validate_json((folder / "rank00000.json").read_text())
+    info = fmt.describe_file(folder, folder / "rank00000.safetensors")
+    fmt.write_file(folder / "rank00000.json", record.model_copy(update={"file": info}).model_dump_json())
+    paths = [p for p in sorted(folder.iterdir()) if p.name not in (fmt.MANIFEST, fmt.MARKER)]
+    files = tuple(fmt.describe_file(folder, path) for path in paths)
+    before = fmt.CheckpointReader(folder).manifest
+    fmt.commit(folder, before.model_copy(update={"files": files}))
+    reader = open_verified(folder)
+    with pytest.raises(CorruptError, match="cannot be read"):
+        reader.read(tensors()[0])
+    assert not (tmp_path / "exploded").exists()

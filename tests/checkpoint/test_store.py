@@ -1,0 +1,179 @@
+"""The checkpoints of a run folder: what exists, what is kept, what is cleaned up, and failing saves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.assemble import Assembly, assemble
+from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.store import (
+    CheckpointStore,
+    clear_way,
+    committed_steps,
+    find_checkpoint,
+    newest_good,
+    point,
+    pointed,
+    step_folder,
+)
+from llmtrain.config import CheckpointSection, make_config
+from llmtrain.errors import CorruptError, UserError
+
+
+@pytest.fixture
+def parts(config_dict: dict[str, Any]) -> Any:
+    assembled = assemble(make_config(config_dict))
+    yield assembled
+    assembled.engine.close()
+
+
+def store_of(parts: Assembly, folder: Path, **settings: Any) -> CheckpointStore:
+    section = CheckpointSection(**settings)
+    return CheckpointStore(folder, section, parts.config.to_yaml(), parts.data.manifest, parts.data.path)
+
+
+def save(store: CheckpointStore, parts: Assembly, step: int, *links: str) -> None:
+    store.save(parts.engine, {"step": step}, links)
+    store.wait()
+
+
+def test_kept_are_the_last_the_best_the_final_and_every_nth(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path, keep_last=2, keep_every=40)
+    for step in range(10, 101, 10):
+        save(store, parts, step, *(["best"] if step == 30 else []))
+    assert committed_steps(tmp_path) == [30, 40, 80, 90, 100]
+    assert pointed(tmp_path, "best") == step_folder(tmp_path, 30)
+    assert pointed(tmp_path, "latest") == step_folder(tmp_path, 100)
+    save(store, parts, 110, "best")
+    assert committed_steps(tmp_path) == [40, 80, 100, 110]
+
+
+def test_a_checkpoint_comes_back_slice_by_slice(parts: Assembly, tmp_path: Path) -> None:
+    save(store_of(parts, tmp_path), parts, 1)
+    before = {f.name: f.values.clone() for f in parts.engine.fragments()}
+    for fragment in parts.engine.fragments():
+        fragment.values.zero_()
+    reader = newest_good(tmp_path, print)
+    assert reader is not None
+    parts.engine.load(reader.read, optimizer=False)
+    after = {f.name: f.values for f in parts.engine.fragments()}
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_without_marker_it_does_not_exist_and_is_cleaned_up_with_a_word(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path)
+    for step in (1, 2, 3):
+        save(store, parts, step)
+    (step_folder(tmp_path, 2) / fmt.MARKER).unlink()
+    assert committed_steps(tmp_path) == [1, 3]
+    said: list[str] = []
+    clear_way(tmp_path, 1, said.append)
+    assert len(said) == 2
+    assert committed_steps(tmp_path) == [1]
+    assert not step_folder(tmp_path, 2).exists()
+    assert len(list(tmp_path.glob("step-00000003.aside-*"))) == 1  # whole, so renamed and not deleted
+
+
+def test_the_newest_good_one_is_found_behind_damaged_ones(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path)
+    for step in (1, 2, 3):
+        save(store, parts, step)
+    for step, name in ((2, fmt.STATE), (3, "rank00000.safetensors")):
+        with (step_folder(tmp_path, step) / name).open("r+b") as file:
+            file.truncate(10)
+    said: list[str] = []
+    reader = newest_good(tmp_path, said.append)
+    assert reader is not None
+    assert reader.manifest.step == 1
+    assert len(said) == 2
+    (step_folder(tmp_path, 1) / fmt.MANIFEST).write_text("{}")
+    with pytest.raises(CorruptError, match="none of its 3 checkpoints is good"):
+        newest_good(tmp_path, said.append)
+    assert newest_good(tmp_path / "empty", said.append) is None
+
+
+def test_a_failing_save_is_reported_and_leaves_earlier_ones(parts: Assembly, tmp_path: Path) -> None:
+    """The next folder's name is taken by a file: mkdir fails as it would on a broken file system."""
+    store = store_of(parts, tmp_path)
+    save(store, parts, 1)
+    step_folder(tmp_path, 2).write_text("in the way")
+    store.save(parts.engine, {"step": 2}, ())
+    with pytest.raises(UserError, match="earlier checkpoints are intact"):
+        store.wait()
+    assert committed_steps(tmp_path) == [1]
+    save(store, parts, 3)  # a failure is over once it was told
+    assert committed_steps(tmp_path) == [1, 3]
+
+
+def test_paths_of_the_verbs(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path)
+    save(store, parts, 1, "best")
+    save(store, parts, 2)
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 1)
+    assert find_checkpoint(step_folder(tmp_path, 2)) == step_folder(tmp_path, 2)
+    (tmp_path / "best").unlink()
+    assert find_checkpoint(tmp_path) == step_folder(tmp_path, 2)
+    for nothing in (tmp_path / "none", tmp_path / "best"):
+        with pytest.raises(UserError, match="give a run folder"):
+            find_checkpoint(nothing)
+
+
+def test_links_are_small_files_where_links_fail(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store_of(parts, tmp_path), parts, 1)
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    point(tmp_path, "best", "step-00000001")
+    assert (tmp_path / "best").read_text() == "step-00000001\n"
+    assert pointed(tmp_path, "best") == step_folder(tmp_path, 1)
+
+
+def test_a_link_cannot_lead_out_of_the_run_folder(parts: Assembly, tmp_path: Path) -> None:
+    save(store_of(parts, tmp_path / "other"), parts, 7)
+    save(store_of(parts, tmp_path / "run"), parts, 1)
+    (tmp_path / "run" / "best").symlink_to("../other/step-00000007")
+    assert pointed(tmp_path / "run", "best") is None
+
+
+@pytest.mark.slow
+def test_two_processes_save_their_parts_and_one_resumes(config_dict: dict[str, Any], tmp_path: Path) -> None:
+    """Data parallel over two real processes: the same losses as one, and a checkpoint that one process goes on from."""
+    import sys
+
+    import yaml
+
+    from tests.conftest import records
+
+    launch = tmp_path / "ddp.yaml"
+    launch.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(config_dict))
+
+    def train(*arguments: str, processes: int) -> Path:
+        module = ["-m", "llmtrain.train", "--config", str(config), *arguments]
+        two = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
+        command = [sys.executable, *(two if processes == 2 else []), *module]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert result.returncode == 0 or "training.stop_after" in result.stderr, result.stderr[-2000:]
+        return Path(arguments[0].removeprefix("run.dir="))
+
+    whole = train(f"run.dir={tmp_path / 'whole'}", processes=1)
+    mixed = train(f"run.dir={tmp_path / 'mixed'}", "training.stop_after=14", processes=2)
+    assert sorted(path.name for path in (mixed / "step-00000014").glob("rank*.safetensors")) == [
+        "rank00000.safetensors", "rank00001.safetensors",
+    ]  # fmt: skip
+    train(f"run.dir={mixed}", processes=1)
+    for a, b in zip(records(whole), records(mixed), strict=True):
+        assert a["step"] == b["step"]
+        # The gradient is summed in another order: float32 rounding, grown over 30 steps.
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["tokens"] == b["tokens"]
