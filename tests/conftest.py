@@ -17,6 +17,7 @@ import torch
 
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter
 from llmtrain.data.tokenizer import fit_tokenizer, tokenizer_info
+from llmtrain.errors import run_main
 
 # Machines differ in speed; a property does not.
 hypothesis.settings.register_profile("llmtrain", deadline=None)
@@ -61,8 +62,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config_dict(data: Path, tmp_path: Path) -> dict[str, Any]:
     """A run that takes a second or two: 187 windows of 64, 24 steps an epoch, float32."""
+    return small_config(data, tmp_path / "run")
+
+
+def small_config(data: Path, run_dir: Path) -> dict[str, Any]:
+    """The config of `config_dict`, for any data and run folder."""
     return {
-        "run": {"dir": str(tmp_path / "run")},
+        "run": {"dir": str(run_dir)},
         "data": {"path": str(data), "seq_len": 64},
         "model": {"dim": 32, "layers": 2, "heads": 2},
         "optimizer": {"lr": 3e-3},
@@ -74,6 +80,18 @@ def config_dict(data: Path, tmp_path: Path) -> dict[str, Any]:
         "checkpoint": {"save_every": 10},
         "logging": {"every": 4, "plots": False},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run (checkpoints at steps 10, 20 and 30); tests copy it before they change it."""
+    from llmtrain.train import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(small_config(data, folder / "run")))
+    main(["--config", str(config)])
+    return folder / "run"
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +114,27 @@ def llmtrain(tmp_path: Path) -> Command:
         return subprocess.run(command, env=environment, check=False, **options)
 
     return run
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a verb's `main` in this process as the command does; return its exit code, stdout and stderr."""
+
+    def run(main: Callable[[list[str]], None], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_main(main, [str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def is_one_clear_line(stderr: str) -> bool:
+    """Whether a foreseen end was told as the contract says: one line, no traceback."""
+    return stderr.startswith("llmtrain: error: ") and stderr.count("\n") == 1 and stderr.endswith("\n")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

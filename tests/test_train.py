@@ -316,6 +316,7 @@ def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> Non
     for precision in ("fp32", "bf16"):
         config = merged(config_dict, run={"dir": str(tmp_path / precision)}, training={"precision": precision})
         results.append(records(run(config)))
+    assert results[0][0]["train_loss"] != results[1][0]["train_loss"]  # it really is another arithmetic
     # bf16 keeps 8 bits: relative error 2^-9 for each product, averaging out over thousands of targets.
     assert results[0][-1]["train_loss"] == pytest.approx(results[1][-1]["train_loss"], rel=2**-7)
     saved = weights(tmp_path / "bf16", 30)
