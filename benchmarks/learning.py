@@ -3,8 +3,9 @@
     python -m benchmarks.learning --text book.txt --nanogpt DIR [--repeats 1]
 
 nanoGPT runs by its own code from DIR with the flags of its README for a CPU: 0.8M parameters, length 64, batch 12,
-2,000 steps, characters. llmtrain runs `configs/char.yaml` as shipped. Both split the text 90 : 10 at the same place, so the
-validation characters are the same; nanoGPT estimates its loss over 200 random batches, llmtrain counts every window.
+2,000 steps, characters. llmtrain runs `configs/char.yaml` as shipped. Both split the text 90 : 10 at the same place, so
+the validation characters are the same; nanoGPT estimates its loss over 200 random batches, llmtrain counts all of
+them.
 Wall time is that of the whole process.
 """
 

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from llmtrain import __version__
+from llmtrain.arguments import VerbParser, fraction, positive_int
 from llmtrain.data.corpus import ReadOptions, SourceFile, cut_into_chunks, digest, find_files
 from llmtrain.data.encode import ChunkEncoder, Division, SplitName
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, read_manifest
@@ -314,28 +315,6 @@ def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Bad flags end like any other bad input: one line, exit 2."""
-        raise UserError(f"{message} (llmtrain prepare --help explains the options)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0 and under 1, not '{text}'")
-    return value
-
-
 def _augmentations(text: str) -> tuple[str, ...]:
     kinds = tuple(dict.fromkeys(kind.strip() for kind in text.split(",") if kind.strip()))
     if unknown := set(kinds) - set(AUGMENTATIONS):
@@ -344,11 +323,10 @@ def _augmentations(text: str) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="llmtrain prepare",
-        description="Turn text into token shards, with a tokenizer fitted on the training part.",
-        epilog="example:\n  llmtrain prepare --input books/ --input 'web/*.jsonl.zst' --tokenizer bbpe --out data/mine",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = VerbParser(
+        "prepare",
+        "Turn text into token shards, with a tokenizer fitted on the training part.",
+        "llmtrain prepare --input books/ --input 'web/*.jsonl.zst' --tokenizer bbpe --out data/mine",
     )
     _add_flags(parser.add_argument, Options())
     return parser
@@ -371,13 +349,13 @@ def _add_flags(add: Callable[..., Any], default: Options) -> None:
     )
     add(
         "--vocab-size",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help=f"exactly so many ids (default: {DEFAULT_VOCAB_SIZE}, or what the text supports)",
     )
     add(
         "--val-split",
-        type=_fraction,
+        type=fraction,
         default=default.val_split,
         metavar="F",
         help="share of the text set aside for validation (default: %(default)s)",
@@ -402,15 +380,15 @@ def _add_flags(add: Callable[..., Any], default: Options) -> None:
         "--text-field", default=default.text_field, metavar="NAME", help="JSONL field or Parquet column (default: text)"
     )
     add("--skip-bad", action="store_true", help="leave broken lines and files that are not UTF-8 out, and count them")
-    add("--max-files", type=_positive, metavar="N", help="take only the first N files")
+    add("--max-files", type=positive_int, metavar="N", help="take only the first N files")
     add(
         "--shard-tokens",
-        type=_positive,
+        type=positive_int,
         default=default.shard_tokens,
         metavar="N",
         help="tokens per file (default: %(default)s)",
     )
-    add("--workers", type=_positive, metavar="N", help="processes (default: one per core, fewer for small input)")
+    add("--workers", type=positive_int, metavar="N", help="processes (default: one per core, fewer for small input)")
     add("--json", action="store_true", help="print the summary as JSON")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmtrain.arguments import VerbParser
 from llmtrain.assemble import Assembly, assemble, describe
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import choose_checkpoint, restore
@@ -99,16 +99,16 @@ def dry_run(parts: Assembly, resume: str) -> None:
 
 def main(argv: list[str]) -> None:
     """`llmtrain train`."""
-    parser = argparse.ArgumentParser(
-        prog="llmtrain train",
-        description=__doc__.splitlines()[0],
-        epilog="example: llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
+    parser = VerbParser(
+        "train",
+        "Train a model from a config, or go on with an interrupted run.",
+        "llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
     )
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--resume", default="auto", help="auto: go on with the run in run.dir (default); never; PATH")
     parser.add_argument("--dry-run", action="store_true", help="check everything, run one step, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     parts = assemble(load_config(args.config, args.overrides))
     try:
         if args.dry_run:

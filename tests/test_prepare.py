@@ -224,7 +224,7 @@ def test_the_same_command_twice_says_so_and_another_is_refused(texts, tmp_path):
         (["--input", "book.txt", "--tokenizer", "book.json"], "book.json: no such tokenizer file"),
         (["--input", "letter.txt"], "too little text: the val split is empty"),
         (["--input", "book.txt", "--val-by", "document"], "too few to set 0.05 of them aside"),
-        (["--input", "book.txt", "--val-split", "1"], "argument --val-split: must be a number of at least 0"),
+        (["--input", "book.txt", "--val-split", "1"], "argument --val-split: must be at least 0 and under 1"),
         (["--input", "book.txt", "--workers", "0"], "argument --workers: must be a whole number of at least 1"),
         (["--input", "book.txt", "--augment", "rot13"], "no 'rot13'; there are case, punctuation, whitespace"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -380,12 +380,10 @@ def test_a_staged_folder_vanishes_when_its_block_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_has_an_example_and_starts_fast_without_torch(tmp_path):
+def test_help_has_an_example_and_starts_without_torch(tmp_path):
     assert "example:\n  llmtrain prepare --input" in run("--help", cwd=tmp_path).stdout
     check = "import sys, llmtrain.prepare; assert not {'torch', 'pyarrow', 'sentencepiece', 'rich'} & set(sys.modules)"
-    started = time.perf_counter()
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
-    assert time.perf_counter() - started < 2  # 0.3 s on a quiet machine
 
 
 def test_documents_are_divided_the_same_way_when_fitting_and_when_encoding():

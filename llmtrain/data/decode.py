@@ -14,8 +14,8 @@ class IncrementalDecoder:
     """Turns one id after another into text that never changes afterwards.
 
     A character may take several ids, so text that ends in a replacement character is held back until it is complete.
-    How an id is spelled may depend on the one before it (SentencePiece drops a space at the start of a text), so each
-    is decoded together with the last ids that made text.
+    How an id is spelled may depend on those before it (SentencePiece drops spaces at the start of a text), so each is
+    decoded together with the last ids that made text.
 
     Args:
         tokenizer: of the ids.
@@ -33,7 +33,8 @@ class IncrementalDecoder:
         new = self._untold()
         if not new or new.endswith(INCOMPLETE):
             return ""
-        self._ids = self._ids[self._told :]
+        if not new.isspace():  # spaces alone would be dropped as the start of a text, so they need what is before them
+            self._ids = self._ids[self._told :]
         self._told = len(self._ids)
         return new
 

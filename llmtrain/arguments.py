@@ -1,0 +1,81 @@
+"""How every verb reads its command line: a bad flag ends like any other bad input, in one line and exit 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import NoReturn
+
+from llmtrain.errors import UserError
+
+
+class VerbParser(argparse.ArgumentParser):
+    """The parser of one verb.
+
+    Args:
+        verb: as the user types it.
+        description: one line for `--help`.
+        example: a whole command, shown at the end of `--help`.
+    """
+
+    def __init__(self, verb: str, description: str, example: str):
+        # Raw: a command that is wrapped cannot be pasted.
+        super().__init__(
+            prog=f"llmtrain {verb}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage, which would be several lines."""
+        raise UserError(f"{message} ({self.prog} --help explains the options)")
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
+    return int(text)
+
+
+def seed_int(text: str) -> int:
+    """Argparse type: what every random generator here takes as a seed."""
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^62, not '{text}'")
+    return int(text)
+
+
+def finite_float(text: str) -> float:
+    """Argparse type: a number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, not '{text}'")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Argparse type: a number from 0 on and under 1."""
+    value = finite_float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and under 1, not {text}")
+    return value
+
+
+def temperature(text: str) -> float:
+    """Argparse type: a number from 0 on."""
+    value = finite_float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 (greedy) or more, not {text}")
+    return value
+
+
+def probability(text: str) -> float:
+    """Argparse type: a number over 0 and up to 1."""
+    value = finite_float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be over 0 and at most 1, not {text}")
+    return value

@@ -1,0 +1,74 @@
+"""A trained model, ready for use: what `generate` and `evaluate` open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.checkpoint.resume import saved_config
+from llmtrain.checkpoint.store import committed_steps, find_checkpoint, open_verified, step_folder
+from llmtrain.config import RunConfig
+from llmtrain.data.shards import TOKENIZER_FOLDER
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.engine import Engine, make_engine
+from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.errors import CorruptError
+from llmtrain.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The weights of one checkpoint in an engine, and what belongs to them."""
+
+    engine: Engine  # without an optimizer; `engine.evaluating()` gives the model
+    tokenizer: Tokenizer
+    config: RunConfig  # resolved; its precision and compile are what is used here
+    reader: CheckpointReader
+
+
+@contextmanager
+def load_model(path: Path, *, compiled: bool = False) -> Iterator[TrainedModel]:
+    """Open PATH of the verbs, check every hash, and read the weights, and only them, onto the device.
+
+    Args:
+        path: a run folder (its best checkpoint, else its latest) or one checkpoint.
+        compiled: run compiled as in training; only on CUDA, where that is the default and a compiler comes along.
+
+    Raises:
+        UserError: there is no checkpoint.
+        CorruptError: it is damaged; other checkpoints of the run are named.
+    """
+    reader = _open(path)
+    config = _usable_here(saved_config(reader), compiled)
+    engine = make_engine(config.training, clip_norm=None)
+    try:
+        with engine.device:
+            model = Transformer(config.model, config.data.seq_len)
+        engine.prepare(model, None)
+        engine.load(reader.read, optimizer=False)
+        yield TrainedModel(engine, load_tokenizer(reader.folder / TOKENIZER_FOLDER), config, reader)
+    finally:
+        engine.close()
+
+
+def _open(path: Path) -> CheckpointReader:
+    folder = find_checkpoint(path)
+    try:
+        return open_verified(folder)
+    except CorruptError as error:
+        others = [str(other) for step in committed_steps(path) if (other := step_folder(path, step)) != folder]
+        advice = f"; the run has others to name instead: {', '.join(others)}" if others else ""
+        raise CorruptError(f"{error}{advice}") from error
+
+
+def _usable_here(config: RunConfig, compiled: bool) -> RunConfig:
+    """Keep the run's precision, and so its numbers, where this device computes it."""
+    device = pick_device()
+    training = config.training
+    precision = training.precision if computes_bf16_natively(device) else "fp32"
+    compiles = compiled and training.compile is True and device.type == "cuda"
+    settings = training.model_copy(update={"precision": precision, "compile": compiles})
+    return config.model_copy(update={"training": settings})

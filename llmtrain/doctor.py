@@ -1,0 +1,142 @@
+"""Check the machine, then, with a config, the training checklist on one batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from llmtrain.arguments import VerbParser
+from llmtrain.assemble import Assembly, assemble, describe, resolve_here
+from llmtrain.checkpoint.store import committed_steps
+from llmtrain.config import RunConfig, load_config
+from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.engine.protocol import pick_device
+from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
+from llmtrain.health.checklist import checklist, overfit, overfit_rate
+from llmtrain.health.finding import Finding, fail, ok, warn
+from llmtrain.health.machine import free_memory, machine_findings
+from llmtrain.model.cost import parameter_count
+
+# Float32 values for each parameter: itself, its gradient and the moments of the optimizer.
+TRAINED_VALUES = {"sgd": 3, "adam": 4, "adamw": 4, "muon": 4}
+SAVED_VALUES = {"sgd": 2, "adam": 3, "adamw": 3, "muon": 3}
+
+
+def training_findings(args: Namespace) -> Iterator[Finding]:
+    """Check the config, its data, and training on one batch; the first that fails for good ends it."""
+    try:
+        config = load_config(args.config, args.overrides)
+        yield ok("config", f"{args.config} is valid")
+        size = _model_size(config)
+        too_large = _memory(config, size)
+        yield too_large
+        if too_large.status == "FAIL":
+            return
+        with _assembled(config) as parts:
+            for name, detail in describe(parts).items():
+                yield ok(name, detail)
+            yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, size))
+            if parts.val is None:
+                yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
+            yield from checklist(parts, load_tokenizer(parts.data.path / TOKENIZER_FOLDER))
+        if args.overfit:
+            lr = overfit_rate(config.model.dim)
+            with _assembled(_for_overfit(config, lr)) as parts:
+                yield overfit(parts, lr)
+    except CorruptError as error:
+        yield fail("data", str(error))
+    except LlmtrainError as error:
+        yield fail("config", str(error))
+
+
+@contextmanager
+def _assembled(config: RunConfig) -> Iterator[Assembly]:
+    parts = assemble(config)
+    try:
+        yield parts
+    finally:
+        parts.engine.close()
+
+
+def _model_size(config: RunConfig) -> int:
+    """Parameters, known before anything of that size is built."""
+    data = TokenDataset(config.data.path)
+    resolved = resolve_here(config, data.manifest.tokenizer.vocab_size, len(data.split("train")))
+    return parameter_count(resolved.model, resolved.data.seq_len)
+
+
+def _memory(config: RunConfig, size: int) -> Finding:
+    needed, free = 4 * TRAINED_VALUES[config.optimizer.name] * size, free_memory(pick_device())
+    detail = f"{needed / 1e9:.2f} GB for weights, gradients and moments, activations aside; {free / 1e9:.1f} GB free"
+    if needed > free:
+        return fail("memory", f"{detail}; choose a smaller model or a larger machine")
+    return ok("memory", detail)
+
+
+def _checkpoint_bytes(config: RunConfig, size: int) -> int:
+    """What the checkpoints of a run take at most: the last ones, the best, the final, and the one being written."""
+    return 4 * SAVED_VALUES[config.optimizer.name] * size * (config.checkpoint.keep_last + 3)
+
+
+def _run_folder(folder: Path, needed: int) -> Iterator[Finding]:
+    """Look at where the run will be written, without writing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        yield fail("run folder", f"{existing}: cannot be written; choose another run.dir")
+    elif needed > free:
+        yield fail(
+            "run folder",
+            f"{folder}: checkpoints take up to {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free; lower "
+            "checkpoint.keep_last or choose another run.dir",
+        )
+    elif steps := committed_steps(folder):
+        yield warn("run folder", f"{folder}: holds a run, which train would go on with after step {steps[-1]:,}")
+    else:
+        yield ok("run folder", f"{folder}: checkpoints take up to {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+
+
+def _for_overfit(config: RunConfig, lr: float) -> RunConfig:
+    """Leave out what keeps a model from learning by heart: dropout, decay, rounding."""
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dropout": 0.0}),
+            "training": config.training.model_copy(update={"precision": "fp32", "compile": False}),
+            "optimizer": config.optimizer.model_copy(update={"name": "adamw", "lr": lr, "weight_decay": 0.0}),
+        }
+    )
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain doctor`."""
+    parser = VerbParser("doctor", __doc__.splitlines()[0], "llmtrain doctor --config configs/debug.yaml --overfit")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="check training with this config, too")
+    parser.add_argument("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    args = parser.parse_intermixed_args(argv)
+    if args.config is None and (args.overfit or args.overrides):
+        raise UserError("--overfit and section.key=value need a config: add --config FILE")
+    findings = []
+    for source in (machine_findings(), training_findings(args) if args.config else ()):
+        for finding in source:
+            findings.append(finding)
+            if not args.json:
+                print(finding.line(), flush=True)
+    failed = sum(finding.status == "FAIL" for finding in findings)
+    if args.json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
+    if failed:
+        raise UserError(f"{failed} of {len(findings)} checks failed")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

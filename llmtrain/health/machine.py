@@ -1,0 +1,139 @@
+"""What this machine has for training: versions, devices, cores, memory, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.health.finding import Finding, ok, warn
+
+# What a run cannot do without, and where a version can break it.
+LIBRARIES = ("accelerate", "numpy", "pydantic", "safetensors", "tokenizers", "sentencepiece", "gigatoken")
+OPTIONAL = ("deepspeed", "datasets", "tensorboard", "wandb")
+TIGHT_BYTES = 2e9  # free memory or disk under which even small runs may fail
+# With the checkout only: an installed package does not carry the versions that it was tested with.
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
+
+def machine_findings() -> Iterator[Finding]:
+    """Look at everything that does not depend on a config."""
+    yield ok("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield from _versions()
+    yield _device()
+    yield _bf16()
+    yield _cores()
+    yield _compiler()
+    yield _room("memory", free_memory(pick_device()), "close other programs, or lower training.micro_batch_size")
+    yield _room("disk", shutil.disk_usage(Path.cwd()).free, f"free at {Path.cwd()}; let run.dir be somewhere else")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new process can take: of the GPU, else of the machine and of the limit it runs under."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match[1]) * 1024 if match else sys.maxsize
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no system tells more everywhere
+    return min(free, _container_limit())
+
+
+def _container_limit() -> int:
+    """What a container (cgroup v2) still allows; a huge number where there is none."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return int(limit) - used if limit.isdecimal() else sys.maxsize
+
+
+def _versions() -> Iterator[Finding]:
+    build = (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {hip}" if (hip := torch.version.hip) else "CPU"
+    )
+    yield ok("torch", f"{torch.__version__} ({build} build)")
+    installed = {name: _version(name) for name in (*LIBRARIES, *OPTIONAL)}
+    missing = [name for name in LIBRARIES if installed[name] is None]
+    if missing:
+        yield Finding("FAIL", "libraries", f"{', '.join(missing)} missing; install llmtrain again with pip")
+    tested = _tested_versions()
+    other = [
+        f"{name} {version} (tested: {tested[name]})"
+        for name, version in [("torch", torch.__version__.partition("+")[0]), *installed.items()]
+        if version and name in tested and version != tested[name]
+    ]
+    if other:
+        yield warn("libraries", f"{', '.join(other)}; if something fails: pip install -c constraints.txt -e .")
+    present = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
+    absent = [name for name in OPTIONAL if installed[name] is None]
+    yield ok("libraries", present + (f"; optional, not here: {', '.join(absent)}" if absent else ""))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _tested_versions() -> dict[str, str]:
+    if not CONSTRAINTS.is_file():
+        return {}
+    pins = re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name.lower(): version for name, version in pins}
+
+
+def _device() -> Finding:
+    device = pick_device()
+    if device.type == "cuda":
+        names = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            names.append(f"{properties.name} ({properties.total_memory / 1e9:.0f} GB)")
+        return ok("device", f"{len(names)} × CUDA: {', '.join(names)}")
+    if device.type == "mps":
+        return ok("device", "MPS (Apple GPU)")
+    if shutil.which("nvidia-smi"):
+        return warn(
+            "device", "CPU, though there is an NVIDIA driver: install a CUDA build of torch, or check the driver"
+        )
+    return ok("device", "CPU; no GPU found")
+
+
+def _bf16() -> Finding:
+    if computes_bf16_natively(pick_device()):
+        return ok("bf16", "native; precision auto is bf16")
+    return ok("bf16", "not native; precision auto is fp32")
+
+
+def _cores() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    detail = f"{cores} cores, {threads} threads"
+    if pick_device().type == "cpu" and threads * 2 < cores:
+        return warn("cores", f"{detail}; unset OMP_NUM_THREADS, or set it to the number of physical cores")
+    return ok("cores", detail)
+
+
+def _compiler() -> Finding:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if found:
+        return ok("compiler", found)
+    return warn("compiler", "no C++ compiler, which training.compile needs on a CPU; install g++ or keep it off")
+
+
+def _room(name: str, free: float, advice: str) -> Finding:
+    detail = f"{free / 1e9:.1f} GB free"
+    return ok(name, detail) if free >= TIGHT_BYTES else warn(name, f"only {detail}; {advice}")

@@ -1,0 +1,220 @@
+"""Check every hash of prepared data, of a checkpoint, or of all checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmtrain.arguments import VerbParser
+from llmtrain.data.shards import (
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Report,
+    ShardInfo,
+    read_manifest,
+    verify_files,
+)
+from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
+
+IDS_AT_ONCE = 1 << 22  # keeps memory small however large a shard is
+LARGE_BYTES = 64 << 20  # from here on a progress bar is worth showing
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One folder with a manifest."""
+
+    path: Path
+    kind: str  # "data" or "checkpoint"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in one folder."""
+
+    path: str
+    kind: str
+    files: int
+    bytes: int
+    problems: list[str]
+
+
+def find_subjects(path: Path) -> list[Subject]:
+    """Say what PATH holds.
+
+    Raises:
+        UserError: neither prepared data, nor a checkpoint, nor a run with checkpoints.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    # A checkpoint's reader brings torch along, which prepared data need not wait for.
+    if (path / MANIFEST).is_file() and not _is_of_checkpoint(path / MANIFEST):
+        return [Subject(path, "data")]
+    from llmtrain.checkpoint.format import MARKER, is_committed
+    from llmtrain.checkpoint.store import committed_steps, step_folder
+
+    if is_committed(path):
+        return [Subject(path, "checkpoint")]
+    if (path / MANIFEST).is_file():
+        raise UserError(f"{path}: an unfinished checkpoint (no {MARKER}), which counts as none")
+    steps = committed_steps(path)
+    if not steps:
+        raise UserError(f"{path}: neither prepared data nor a checkpoint nor a run with checkpoints")
+    return [Subject(step_folder(path, step), "checkpoint") for step in steps]
+
+
+def verify(subject: Subject, show_progress: bool = False) -> Verdict:
+    """Check every file of a folder; problems are collected, not raised."""
+    check = _verify_data if subject.kind == "data" else _verify_checkpoint
+    try:
+        return check(subject.path, show_progress)
+    except CorruptError as error:  # the manifest itself
+        return Verdict(str(subject.path), subject.kind, 0, 0, [str(error)])
+
+
+def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
+    from llmtrain.checkpoint.format import CheckpointReader
+
+    reader = CheckpointReader(folder)
+    files = reader.manifest.files
+    size = sum(file.bytes for file in files)
+    with _progress(folder, size, show_progress) as report:
+        problems = reader.verify(report)
+    if not problems:
+        for name, info in reader.tensors().items():
+            held = sum(numel for _, _, numel in info.fragments)
+            if held != math.prod(info.shape):
+                problems.append(f"{folder}: '{name}' has {held} of {math.prod(info.shape)} values")
+    return Verdict(str(folder), "checkpoint", len(files), size, problems)
+
+
+def _verify_data(folder: Path, show_progress: bool) -> Verdict:
+    manifest = read_manifest(folder)
+    files = manifest.files()
+    size = sum(file.bytes for file in files)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with _progress(folder, size + sum(shard.ids.bytes for shard in shards), show_progress) as report:
+        problems = verify_files(folder, files, report)
+        problems += _wrong_counts(folder, manifest)
+        for shard in shards:
+            problems += _wrong_ids(folder, shard, manifest, report)
+    if not problems:
+        problems += _wrong_tokenizer(folder, manifest)
+    return Verdict(str(folder), "data", len(files), size, problems)
+
+
+def _wrong_counts(folder: Path, manifest: Manifest) -> list[str]:
+    lines = []
+    for name, split in manifest.splits.items():
+        for what in ("tokens", "documents"):
+            held, said = sum(getattr(shard, what) for shard in split.shards), getattr(split, what)
+            if held != said:
+                lines.append(f"{folder / MANIFEST}: the {name} split counts {said} {what}, its shards {held}")
+    return lines
+
+
+def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Report) -> list[str]:
+    """Find the first id of a shard outside the vocabulary, and document ends that are not in order."""
+    path, dtype = folder / shard.ids.path, np.dtype(manifest.dtype).newbyteorder("<")
+    lines = []
+    vocab_size, position = manifest.tokenizer.vocab_size, 0
+    try:
+        with path.open("rb") as file:
+            while len(ids := np.fromfile(file, dtype, IDS_AT_ONCE)):
+                if int(ids.max()) >= vocab_size:
+                    first = int(np.argmax(ids >= vocab_size))
+                    lines.append(
+                        f"{path}: token id {int(ids[first])} at position {position + first} is outside the vocabulary "
+                        f"of {vocab_size}; was it prepared with another tokenizer?"
+                    )
+                    break
+                position += len(ids)
+                report(ids.nbytes)
+        ends = np.fromfile(folder / shard.ends.path, "<i8")
+    except OSError:
+        return []  # the check of sizes and hashes has told of it
+    limits = np.concatenate(([0], ends, [shard.tokens]))
+    if len(ends) != shard.documents or (np.diff(limits) < 0).any():
+        lines.append(f"{folder / shard.ends.path}: not the rising ends of {shard.documents} documents")
+    return lines
+
+
+def _wrong_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
+    """Load the tokenizer: files can be whole and still be another's."""
+    from llmtrain.data.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+    except LlmtrainError as error:
+        return [str(error)]
+    if tokenizer.vocab_size == manifest.tokenizer.vocab_size:
+        return []
+    return [
+        f"{folder / TOKENIZER_FOLDER}: has {tokenizer.vocab_size} ids where the manifest says "
+        f"{manifest.tokenizer.vocab_size}"
+    ]
+
+
+def _is_of_checkpoint(manifest: Path) -> bool:
+    """Whether a manifest, damaged perhaps, is one of a checkpoint; raise UserError if it is nobody's of ours."""
+    try:
+        content = json.loads(manifest.read_bytes())
+    except OSError as error:
+        raise UserError(f"{manifest}: cannot be read ({error.strerror})") from error
+    except ValueError:
+        # Not JSON any more: its neighbours say what it was.
+        return any(manifest.parent.glob("rank*.json"))
+    form = content.get("format") if isinstance(content, dict) else None
+    if form not in ("llmtrain-tokens", "llmtrain-checkpoint"):
+        raise UserError(f"{manifest}: belongs neither to prepared data nor to a checkpoint")
+    return bool(form == "llmtrain-checkpoint")
+
+
+@contextmanager
+def _progress(folder: Path, total_bytes: int, show: bool) -> Iterator[Report]:
+    """Give a function that moves a progress bar on the terminal, or one that does nothing."""
+    if not show or total_bytes < LARGE_BYTES:
+        yield lambda _bytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(folder.name, total=total_bytes)
+        yield lambda done: bar.advance(task, done)
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain verify`."""
+    parser = VerbParser("verify", __doc__.splitlines()[0], "llmtrain verify data/book")
+    parser.add_argument("path", type=Path, metavar="PATH", help="prepared data, a checkpoint, or a run folder")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    args = parser.parse_args(argv)
+    verdicts = []
+    for subject in find_subjects(args.path):
+        verdict = verify(subject, show_progress=sys.stderr.isatty())
+        verdicts.append(verdict)
+        if not args.json:
+            for problem in verdict.problems:
+                print(f"FAIL  {problem}", flush=True)
+            if not verdict.problems:
+                print(f"ok    {verdict.path}: {verdict.files} files, {verdict.bytes / 1e6:,.1f} MB", flush=True)
+    problems = sum(len(verdict.problems) for verdict in verdicts)
+    if args.json:
+        print(json.dumps({"ok": problems == 0, "checked": [asdict(verdict) for verdict in verdicts]}))
+    if problems:
+        advice = "prepare it again" if verdicts[0].kind == "data" else "use another checkpoint"
+        raise CorruptError(f"{args.path}: {problems} problem{'s' if problems > 1 else ''} found; {advice}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
