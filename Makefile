@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 demo: $(VENV)/.installed-base
 	$(BIN)/llmtrain prepare --input stdlib --out data/stdlib
 	# An interruption on purpose, half way: exit code 75 means "saved, run me again".
-	$(BIN)/llmtrain train --config configs/demo.yaml training.stop_after=300 || [ $$? -eq 75 ]
+	$(BIN)/llmtrain train --config configs/demo.yaml training.stop_after=250 || [ $$? -eq 75 ]
 	$(BIN)/llmtrain train --config configs/demo.yaml
 	$(BIN)/llmtrain generate checkpoints/demo --prompt "def " --max-new-tokens 120 --temperature 0.8
 	@echo

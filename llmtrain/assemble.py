@@ -12,7 +12,7 @@ from llmtrain.config import RunConfig, resolve
 from llmtrain.data.batches import Layout, Windows
 from llmtrain.data.shards import TokenDataset
 from llmtrain.engine import Engine, make_engine
-from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer

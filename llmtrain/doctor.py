@@ -18,7 +18,7 @@ from llmtrain.checkpoint.store import committed_steps
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.engine.protocol import pick_device
+from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.finding import Finding, fail, ok, warn
@@ -36,9 +36,9 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
         config = load_config(args.config, args.overrides)
         yield ok("config", f"{args.config} is valid")
         size = _model_size(config)
-        too_large = _memory(config, size)
-        yield too_large
-        if too_large.status == "FAIL":
+        memory = _memory(config, size)
+        yield memory
+        if memory.status == "FAIL":
             return
         with _assembled(config) as parts:
             for name, detail in describe(parts).items():
@@ -77,8 +77,8 @@ def _memory(config: RunConfig, size: int) -> Finding:
     needed, free = 4 * TRAINED_VALUES[config.optimizer.name] * size, free_memory(pick_device())
     detail = f"{needed / 1e9:.2f} GB for weights, gradients and moments, activations aside; {free / 1e9:.1f} GB free"
     if needed > free:
-        return fail("memory", f"{detail}; choose a smaller model or a larger machine")
-    return ok("memory", detail)
+        return fail("model memory", f"{detail}; choose a smaller model or a larger machine")
+    return ok("model memory", detail)
 
 
 def _checkpoint_bytes(config: RunConfig, size: int) -> int:

@@ -19,6 +19,7 @@ from llmtrain.data.shards import (
     Manifest,
     Report,
     ShardInfo,
+    outside_vocabulary,
     read_manifest,
     verify_files,
 )
@@ -103,11 +104,11 @@ def _verify_data(folder: Path, show_progress: bool) -> Verdict:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     with _progress(folder, size + sum(shard.ids.bytes for shard in shards), show_progress) as report:
         problems = verify_files(folder, files, report)
-        problems += _wrong_counts(folder, manifest)
-        for shard in shards:
-            problems += _wrong_ids(folder, shard, manifest, report)
-    if not problems:
-        problems += _wrong_tokenizer(folder, manifest)
+        if not problems:  # what follows would only tell of the same damage again
+            problems += _wrong_counts(folder, manifest)
+            for shard in shards:
+                problems += _wrong_ids(folder, shard, manifest, report)
+            problems += _wrong_tokenizer(folder, manifest)
     return Verdict(str(folder), "data", len(files), size, problems)
 
 
@@ -126,21 +127,15 @@ def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Repor
     path, dtype = folder / shard.ids.path, np.dtype(manifest.dtype).newbyteorder("<")
     lines = []
     vocab_size, position = manifest.tokenizer.vocab_size, 0
-    try:
-        with path.open("rb") as file:
-            while len(ids := np.fromfile(file, dtype, IDS_AT_ONCE)):
-                if int(ids.max()) >= vocab_size:
-                    first = int(np.argmax(ids >= vocab_size))
-                    lines.append(
-                        f"{path}: token id {int(ids[first])} at position {position + first} is outside the vocabulary "
-                        f"of {vocab_size}; was it prepared with another tokenizer?"
-                    )
-                    break
-                position += len(ids)
-                report(ids.nbytes)
-        ends = np.fromfile(folder / shard.ends.path, "<i8")
-    except OSError:
-        return []  # the check of sizes and hashes has told of it
+    with path.open("rb") as file:
+        while len(ids := np.fromfile(file, dtype, IDS_AT_ONCE)):
+            if int(ids.max()) >= vocab_size:
+                first = int(np.argmax(ids >= vocab_size))
+                lines.append(outside_vocabulary(path, int(ids[first]), position + first, vocab_size))
+                break
+            position += len(ids)
+            report(ids.nbytes)
+    ends = np.fromfile(folder / shard.ends.path, "<i8")
     limits = np.concatenate(([0], ends, [shard.tokens]))
     if len(ends) != shard.documents or (np.diff(limits) < 0).any():
         lines.append(f"{folder / shard.ends.path}: not the rising ends of {shard.documents} documents")

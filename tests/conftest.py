@@ -90,6 +90,7 @@ def trained_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "config.yaml"
     config.write_text(json.dumps(small_config(data, folder / "run")))
+    torch.set_num_threads(1)  # as `_one_thread` does, which comes later
     main(["--config", str(config)])
     return folder / "run"
 

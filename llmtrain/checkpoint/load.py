@@ -14,7 +14,7 @@ from llmtrain.config import RunConfig
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine import Engine, make_engine
-from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import CorruptError
 from llmtrain.model.transformer import Transformer
 

@@ -210,10 +210,8 @@ class TokenStream:
         row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))
         position = int(starts[row]) + column
         shard = int(np.searchsorted(self._starts, position, "right")) - 1
-        raise CorruptError(
-            f"{self._paths[shard]}: token id {int(rows[row, column])} at position {position - int(self._starts[shard])}"
-            f" is outside the vocabulary of {self.vocab_size}; was it prepared with another tokenizer?"
-        )
+        place = position - int(self._starts[shard])
+        raise CorruptError(outside_vocabulary(self._paths[shard], int(rows[row, column]), place, self.vocab_size))
 
 
 class TokenDataset:
@@ -235,6 +233,14 @@ class TokenDataset:
         return TokenStream(
             self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.tokenizer.vocab_size
         )
+
+
+def outside_vocabulary(path: Path, token: int, position: int, vocab_size: int) -> str:
+    """Say which id of a shard is wrong."""
+    return (
+        f"{path}: token id {token} at position {position} is outside the vocabulary of {vocab_size}; was it prepared "
+        "with another tokenizer?"
+    )
 
 
 def _map_ids(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> Ids:

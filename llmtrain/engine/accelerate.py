@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from llmtrain.config import TrainingSection
-from llmtrain.engine.protocol import Fragment, ReadFragment, pick_device
+from llmtrain.engine.device import pick_device
+from llmtrain.engine.protocol import Fragment, ReadFragment
 from llmtrain.model.transformer import Transformer
 
 

@@ -1,8 +1,7 @@
-"""What an engine must do, and the choice of one."""
+"""What an engine must do."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,10 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmtrain.errors import UserError
-
 if TYPE_CHECKING:
-    from llmtrain.config import TrainingSection
     from llmtrain.model.transformer import Transformer
 
 
@@ -78,28 +74,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the engine and, where there is one, the process group."""
-
-
-def make_engine(training: TrainingSection, clip_norm: float | None) -> Engine:
-    """Choose the engine that the launch environment asks for."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError("this version does not train with DeepSpeed yet; launch with launch/single.yaml")
-    from llmtrain.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(training, clip_norm)
-
-
-def pick_device() -> torch.device:
-    """The device a single process gets: CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def computes_bf16_natively(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is in the hardware: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False

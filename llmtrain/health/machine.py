@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.engine.protocol import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.health.finding import Finding, ok, warn
 
 # What a run cannot do without, and where a version can break it.
