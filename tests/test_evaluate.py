@@ -117,12 +117,12 @@ def test_bad_input_gets_one_clear_line(call: Call, trained_run: Path, data: Path
         assert out == ""
 
 
-def test_data_that_has_moved_is_asked_for(tmp_path: Path, llmtrain: Command) -> None:
+def test_data_that_has_moved_is_asked_for(result, tmp_path: Path, llmtrain: Command) -> None:
     here = write_data(tmp_path / "here", {"train": prose(3000), "val": prose(500)})
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(small_config(here, tmp_path / "run")))
     train(["--config", str(config), "training.max_steps=1"])
     here.rename(tmp_path / "there")
-    result = llmtrain("evaluate", tmp_path / "run")
-    assert result.returncode == 2 and is_one_clear_line(result.stderr) and "name it by --data" in result.stderr
-    assert llmtrain("evaluate", tmp_path / "run", "--data", tmp_path / "there", "--json").returncode == 0
+    refused = llmtrain("evaluate", tmp_path / "run")
+    assert refused.returncode == 2 and is_one_clear_line(refused.stderr) and "name it by --data" in refused.stderr
+    assert result(tmp_path / "run", "--data", tmp_path / "there")["data"] == str(tmp_path / "there")

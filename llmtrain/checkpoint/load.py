@@ -14,7 +14,7 @@ from llmtrain.config import RunConfig
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.engine import Engine, make_engine
-from llmtrain.engine.device import computes_bf16_natively, pick_device
+from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError
 from llmtrain.model.transformer import Transformer
 
@@ -65,10 +65,6 @@ def _open(path: Path) -> CheckpointReader:
 
 
 def _usable_here(config: RunConfig, compiled: bool) -> RunConfig:
-    """Keep the run's precision, and so its numbers, where this device computes it."""
-    device = pick_device()
-    training = config.training
-    precision = training.precision if computes_bf16_natively(device) else "fp32"
-    compiles = compiled and training.compile is True and device.type == "cuda"
-    settings = training.model_copy(update={"precision": precision, "compile": compiles})
-    return config.model_copy(update={"training": settings})
+    """Keep the run's precision, and so its numbers; compile only where that is asked for and usual."""
+    compiles = compiled and config.training.compile is True and pick_device().type == "cuda"
+    return config.model_copy(update={"training": config.training.model_copy(update={"compile": compiles})})
