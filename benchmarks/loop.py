@@ -19,6 +19,7 @@ import torch
 from benchmarks.common import alternate, print_table, spread, write_result
 from benchmarks.synthetic import write_random_data
 from llmtrain.assemble import assemble
+from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import make_config
 from llmtrain.data.batches import batches, inputs_and_targets
 from llmtrain.health.signals import StopSignals
@@ -72,6 +73,7 @@ def main() -> None:
 def the_loop(config, steps):  # type: ignore[no-untyped-def]
     """A function that takes `steps` steps of the real loop and returns the seconds."""
     run = Run(assemble(config), "never")
+    run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
     def turn() -> float:

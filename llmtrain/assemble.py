@@ -95,7 +95,7 @@ def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int) -> RunCo
     )
 
 
-def describe(parts: Assembly) -> dict[str, str]:
+def describe(parts: Assembly, steps: int) -> dict[str, str]:
     """What is about to happen, for the header and `--dry-run`."""
     from llmtrain.model.cost import flops_per_token, parameter_count
 
@@ -103,7 +103,6 @@ def describe(parts: Assembly) -> dict[str, str]:
     model, training, seq_len = config.model, config.training, config.data.seq_len
     manifest = parts.data.manifest
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
-    steps = parts.total_steps()
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from llmtrain.errors import UserError, nearest
 
@@ -23,9 +23,24 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and unknown keys are errors."""
+    """A part of the config: immutable, unknown keys are errors, and `true` is not the number 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        values = value if isinstance(value, list | tuple) else [value]
+        if (int in kinds or float in kinds) and bool not in kinds and any(isinstance(item, bool) for item in values):
+            raise ValueError("should be a number, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types in an annotation, also those of alternatives and elements."""
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
 
 
 class RunSection(Section):
@@ -48,7 +63,10 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """The decoder. `preset` gives a named size; any key set beside it wins over the preset."""
+    """The decoder. `preset` gives a named size; any key set beside it wins over the preset.
+
+    A preset given as an override wins over the file: the size in the file steps back, unless overridden too.
+    """
 
     preset: str | None = None
     dim: PositiveInt = 128
@@ -110,7 +128,10 @@ class ScheduleSection(Section):
 
 
 class TrainingSection(Section):
-    """Batch, length of the run, numerics, and what happens every so many steps."""
+    """Batch, length of the run, numerics, and what happens every so many steps.
+
+    A length of the run (max_steps, max_tokens, epochs) given as an override wins over the other two in the file.
+    """
 
     micro_batch_size: PositiveInt = 16
     global_batch_size: PositiveInt = 16
@@ -208,6 +229,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PRESETS = tuple(_PRESETS)
+# What a preset decides even where it has no entry: then it means "as the other sizes say".
+_SIZES = ("dim", "layers", "heads", "kv_heads", "ff_dim")
+_LENGTHS = ("epochs", "max_steps", "max_tokens")
 
 
 class _Loader(yaml.SafeLoader):
@@ -241,8 +265,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must hold sections such as 'model:', not a {type(raw).__name__}")
-    for override in overrides or []:
-        _apply_override(raw, override)
+    _check_keys(raw, str(path))
+    given = _parse_overrides(overrides or [])
+    _step_back(raw, given)
+    for section, values in given.items():
+        raw[section] = {**(raw.get(section) or {}), **values}
     return make_config(raw, str(path))
 
 
@@ -260,21 +287,45 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.reader.ReaderError as error:  # of all YAML errors the only one without a mark
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{where}:{line}: not valid YAML: the character U+{ord(text[error.position]):04X} is not allowed; remove it"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        place = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', error)}") from error
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
-        raise UserError(f"override '{override}': write it as section.key=value, such as optimizer.lr=3e-4")
-    _check_keys({section: {name: None}}, f"override '{override}'")
-    if not isinstance(raw.get(section), dict):
-        raw[section] = {}
-    raw[section][name] = _parse_yaml(value, f"override '{override}'")
+def _parse_overrides(overrides: list[str]) -> dict[str, dict[str, Any]]:
+    given: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and section and name):
+            raise UserError(f"override '{override}': write it as section.key=value, such as optimizer.lr=3e-4")
+        _check_keys({section: {name: None}}, f"override '{override}'")
+        given.setdefault(section, {})[name] = _parse_yaml(value, f"override '{override}'")
+    return given
+
+
+def _step_back(raw: dict[str, Any], given: dict[str, dict[str, Any]]) -> None:
+    """Take out of the file what would otherwise beat an override of another name: sizes, and lengths of the run."""
+    model, preset = raw.get("model") or {}, given.get("model", {}).get("preset")
+    if preset is not None:
+        # A resolved config spells its own preset out; what still equals that was not set by hand.
+        old = _preset(model.get("preset"))
+        spelled_out = {key for key, value in model.items() if key in old and value == old[key]}
+        for key in {*_SIZES, *_preset(preset), *spelled_out}:
+            model.pop(key, None)
+    if any(given.get("training", {}).get(key) is not None for key in _LENGTHS):
+        for key in _LENGTHS:
+            (raw.get("training") or {}).pop(key, None)
+
+
+def _preset(name: Any) -> dict[str, Any]:
+    return _PRESETS.get(str(name).lower(), {})
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
@@ -299,10 +350,10 @@ def _expand_preset(raw: dict[str, Any], where: str) -> None:
     name = model.get("preset")
     if name is None:
         return
-    if str(name).lower() not in _PRESETS:
+    if not _preset(name):
         raise UserError(f"{where}: model.preset '{name}': {nearest(str(name), list(PRESETS))}")
     explicit = {key: value for key, value in model.items() if value is not None}
-    raw["model"] = {**_PRESETS[str(name).lower()], **explicit}
+    raw["model"] = {**_preset(name), **explicit}
 
 
 def _describe(error: ValidationError, where: str) -> str:

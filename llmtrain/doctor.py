@@ -41,7 +41,7 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
         if memory.status == "FAIL":
             return
         with _assembled(config) as parts:
-            for name, detail in describe(parts).items():
+            for name, detail in describe(parts, parts.total_steps()).items():
                 yield ok(name, detail)
             yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, size))
             if parts.val is None:

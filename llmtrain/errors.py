@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -43,11 +44,16 @@ class Stopped(LlmtrainError):  # noqa: N818 -- not an error: the run was told to
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run a verb; return its exit code, with one clear line on stderr for every end that was foreseen."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an encoding without some character costs only that character
     try:
         main(sys.argv[1:] if argv is None else argv)
     except LlmtrainError as error:
         prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
-        print(f"{prefix}: {error}", file=sys.stderr)
+        # What we quote (a library, a file name) may have lines of its own.
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"{prefix}: {message}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.

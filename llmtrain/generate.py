@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import secrets
@@ -21,7 +20,7 @@ from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.data.decode import IncrementalDecoder, StopStrings
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import UserError, run_main
-from llmtrain.model.sampling import SamplingOptions, sample
+from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.formats import printable
 
 # Samples written side by side: more would need the memory of as many key-value caches.
@@ -101,8 +100,7 @@ class Request:
             UserError: the prompt has a character that the tokenizer lacks.
         """
         tokenizer = trained.tokenizer
-        # Every document of the training stream comes after the end of another, so that id means: a document begins.
-        start = tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
+        start = prompt_ids(tokenizer, prompt)
         if self.samples > 1:
             show = _ignore
         show(prompt)
@@ -134,8 +132,6 @@ class Screen:
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # an encoding without some character costs only that character
 
     def show(self, text: str) -> None:
         """Print without a line break."""

@@ -1,7 +1,7 @@
 """`llmtrain prepare`: text in, token shards out.
 
     find files → divide into training and validation → fit the tokenizer on training → encode, in several processes
-    → shards and manifest in `OUT.partial-PID` → renamed to OUT
+    → shards and manifest in `OUT.partial-HOST-PID` → renamed to OUT
 
 What is written depends on the input and the options only, never on the number of workers or their speed. OUT appears
 in one step at the end: whatever happens before leaves nothing that looks finished.
@@ -16,7 +16,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,8 @@ from llmtrain import __version__
 from llmtrain.arguments import VerbParser, fraction, positive_int
 from llmtrain.data.corpus import ReadOptions, SourceFile, cut_into_chunks, digest, find_files
 from llmtrain.data.encode import ChunkEncoder, Division, SplitName
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, read_manifest
+from llmtrain.data.progress_bar import Report, progress_bar
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, TokenDataset
 from llmtrain.data.split import AUGMENTATIONS, Picker, Splitter
 from llmtrain.data.staging import staged_folder
 from llmtrain.data.tokenizer import (
@@ -39,14 +39,13 @@ from llmtrain.data.tokenizer import (
     tokenizer_info,
 )
 from llmtrain.data.workers import ordered_map
-from llmtrain.errors import LlmtrainError, UserError, run_main
+from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 
 ENOUGH_DOCUMENTS = 20  # from here on `--val-by auto` sets whole documents aside
 # A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
 BYTES_PER_WORKER = 16 << 20
 # Tokenizers learn from at most so much text, taken evenly from the whole input; `char` must see every character.
 SAMPLE_BYTES = {"char": None, "word": 200 << 20, "bbpe": 200 << 20, "bpe": 50 << 20, "unigram": 50 << 20}
-Report = Callable[[int, int], None]  # (bytes of input done, documents written)
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
         (folder / TOKENIZER_FOLDER).mkdir()
         tokenizer.save(folder / TOKENIZER_FOLDER)
         fitted = time.perf_counter()
-        with _progress(sum(file.bytes for file in files), show_progress) as report:
+        with progress_bar("encoding", sum(file.bytes for file in files), show_progress) as report:
             manifest = _encode(files, division, options, tokenizer=tokenizer, folder=folder, report=report)
         manifest.recipe["request"] = request
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -131,12 +130,16 @@ def _existing(out: Path, request: dict[str, Any]) -> Manifest | None:
     except OSError as error:
         raise UserError(f"{out}: cannot be read ({error.strerror})") from error
     try:
-        manifest = read_manifest(out)
+        data = TokenDataset(out)
     except LlmtrainError:
         raise UserError(f"{out}: exists and is not data prepared here; choose another --out or delete it") from None
-    if manifest.recipe.get("request") != request:
+    if data.manifest.recipe.get("request") != request:
         raise UserError(f"{out}: holds data prepared from other input or options; choose another --out or delete it")
-    return manifest
+    try:
+        data.check()
+    except CorruptError as error:
+        raise UserError(f"{out}: damaged; delete it or choose another --out ({error})") from error
+    return data.manifest
 
 
 def _choose_splitter(files: list[SourceFile], reading: ReadOptions, options: Options) -> Splitter:
@@ -202,7 +205,7 @@ def _encode(
     dtype = id_dtype(info.vocab_size)
     names = ("train", "val") if options.val_split > 0 else ("train",)
     writers = {name: ShardWriter(folder, name, dtype, options.shard_tokens) for name in names}
-    skipped, unknown = Counter[str](), Counter[str]()
+    skipped, unknown, written = Counter[str](), Counter[str](), 0
     workers = options.workers or _default_workers(files)
     make_encoder: Callable[[], ChunkEncoder] = (
         partial(ChunkEncoder, division, tokenizer)
@@ -214,7 +217,8 @@ def _encode(
             writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
             unknown[name] += documents.unknown
         skipped += chunk.skipped
-        report(chunk.source_bytes, sum(len(documents.lengths) for documents in chunk.splits.values()))
+        written += sum(len(documents.lengths) for documents in chunk.splits.values())
+        report(chunk.source_bytes, f"{written:,} documents")
     splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
     for split_name, split in splits.items():
         if split.documents == 0:
@@ -231,35 +235,6 @@ def _encode(
 def _default_workers(files: list[SourceFile]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, sum(file.bytes for file in files) // BYTES_PER_WORKER))
-
-
-@contextmanager
-def _progress(total_bytes: int, show: bool) -> Iterator[Report]:
-    """Give a function that moves a progress bar on the terminal, or one that does nothing."""
-    if not show:
-        yield lambda _bytes, _documents: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("encoding"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("{task.fields[documents]:,} documents"),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("encoding", total=total_bytes, documents=0)
-        done = 0
-
-        def report(source_bytes: int, documents: int) -> None:
-            nonlocal done
-            done += documents
-            bar.update(task, advance=source_bytes, documents=done)
-
-        yield report
 
 
 def _summary(outcome: Outcome, out: Path) -> dict[str, Any]:

@@ -15,38 +15,42 @@ from pathlib import Path
 import torch
 
 from llmtrain.assemble import Assembly, describe
+from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, load_initial_weights, restore, saved_config
-from llmtrain.checkpoint.store import FINAL, CheckpointStore, clear_way
+from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import DivergedError, Stopped, UserError
 from llmtrain.health.signals import StopSignals
-from llmtrain.model.sampling import SamplingOptions, sample
+from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
+from llmtrain.observe.files import replacing
 from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
 from llmtrain.observe.observer import NullObserver, Observer
 from llmtrain.observe.provenance import append_launch, provenance
+from llmtrain.observe.sinks import require_sinks
 from llmtrain.observe.validation import Validation, validate
 from llmtrain.optim.schedule import make_schedule
 
 
 class Run:
-    """Everything the loop talks to."""
+    """Everything the loop talks to. Making one checks and writes nothing; `opened` claims the run folder."""
 
     def __init__(self, parts: Assembly, resume: str):
         self.parts, self.config, self.engine = parts, parts.config, parts.engine
         self.dir = Path(self.config.run.dir)
-        reader = choose_checkpoint(self.dir, resume, self._early_warning)
-        differences: list[str] = []
-        if reader:
-            self.progress = restore(reader, self.config, parts.data.manifest, self.engine)
-            differences = changes(saved_config(reader), self.config)
-        else:
-            self.progress = Progress()
-            if self.config.model.init_from:
-                load_initial_weights(self.engine, self.config.model.init_from, self.config)
+        self.resumed_from = choose_checkpoint(self.dir, resume, self._early_warning)
+        self.progress = Progress()
+        self._changes: list[str] = []
+        if self.resumed_from:
+            self.progress = restore(self.resumed_from, self.config, parts.data.manifest, self.engine)
+            self._changes = changes(saved_config(self.resumed_from), self.config)
+            if resume != "auto":
+                self.progress.started_from = str(Path(resume).resolve())
+        elif self.config.model.init_from:
+            load_initial_weights(self.engine, self.config.model.init_from, self.config, parts.data.manifest)
         self.total_steps = parts.total_steps(self.progress.step, self.progress.position)
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
         self.meter = Meter(self.engine, self.config)
@@ -56,35 +60,46 @@ class Run:
         )
         self._tokenizer = load_tokenizer(parts.data.path / TOKENIZER_FOLDER)
         prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
-        self._prompts = [(prompt, self._tokenizer.encode(prompt).tolist()) for prompt in prompts]
-        self.observer = self._open_folder()
-        self.observer.load_state(self.progress.observer)
-        self.ledger = None
-        if self.config.logging.sample_ledger:
-            self.engine.barrier()  # rank 0 has made the folder
-            self.ledger = SampleLedger(self.dir, self.engine.rank, self.progress.step, self.config.run.seed)
-        if reader:
-            self.observer.message(f"going on from {reader.folder} after step {self.progress.step:,}")
-            for line in differences:
-                self.observer.message(f"changed since then: {line}")
-        self.progress.launches += 1
+        self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
+        require_sinks(self.config)
+        check_writable(self.dir)
+        self.observer = NullObserver()
+        self.ledger: SampleLedger | None = None
 
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:
             print(f"llmtrain: warning: {text}", file=sys.stderr)
 
-    def _open_folder(self) -> NullObserver:
-        """Rank 0 claims the run folder: nothing has been written before this point."""
-        if self.engine.rank:
-            return NullObserver()
+    def _open(self, lock: RunLock) -> None:
+        """Write what a launch leaves before its first step."""
+        self.progress.launches += 1
+        if self.engine.rank == 0:
+            self.observer = self._open_folder(lock)
+        self.observer.load_state(self.progress.observer)
+        if self.config.logging.sample_ledger:
+            self.engine.barrier()  # rank 0 has made the folder
+            self.ledger = SampleLedger(self.dir, self.engine.rank, self.progress.step, self.config.run.seed)
+        if self.resumed_from:
+            self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
+        for line in self._changes:
+            self.observer.message(f"changed since then: {line}")
+        if self.config.training.eval_every and self.parts.val is None:
+            self.observer.warn(
+                f"no validation: the val split of {self.parts.data.path} has not one window of "
+                f"{self.config.data.seq_len + 1} tokens; prepare with a larger --val-split"
+            )
+
+    def _open_folder(self, lock: RunLock) -> Observer:
+        """On rank 0: put the folder in order, and say in it what is run."""
+        manifest, device = self.parts.data.manifest, self.engine.device
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            clear_way(self.dir, self.progress.step, self._early_warning)
-            (self.dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-            append_launch(
-                self.dir / "run.json",
-                provenance(self.parts.data.manifest, self.parts.data.path, self.engine.device, self.engine.world_size),
-            )
+            lock.acquire()
+            clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+            with replacing(self.dir / "config.yaml", durable=True) as file:
+                file.write(self.config.to_yaml().encode())
+            launch = provenance(manifest, self.parts.data.path, device, self.engine.world_size)
+            append_launch(self.dir / "run.json", launch, self._early_warning)
         except OSError as error:
             raise UserError(
                 f"{self.dir}: cannot be written: {error.strerror or error}; choose another run.dir"
@@ -95,7 +110,7 @@ class Run:
             resume_step=self.progress.step,
             total_steps=self.total_steps,
             steps_per_epoch=self.parts.layout.steps_per_epoch(),
-            header=describe(self.parts),
+            header=describe(self.parts, self.total_steps),
         )
 
     def batches(self) -> Iterator[Batch]:
@@ -132,8 +147,9 @@ class Run:
             val=val,
         )
         self.observer.log(record)
-        if not (math.isfinite(record.train_loss) and math.isfinite(record.grad_norm)):
-            raise self._diverged(f"loss {record.train_loss}, gradient norm {record.grad_norm}")
+        found = {"loss": record.train_loss, "validation loss": record.val_loss, "gradient norm": record.grad_norm}
+        if not all(value is None or math.isfinite(value) for value in found.values()):
+            raise self._diverged(", ".join(f"{name} {value}" for name, value in found.items()))
 
     def _diverged(self, what: str) -> DivergedError:
         return DivergedError(
@@ -157,12 +173,16 @@ class Run:
             raise self._diverged("a loss or a gradient norm since the last record is not a number")
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         with self.meter.paused():
+            self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links)
 
     def _report_saves(self) -> None:
-        for folder in self.store.news():
+        committed, warnings = self.store.news()
+        for folder in committed:
             with self.meter.paused():
                 self.observer.saved(folder)
+        for warning in warnings:
+            self.observer.warn(warning)
 
     def _wait_for_saves(self) -> None:
         self.store.wait()
@@ -185,9 +205,10 @@ class Run:
             reason = f"training.stop_after={stop_after}"
         else:
             return
-        if step:
-            self.save()
-            self._wait_for_saves()
+        if not step:
+            raise Stopped(f"stopped by {reason} before the first step: nothing to save; the same command begins again")
+        self.save()
+        self._wait_for_saves()
         raise Stopped(f"stopped after step {step:,} by {reason}; saved; the same command goes on from there")
 
     def has_stopped_improving(self) -> bool:
@@ -207,8 +228,9 @@ class Run:
         self.observer.close(outcome)
 
     @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """However the loop ends, the files are finished and the curves drawn."""
+    def opened(self, lock: RunLock) -> Iterator[None]:
+        """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
+        self._open(lock)
         try:
             yield
         finally:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llmtrain.arguments import VerbParser
-from llmtrain.assemble import Assembly, assemble, describe
-from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.resume import choose_checkpoint, restore
+from llmtrain.assemble import assemble, describe
+from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
-from llmtrain.data.batches import Batch, batches, inputs_and_targets
+from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine
 from llmtrain.errors import run_main
 from llmtrain.health.signals import StopSignals
@@ -76,19 +76,18 @@ def seed_dropout(config: RunConfig, step: int, rank: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([config.run.seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def dry_run(parts: Assembly, resume: str) -> None:
-    """Check everything a run would need, take one step, print the plan; write nothing."""
-    config, engine = parts.config, parts.engine
-    reader = choose_checkpoint(Path(config.run.dir), resume, print)
-    progress = restore(reader, config, parts.data.manifest, engine) if reader else Progress()
-    batch = next(batches(parts.train, parts.layout, seed=config.run.seed, position=progress.position))
+def dry_run(run: Run) -> None:
+    """Everything a run needs has been checked: take one step, print the plan, write nothing."""
+    config, engine = run.config, run.engine
+    batch = next(run.batches())
     began = time.perf_counter()
     loss = engine.sum(accumulate(engine, batch, config.training.micro_batch_size)).item() / batch.target_count
-    grad_norm = engine.step(config.optimizer.lr).item()
+    grad_norm = engine.step(run.schedule(run.progress.step + 1)).item()
     seconds = time.perf_counter() - began
+    start = f"after step {run.progress.step:,} of {run.resumed_from.folder}" if run.resumed_from else "the beginning"
     plan = {
-        **describe(parts),
-        "start": f"after step {progress.step:,} of {reader.folder}" if reader else "from the beginning",
+        **describe(run.parts, run.total_steps),
+        "start": start,
         "one step": f"loss {loss:.4f} (chance: {math.log(config.model.vocab_size or 1):.4f}) · gradient norm "
         f"{grad_norm:.4f} · {seconds:.2f} s with warm-up · peak memory {peak_memory_gb(engine.device):.2f} GB",
     }
@@ -109,16 +108,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, run one step, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     args = parser.parse_intermixed_args(argv)
-    parts = assemble(load_config(args.config, args.overrides))
-    try:
+    config = load_config(args.config, args.overrides)
+    # Outermost: a scheduler that signals twice must not cut short what follows the first.
+    with StopSignals() as signals, ExitStack() as at_the_end:
+        lock = RunLock(Path(config.run.dir))
+        at_the_end.callback(lock.release)
+        parts = assemble(config)
+        at_the_end.callback(parts.engine.close)
+        if parts.engine.rank == 0 and not args.dry_run:
+            lock.acquire()
+        run = Run(parts, args.resume)
         if args.dry_run:
-            dry_run(parts, args.resume)
+            dry_run(run)
         else:
-            run = Run(parts, args.resume)
-            with run.reporting(), StopSignals() as signals:
+            with run.opened(lock):
                 train(run, signals)
-    finally:
-        parts.engine.close()
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from llmtrain.arguments import VerbParser
+from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import (
     MANIFEST,
     TOKENIZER_FOLDER,
@@ -87,7 +86,7 @@ def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
     reader = CheckpointReader(folder)
     files = reader.manifest.files
     size = sum(file.bytes for file in files)
-    with _progress(folder, size, show_progress) as report:
+    with progress_bar(folder.name, size, show_progress and size >= LARGE_BYTES) as report:
         problems = reader.verify(report)
     if not problems:
         for name, info in reader.tensors().items():
@@ -102,24 +101,16 @@ def _verify_data(folder: Path, show_progress: bool) -> Verdict:
     files = manifest.files()
     size = sum(file.bytes for file in files)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    with _progress(folder, size + sum(shard.ids.bytes for shard in shards), show_progress) as report:
+    twice = size + sum(shard.ids.bytes for shard in shards)  # ids are read for their hash, then for their values
+    with progress_bar(folder.name, twice, show_progress and twice >= LARGE_BYTES) as report:
         problems = verify_files(folder, files, report)
         if not problems:  # what follows would only tell of the same damage again
-            problems += _wrong_counts(folder, manifest)
+            for name, split in manifest.splits.items():
+                problems += [f"{folder / MANIFEST}: the {name} split {line}" for line in split.contradictions()]
             for shard in shards:
                 problems += _wrong_ids(folder, shard, manifest, report)
             problems += _wrong_tokenizer(folder, manifest)
     return Verdict(str(folder), "data", len(files), size, problems)
-
-
-def _wrong_counts(folder: Path, manifest: Manifest) -> list[str]:
-    lines = []
-    for name, split in manifest.splits.items():
-        for what in ("tokens", "documents"):
-            held, said = sum(getattr(shard, what) for shard in split.shards), getattr(split, what)
-            if held != said:
-                lines.append(f"{folder / MANIFEST}: the {name} split counts {said} {what}, its shards {held}")
-    return lines
 
 
 def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Report) -> list[str]:
@@ -171,21 +162,6 @@ def _is_of_checkpoint(manifest: Path) -> bool:
     if form not in ("llmtrain-tokens", "llmtrain-checkpoint"):
         raise UserError(f"{manifest}: belongs neither to prepared data nor to a checkpoint")
     return bool(form == "llmtrain-checkpoint")
-
-
-@contextmanager
-def _progress(folder: Path, total_bytes: int, show: bool) -> Iterator[Report]:
-    """Give a function that moves a progress bar on the terminal, or one that does nothing."""
-    if not show or total_bytes < LARGE_BYTES:
-        yield lambda _bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(folder.name, total=total_bytes)
-        yield lambda done: bar.advance(task, done)
 
 
 def main(argv: list[str]) -> None:

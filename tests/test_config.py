@@ -7,7 +7,6 @@ from typing import Any
 
 import pydantic
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +60,12 @@ def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> Non
     ("just words", [], "must hold sections"),
     ("model: 3", [], "'model' must hold keys"),
     ("run: !!python/object/apply:os.system ['true']", [], "not valid YAML"),
+    ("run: {}\nmodel: {dim: \a8}", [], "yaml:2: not valid YAML: the character U+0007 is not allowed; remove it"),
+    ("", ["run.name=a\0b"], "not valid YAML: the character U+0000 is not allowed"),
+    ("model: 3", ["model.dim=64"], "'model' must hold keys, not 3"),
+    ("training: {max_steps: true}", [], "training.max_steps: should be a number, not true or false"),
+    ("", ["optimizer.lr=false"], "optimizer.lr: should be a number"),
+    ("", ["optimizer.betas=[0.9, false]"], "optimizer.betas: should be a number"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, overrides: list[str], reason: str) -> None:
     with pytest.raises(UserError) as error:
@@ -83,6 +88,44 @@ def test_nothing_can_be_changed_after_loading() -> None:
 def test_a_preset_is_a_start_and_explicit_keys_win() -> None:
     assert make_config({"model": {"preset": "10m"}}).model.dim == 256
     assert make_config({"model": {"preset": "10M", "layers": 3}}).model.layers == 3
+
+
+def test_true_and_false_are_values_where_they_mean_something(tmp_path: Path) -> None:
+    config = load(tmp_path, "training: {compile: true}\nlogging: {csv: false}\ndata: {document_mask: false}")
+    assert (config.training.compile, config.logging.csv) == (True, False)
+
+
+def test_a_preset_given_as_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    text = "model: {dim: 64, layers: 2, heads: 2, dropout: 0.1}"
+    assert (
+        load(tmp_path, text, "model.preset=10m").model
+        == make_config({"model": {"preset": "10m", "dropout": 0.1}}).model
+    )
+    assert load(tmp_path, text, "model.preset=10m", "model.layers=3").model.layers == 3
+    assert load(tmp_path, "", "model.preset=10m").model.dim == 256
+    assert load(tmp_path, text, "model.preset=null").model.dim == 64
+
+
+@pytest.mark.parametrize("old", [None, "8b"])
+def test_a_preset_wins_over_a_resolved_config_too(tmp_path: Path, old: str | None) -> None:
+    resolved = settled(make_config({"model": {"preset": old, "dropout": 0.1}})).to_yaml()
+    expected = make_config({"model": {"preset": "124m", "dropout": 0.1}})
+    assert settled(load(tmp_path, resolved, "model.preset=124m")).model == settled(expected).model
+
+
+@pytest.mark.parametrize(("text", "overrides", "expected"), [
+    ("training: {max_steps: 200}", ["epochs=3"], (3, None, None)),
+    ("training: {max_tokens: 900}", ["max_steps=5"], (10, 5, None)),
+    ("training: {max_steps: 200, epochs: 2}", ["max_tokens=7"], (10, None, 7)),
+    ("training: {epochs: 2}", ["max_steps=5", "epochs=3"], (3, 5, None)),
+    ("training: {max_steps: 200, epochs: 2}", ["max_steps=null"], (2, None, None)),
+])  # fmt: skip
+def test_a_length_given_as_an_override_wins_over_the_lengths_in_the_file(
+    tmp_path: Path, text: str, overrides: list[str], expected: tuple[int | None, ...]
+) -> None:
+    for file in (text, load(tmp_path, text).to_yaml()):
+        training = load(tmp_path, file, *(f"training.{override}" for override in overrides)).training
+        assert (training.epochs, training.max_steps, training.max_tokens) == expected
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -114,13 +157,17 @@ def test_contradictions_with_data_and_ranks_are_refused(facts: dict[str, Any], r
     assert reason in str(error.value)
 
 
-@given(lr=st.floats(1e-12, 1e3), exponent=st.integers(-9, 3))
-def test_numbers_keep_their_value_in_any_spelling(lr: float, exponent: int) -> None:
-    for text in (repr(lr), f"{lr:.17e}", f"1e{exponent}", f"1.0E{exponent}"):
-        raw = yaml.safe_load("{}")
-        raw["optimizer"] = {"lr": text}
-        raw["schedule"] = {"min_lr": 0}
-        assert make_config(raw).optimizer.lr == float(text)
+@given(lr=st.floats(1e-12, 1e3), exponent=st.integers(-9, 3), tokens=st.integers(1, 99), zeros=st.integers(0, 12))
+def test_numbers_keep_their_value_in_any_spelling(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, exponent: int, tokens: int, zeros: int
+) -> None:
+    folder = tmp_path_factory.mktemp("spelling")
+    for text in (repr(lr), f"{lr:.17e}", f"1e{exponent}", f"1.0E{exponent}", f"+.5e{exponent}"):
+        assert load(folder, f"optimizer: {{lr: {text}}}\nschedule: {{min_lr: 0}}").optimizer.lr == float(text)
+        assert load(folder, "schedule: {min_lr: 0}", f"optimizer.lr={text}").optimizer.lr == float(text)
+    # A whole number shows that YAML itself took it for one: a string such as '2e9' would be refused.
+    for text in (f"{tokens}e{zeros}", f"{tokens}.0E+{zeros}", f"{tokens}{'0' * zeros}"):
+        assert load(folder, f"training: {{max_tokens: {text}}}").training.max_tokens == tokens * 10**zeros
 
 
 SMALL = ("debug", "char", "demo", "10m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -267,10 +268,26 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path):
     assert json.loads(result.stdout)["skipped"] == {"bad files": 1, "bad lines": 2, "binary files": 1}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_folder_is_one_clear_line(texts, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o555)
-    assert "cannot be written (Permission denied)" in refused("--input", texts, cwd=tmp_path, out="locked/out")
+def test_a_folder_that_cannot_be_made_is_one_clear_line(texts, tmp_path):
+    out = "o" * 250  # itself no longer than a name may be, but with what marks it as unfinished
+    problem = refused("--input", texts, "--tokenizer", "byte", cwd=tmp_path, out=out)
+    assert f"{out}: cannot be written (File name too long); nothing was kept" in problem
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "counts"])
+def test_damaged_data_is_not_taken_for_prepared(texts, tmp_path, damage):
+    command = ("--input", texts, "--tokenizer", "char")
+    assert run(*command, "--out", "out", cwd=tmp_path).returncode == 0
+    manifest = tmp_path / "out" / "manifest.json"
+    if damage == "truncated":
+        os.truncate(tmp_path / "out" / "train-00000.bin", 10)
+    elif damage == "missing":
+        (tmp_path / "out" / "val-00000.ends").unlink()
+    else:
+        content = json.loads(manifest.read_text())
+        content["splits"]["train"]["tokens"] += 1
+        manifest.write_text(json.dumps(content))
+    assert "out: damaged; delete it or choose another --out (out/" in refused(*command, cwd=tmp_path)
 
 
 def test_an_out_that_cannot_be_made_is_one_clear_line(texts, tmp_path):
@@ -364,12 +381,24 @@ def test_a_killed_worker_is_one_clear_line_and_leaves_nothing(tmp_path):
 
 
 def test_a_partial_folder_of_a_living_process_is_left_alone(tmp_path):
-    other = tmp_path / f"out.partial-{os.getppid()}"
+    other = tmp_path / f"out.partial-{platform.node()}-{os.getppid()}"
     other.mkdir()
     with staged_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("y")
     assert other.exists()
     assert (tmp_path / "out" / "x").read_text() == "y"
+
+
+def test_only_the_partial_folders_of_this_host_are_taken_for_abandoned(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours = tmp_path / f"out.partial-{platform.node()}-{ended.pid}"
+    theirs = tmp_path / f"out.partial-{platform.node()}-2-{ended.pid}"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    with staged_folder(tmp_path / "out"):
+        assert not ours.exists()
+    assert theirs.exists()
 
 
 def test_a_staged_folder_vanishes_when_its_block_fails(tmp_path):

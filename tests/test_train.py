@@ -19,10 +19,13 @@ import pytest
 import torch
 import yaml
 
+from llmtrain.assemble import assemble
 from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import committed_steps, pointed
-from llmtrain.config import load_config
-from llmtrain.errors import LlmtrainError, Stopped, UserError
+from llmtrain.checkpoint.store import committed_steps, point, pointed
+from llmtrain.config import load_config, make_config
+from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError
+from llmtrain.observe.validation import Validation
+from llmtrain.run import Run
 from llmtrain.train import main
 from tests.conftest import Command, prose, records, write_data
 
@@ -274,10 +277,18 @@ def test_best_and_the_last_three_are_kept(config_dict: Config) -> None:
     assert set(committed_steps(folder)) == expected
 
 
-def test_validation_windows_do_not_overlap_and_all_count(config_dict: Config, data: Path) -> None:
-    folder = run(merged(config_dict, training={"max_steps": 2, "eval_every": 2, "micro_batch_size": 8}))
-    [record] = records(folder)[-1:]
-    assert record["val_loss"] == pytest.approx(math.log(27), abs=0.5)
+def test_every_validation_window_counts_once(config_dict: Config) -> None:
+    """1,500 tokens, windows of 64: 23 windows, also when training windows overlap and the last batch is short."""
+    config = merged(config_dict, training={"micro_batch_size": 4}, data={"stride": 10})
+    parts = assemble(make_config(config))
+    try:
+        launch = Run(parts, "never")
+        validation = launch.validate()
+    finally:
+        parts.engine.close()
+    assert validation is not None
+    assert validation.tokens == 23 * 64
+    assert validation.loss == pytest.approx(math.log(29), abs=0.1)
 
 
 def test_init_from_starts_with_the_weights_of_another_run(config_dict: Config, tmp_path: Path) -> None:
@@ -323,6 +334,117 @@ def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> Non
     assert {value.dtype for value in saved.values()} == {torch.float32}  # masters
 
 
+def test_a_branch_starts_from_another_run_and_the_same_command_goes_on(config_dict: Config, tmp_path: Path) -> None:
+    trunk = run(merged(config_dict, run={"dir": str(tmp_path / "trunk")}))
+    start = str(trunk / "step-00000020")
+    branch = merged(config_dict, run={"dir": str(tmp_path / "branch")}, training={"max_steps": 40})
+    with pytest.raises(Stopped):
+        run(branch, "--resume", start, "training.stop_after=25")
+    run(branch, "--resume", start)
+    assert [r["step"] for r in records(tmp_path / "branch")] == [24, 28, 30, 32, 36, 40]
+    other = merged(config_dict, run={"dir": str(tmp_path / "other")})
+    run(other)
+    before = contents(tmp_path / "other")
+    assert "holds another run than one from" in refused(other, "--resume", start)
+    assert contents(tmp_path / "other") == before
+
+
+def test_a_run_goes_back_to_one_of_its_own_checkpoints(config_dict: Config) -> None:
+    folder = run(config_dict)
+    whole = numbers(folder)
+    run(config_dict, "--resume", str(folder / "step-00000010"))
+    assert numbers(folder) == whole
+    assert committed_steps(folder) == [10, 20, 30]
+    assert len(list(folder.glob("step-*.aside-*"))) == 2  # renamed, not deleted
+
+
+def test_links_left_behind_by_a_kill_are_set_right(config_dict: Config) -> None:
+    with pytest.raises(Stopped):
+        run(config_dict, "training.stop_after=25")
+    folder = Path(config_dict["run"]["dir"])
+    for name in ("best", "latest"):  # as a kill between the commit of 20 and its links would leave them
+        point(folder, name, "step-00000010")
+    with pytest.raises(Stopped):
+        run(config_dict, "training.stop_after=25")
+    assert pointed(folder, "best") == folder / "step-00000020"
+    assert pointed(folder, "latest") == folder / "step-00000025"
+
+
+def test_a_damaged_run_json_is_set_aside(config_dict: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Stopped):
+        run(config_dict, "training.stop_after=5")
+    folder = Path(config_dict["run"]["dir"])
+    (folder / "run.json").write_text("")
+    run(config_dict)
+    assert len(json.loads((folder / "run.json").read_text())["launches"]) == 1
+    assert "run.unreadable.json" in capsys.readouterr().err
+
+
+def test_two_launches_in_one_folder_do_not_meet(config_dict: Config, tmp_path: Path) -> None:
+    config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    first = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: last_step(tmp_path / "run") >= 4, first)
+        assert f"another launch is running in it (process {first.pid} on" in refused(config)
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        assert first.wait(60) == 75
+
+
+def test_signals_after_the_first_do_not_cut_the_end_short(config_dict: Config, tmp_path: Path) -> None:
+    config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None}, logging={"plots": True})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: last_step(tmp_path / "run") >= 4, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert process.returncode == 75
+    assert (tmp_path / "run" / "training_curve.png").exists()
+
+
+def test_an_empty_sample_prompt_begins_a_document(config_dict: Config) -> None:
+    folder = run(merged(config_dict, training={"sample_every": 30, "sample_prompts": [""], "sample_tokens": 5}))
+    [line] = (folder / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == ""
+
+
+def test_missing_validation_is_said(config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = write_data(tmp_path / "short", {"train": prose(5_000), "val": prose(40)})
+    run(merged(config_dict, data={"path": str(short)}, training={"max_steps": 2}))
+    assert "no validation: the val split" in capsys.readouterr().err
+
+
+def test_a_validation_loss_that_is_no_number_is_divergence(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Validation(math.nan, 0.0, 1)
+    monkeypatch.setattr("llmtrain.run.validate", lambda *_: broken)
+    with pytest.raises(DivergedError, match="validation loss nan"):
+        run(config_dict)
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"),
+])  # fmt: skip
+def test_a_launch_file_that_contradicts_the_config_is_refused(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    refused(config_dict)
+
+
 # ---- bad input: one clear line, exit 2 (4 where nothing good is left), nothing lost ----
 
 
@@ -362,16 +484,20 @@ def refused(config: Config, *arguments: str) -> str:
     return str(error.value)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def test_a_folder_with_another_run_is_refused_and_left_alone(config_dict: Config, tmp_path: Path) -> None:
     folder = run(config_dict)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     assert "holds another run" in refused(config_dict, "--resume", "never")
     assert "model.dim=32, this run has 64" in refused(merged(config_dict, model={"dim": 64}))
     other = write_data(tmp_path / "other", {"train": prose(9_000, seed=5), "val": prose(900)})
     assert "other data" in refused(merged(config_dict, data={"path": str(other)}))
     letters = write_data(tmp_path / "letters", {"train": prose(9_000).upper(), "val": prose(900).upper()})
     assert "another tokenizer" in refused(merged(config_dict, data={"path": str(letters)}))
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(("sections", "reason"), [
@@ -381,12 +507,29 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(config_dict: Config
     ({"model": {"vocab_size": 5}}, "smaller than"),
     ({"data": {"path": "nowhere"}}, "not prepared data"),
     ({"training": {"sample_every": 5, "sample_prompts": ["日本"]}}, "日"),
+    ({"model": {"init_from": "nowhere"}}, "nowhere: no such folder"),
+    ({"run": {"dir": "/dev/null/run"}}, "cannot be written"),
 ])  # fmt: skip
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
 def test_contradictions_are_refused_before_anything_is_written(
-    config_dict: Config, sections: Config, reason: str
+    config_dict: Config, tmp_path: Path, sections: Config, reason: str, arguments: list[str]
 ) -> None:
-    assert reason in refused(merged(config_dict, **sections))
-    assert not Path(config_dict["run"]["dir"]).exists()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(merged(config_dict, **sections)))
+    with pytest.raises(UserError) as error:
+        main(["--config", str(path), *arguments])
+    assert reason in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_a_run_with_another_tokenizer_is_refused(config_dict: Config, tmp_path: Path) -> None:
+    """The same number of characters, but other ones: the shapes fit and the ids mean something else."""
+    first = run(merged(config_dict, run={"dir": str(tmp_path / "first")}))
+    swapped = {ord("e"): "z"}
+    splits = {"train": prose(9000).translate(swapped), "val": prose(900, seed=1).translate(swapped)}
+    data = write_data(tmp_path / "swapped", splits)
+    config = merged(config_dict, data={"path": str(data)}, model={"init_from": str(first)})
+    assert "another tokenizer" in refused(config)
 
 
 def copied(data: Path, tmp_path: Path) -> Path:
@@ -430,6 +573,7 @@ def test_divergence_is_exit_3_and_leaves_the_good_checkpoints(config_dict: Confi
     with pytest.raises(LlmtrainError, match="diverged") as error:
         run(config)
     assert error.value.exit_code == 3
+    assert committed_steps(tmp_path / "run")
     for step in committed_steps(tmp_path / "run"):
         assert all(value.isfinite().all() for value in weights(tmp_path / "run", step).values())
 

@@ -128,7 +128,7 @@ def test_counts_that_do_not_add_up_are_found(call: Call, copy: Path) -> None:
     manifest["splits"]["val"]["tokens"] += 1
     rewrite(copy, splits=manifest["splits"])
     [problem] = problems(call, copy)
-    assert "the val split counts 1501 tokens, its shards 1500" in problem
+    assert problem == f"{copy / MANIFEST}: the val split counts 1501 tokens, its shards 1500"
 
 
 def test_a_manifest_is_not_followed_out_of_its_folder(call: Call, copy: Path) -> None:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
 from llmtrain.engine import Fragment
-from llmtrain.errors import CorruptError
+from llmtrain.errors import CorruptError, UserError
 
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
@@ -82,7 +82,10 @@ def write_rank(folder: Path, rank: int, fragments: Iterable[Fragment]) -> None:
     tensors = {
         f.name: TensorInfo(shape=f.shape, fragments=((path.name, f.start, f.values.numel()),)) for f in fragments
     }
-    write_file(folder / f"rank{rank:05d}.json", RankRecord(file=info, tensors=tensors).model_dump_json())
+    # Rank 0 takes the record for a sign that this rank is done, so it must appear whole.
+    unfinished = folder / f".rank{rank:05d}.json"
+    write_file(unfinished, RankRecord(file=info, tensors=tensors).model_dump_json())
+    unfinished.replace(folder / f"rank{rank:05d}.json")
 
 
 def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileInfo:
@@ -162,12 +165,8 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
-            marker = (folder / MARKER).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorruptError(f"{folder}: not a whole checkpoint: {error}") from error
-        if hashlib.sha256(text.encode()).hexdigest() != marker:
+        text = _read_text(folder / MANIFEST)
+        if hashlib.sha256(text.encode()).hexdigest() != _read_text(folder / MARKER).strip():
             raise CorruptError(f"{folder / MANIFEST}: differs from the hash in {MARKER}")
         self.manifest = _parse(CheckpointManifest, folder / MANIFEST, text)
         for file in self.manifest.files:
@@ -181,7 +180,11 @@ class CheckpointReader:
 
     def state(self) -> dict[str, Any]:
         """The parsed `state.json`."""
-        state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        path = self.folder / STATE
+        try:
+            state: dict[str, Any] = json.loads(_read_text(path))
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON: {error}") from error
         return state
 
     def tensors(self) -> dict[str, TensorInfo]:
@@ -190,7 +193,7 @@ class CheckpointReader:
             joined: dict[str, TensorInfo] = {}
             for rank in range(self.manifest.world_size):
                 path = self.folder / f"rank{rank:05d}.json"
-                for name, info in _parse(RankRecord, path, path.read_text(encoding="utf-8")).tensors.items():
+                for name, info in _parse(RankRecord, path, _read_text(path)).tensors.items():
                     before = joined[name].fragments if name in joined else ()
                     joined[name] = TensorInfo(shape=info.shape, fragments=before + info.fragments)
             self._tensors = joined
@@ -200,9 +203,9 @@ class CheckpointReader:
         """Return the saved values (1-D, on the host) of the slice that `wanted` names, from however many files."""
         info = self.tensors().get(wanted.name)
         if info is None:
-            raise CorruptError(f"{self.folder}: holds no '{wanted.name}'; saved with another model or optimizer?")
+            raise UserError(f"{self.folder}: holds no '{wanted.name}'; it was saved with another model or optimizer")
         if info.shape != wanted.shape:
-            raise CorruptError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
+            raise UserError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
         begin, end = wanted.start, wanted.start + wanted.values.numel()
         values = torch.empty(end - begin, dtype=wanted.values.dtype)
         filled = 0
@@ -227,6 +230,13 @@ class CheckpointReader:
             except (OSError, SafetensorError) as error:
                 raise CorruptError(f"{self.folder / file}: cannot be read: {error}") from error
         return self._open[file]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path}: cannot be read: {error}") from error
 
 
 def _parse(kind: type[_Model], path: Path, text: str) -> _Model:

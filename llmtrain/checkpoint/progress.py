@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     launches: int = 0  # how often the run was started or resumed
+    started_from: str | None = None  # what `--resume PATH` named, where the run branched off or was rewound
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last record
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
 
@@ -28,7 +30,7 @@ class Progress:
 
     def validated(self, loss: float) -> bool:
         """Take an evaluation in; return whether it is the best so far."""
-        better = self.best_val_loss is None or loss < self.best_val_loss
+        better = math.isfinite(loss) and (self.best_val_loss is None or loss < self.best_val_loss)
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         if better:
             self.best_val_loss, self.best_step = loss, self.step

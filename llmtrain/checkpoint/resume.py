@@ -12,7 +12,7 @@ from llmtrain.checkpoint.store import committed_steps, find_checkpoint, newest_g
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import Manifest
 from llmtrain.engine import Engine
-from llmtrain.errors import UserError
+from llmtrain.errors import CorruptError, UserError
 
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
 _FIXED = {
@@ -31,17 +31,29 @@ _SILENT = {"run.dir", "run.name", "training.stop_after", "model.init_from", "dat
 def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -> CheckpointReader | None:
     """Open (and verify) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
 
+    With PATH the run branches off from another run, or goes back within this one. Once it has saved for itself, the
+    same command goes on from there: a requeued job does not begin again and again.
+
     Raises:
-        UserError: `never`, but the folder holds a run; or PATH is none.
+        UserError: the folder holds another run, and `never` or a PATH outside it was given; or PATH is none.
         CorruptError: there are checkpoints, and none is good.
     """
     if resume == "never":
         if committed_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise UserError(f"{run_dir}: holds another run; choose another run.dir, or go on with it by --resume auto")
         return None
-    if resume == "auto":
-        return newest_good(run_dir, warn)
     path = Path(resume)
+    if resume == "auto" or path.resolve() == run_dir.resolve():
+        return newest_good(run_dir, warn)
+    if committed_steps(run_dir):
+        own = newest_good(run_dir, warn)
+        if own and own.state().get("started_from") == str(path.resolve()):
+            return own
+        if path.resolve().parent != run_dir.resolve():
+            raise UserError(
+                f"{run_dir}: holds another run than one from {path}; choose another run.dir, or go on with it by "
+                "--resume auto"
+            )
     # A run folder means where it got to; its best, which the other verbs take, would throw steps away.
     return newest_good(path, warn) if committed_steps(path) else open_verified(find_checkpoint(path))
 
@@ -68,8 +80,12 @@ def restore(reader: CheckpointReader, config: RunConfig, data: Manifest, engine:
                     f"{reader.folder}: was saved with {section}.{key}={before}, this run has {now}; set it back, or "
                     "choose another run.dir"
                 )
+    try:
+        progress = Progress(**reader.state())
+    except TypeError as error:
+        raise CorruptError(f"{reader.folder}: its state is not one of this version: {error}") from error
     engine.load(reader.read)
-    return Progress(**reader.state())
+    return progress
 
 
 def check_tokenizer(reader: CheckpointReader, data: Manifest) -> None:
@@ -99,9 +115,10 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def load_initial_weights(engine: Engine, path: str, config: RunConfig) -> None:
+def load_initial_weights(engine: Engine, path: str, config: RunConfig, data: Manifest) -> None:
     """Start from the weights (only) of another run or checkpoint: `model.init_from`."""
     reader = open_verified(find_checkpoint(Path(path)))
+    check_tokenizer(reader, data)
     saved, now = saved_config(reader).model, config.model
     for key in _FIXED["model"]:
         if getattr(saved, key) != getattr(now, key):

@@ -19,7 +19,7 @@ from llmtrain.checkpoint import format as fmt
 from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
 from llmtrain.engine import Engine, Fragment
-from llmtrain.errors import CorruptError, LlmtrainError, UserError
+from llmtrain.errors import CorruptError, UserError
 
 LATEST, BEST, FINAL = "latest", "best", "final"
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
@@ -58,6 +58,19 @@ def pointed(run_dir: Path, name: str) -> Path | None:
         return None
     folder = run_dir / Path(target).name  # never outside the run folder
     return folder if fmt.is_committed(folder) else None
+
+
+def check_writable(run_dir: Path) -> None:
+    """Check, without writing, that the run folder can be made or written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{run_dir}: cannot be written: {existing} is not a folder; choose another run.dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{run_dir}: cannot be written: no permission in {existing}; choose another run.dir")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -101,8 +114,8 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> fmt.CheckpointRea
     return None
 
 
-def clear_way(run_dir: Path, resumed_step: int, warn: Callable[[str], None]) -> None:
-    """Leave only checkpoints up to the resumed step, so that new ones meet no older self.
+def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Callable[[str], None]) -> None:
+    """Leave only checkpoints up to the resumed step, so that new ones meet no older self, and set the links right.
 
     Step folders without a marker (an interrupted save or deletion) are removed; finished ones of later steps (damaged,
     or rewound past by `--resume PATH`) are renamed, not deleted.
@@ -117,6 +130,15 @@ def clear_way(run_dir: Path, resumed_step: int, warn: Callable[[str], None]) -> 
             aside = path.with_name(f"{path.name}.aside-{int(time.time())}")
             warn(f"{path}: later than step {resumed_step}, where this run goes on; renamed to {aside.name}")
             path.rename(aside)
+    # A kill between a commit and its links leaves them on older steps.
+    for name, step in ((LATEST, resumed_step), (BEST, best_step)):
+        if step is not None and fmt.is_committed(step_folder(run_dir, step)):
+            point(run_dir, name, step_folder(run_dir, step).name)
+    for name in (LATEST, BEST, FINAL):
+        if pointed(run_dir, name) is None:
+            (run_dir / name).unlink(missing_ok=True)
+        for leftover in run_dir.glob(f".{name}.*"):
+            leftover.unlink()
 
 
 class CheckpointStore:
@@ -127,10 +149,14 @@ class CheckpointStore:
         self._config = config
         self._config_yaml = config_yaml
         self._data = data
-        self._tokenizer = data_path / TOKENIZER_FOLDER
+        # Read once: a data folder that is moved during the run cannot fail a save.
+        tokenizer = data_path / TOKENIZER_FOLDER
+        self._tokenizer = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
+        self._saved_step: int | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._committed: list[Path] = []
+        self._warnings: list[str] = []
 
     def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
         """Copy the training state to host memory and write it, behind the loop's back where `async_save` is on.
@@ -145,8 +171,13 @@ class CheckpointStore:
         """
         self.wait()
         step = int(state["step"])
-        fragments = [_to_host(fragment) for fragment in engine.fragments()]
-        job = threading.Thread(target=self._write, args=(engine, step, fragments, state, links), name=f"save-{step}")
+        folder = step_folder(self.run_dir, step)
+        # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so what this
+        # launch saved is remembered and not looked up.
+        is_new = step != self._saved_step and not fmt.is_committed(folder)
+        self._saved_step = step
+        fragments = [_to_host(fragment) for fragment in engine.fragments()] if is_new else None
+        job = threading.Thread(target=self._write, args=(engine, folder, fragments, state, links), name=f"save-{step}")
         self._thread = job
         job.start()
         if not self._config.async_save:
@@ -165,8 +196,8 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def news(self) -> list[Path]:
-        """The checkpoints that were committed since this was last asked.
+    def news(self) -> tuple[list[Path], list[str]]:
+        """The checkpoints that were committed since this was last asked, and what to warn of.
 
         Raises:
             UserError: a save behind the loop's back failed.
@@ -174,40 +205,50 @@ class CheckpointStore:
         if self._error:
             self.wait()
         committed, self._committed = self._committed, []
-        return committed
+        warnings, self._warnings = self._warnings, []
+        return committed, warnings
 
     def _write(
-        self, engine: Engine, step: int, fragments: list[Fragment], state: dict[str, Any], links: tuple[str, ...]
+        self,
+        engine: Engine,
+        folder: Path,
+        fragments: list[Fragment] | None,
+        state: dict[str, Any],
+        links: tuple[str, ...],
     ) -> None:
-        folder = step_folder(self.run_dir, step)
+        """What the thread does: write this rank's part; on rank 0 also commit, link, and delete what is not kept."""
         try:
-            if fmt.is_committed(folder):
-                self._link(folder, links)  # the same step again (a best that is also the last): nothing has changed
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            fmt.write_rank(folder, engine.rank, fragments)
+            if fragments is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                fmt.write_rank(folder, engine.rank, fragments)
+                if engine.rank == 0:
+                    self._commit(engine, folder, state)
+                    self._committed.append(folder)
             if engine.rank == 0:
-                self._commit(engine, folder, step, state)
                 self._link(folder, links)
-                self._committed.append(folder)
-                self._retain()
-        except (OSError, LlmtrainError) as error:
+        except Exception as error:  # of whatever kind: it is raised in the loop, by `wait`
             self._error = error
-            if engine.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)  # room for the next try; it was never committed
+            if engine.rank == 0 and not fmt.is_committed(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # room for the next try
+            return
+        if engine.rank == 0:
+            self._retain()
 
-    def _commit(self, engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> None:
+    def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))
         fmt.write_file(folder / fmt.CONFIG, self._config_yaml)
-        shutil.copytree(self._tokenizer, folder / TOKENIZER_FOLDER)
+        (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for name, content in self._tokenizer.items():
+            fmt.write_file(folder / TOKENIZER_FOLDER / name, content)
+        fmt.sync_folder(folder / TOKENIZER_FOLDER)
         records = [folder / f"rank{rank:05d}.json" for rank in range(engine.world_size)]
         _wait_for(records)
         own = [fmt.STATE, fmt.CONFIG, *(record.name for record in records)]
-        tokenizer = sorted(p.relative_to(folder).as_posix() for p in (folder / TOKENIZER_FOLDER).rglob("*"))
-        files = [fmt.describe_file(folder, folder / name) for name in own + tokenizer]
+        own += [f"{TOKENIZER_FOLDER}/{name}" for name in self._tokenizer]
+        files = [fmt.describe_file(folder, folder / name) for name in own]
         files += [fmt.RankRecord.model_validate_json(record.read_text()).file for record in records]
         manifest = fmt.CheckpointManifest(
-            step=step,
+            step=int(state["step"]),
             engine=engine.name,
             world_size=engine.world_size,
             data_fingerprint=self._data.fingerprint(),
@@ -223,7 +264,11 @@ class CheckpointStore:
             point(self.run_dir, name, folder.name)
 
     def _retain(self) -> None:
-        """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first."""
+        """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first.
+
+        What cannot be deleted (a file that another process has open, on some file systems) costs a warning: without its
+        marker it does not exist, and the next launch clears it away.
+        """
         steps = committed_steps(self.run_dir)
         keep = set(steps[-self._config.keep_last :])
         if self._config.keep_every:
@@ -232,8 +277,11 @@ class CheckpointStore:
         for step in steps:
             folder = step_folder(self.run_dir, step)
             if step not in keep and folder not in linked:
-                (folder / fmt.MARKER).unlink()
-                shutil.rmtree(folder)
+                try:
+                    (folder / fmt.MARKER).unlink()
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    self._warnings.append(f"{folder}: no longer kept, but cannot be deleted: {error.strerror or error}")
 
 
 def _to_host(fragment: Fragment) -> Fragment:

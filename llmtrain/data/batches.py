@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from llmtrain.data.order import Int64s, sample_ids
 from llmtrain.data.shards import TokenStream
+from llmtrain.errors import LlmtrainError
+from llmtrain.model.loss import IGNORE_INDEX
 
-IGNORE = -100  # target that counts for nothing, torch's default ignore_index
 _BLOCK = 4096  # positions ordered at once: numpy's cost per call is spread over many batches
 Tokens_BS = torch.Tensor
 
@@ -136,14 +137,27 @@ class Batch:
             yield next(self._loader), index == micro_steps - 1
 
 
-class _MapStyle(Dataset[Tokens_BS]):
-    """What DataLoader workers run: one gather for a whole micro-batch of ids."""
+class _MapStyle(Dataset[Tokens_BS | LlmtrainError]):
+    """What DataLoader workers run: one gather for a whole micro-batch of ids.
+
+    An error that we foresaw is returned: raised in a worker, it would reach the parent with the worker's traceback in
+    the place of its one line.
+    """
 
     def __init__(self, windows: Windows):
         self._windows = windows
 
-    def __getitem__(self, ids: Int64s) -> Tokens_BS:
-        return self._windows.gather(ids)
+    def __getitem__(self, ids: Int64s) -> Tokens_BS | LlmtrainError:
+        try:
+            return self._windows.gather(ids)
+        except LlmtrainError as error:
+            return error
+
+
+def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
+    if isinstance(item, LlmtrainError):
+        raise item
+    return item
 
 
 def batches(windows: Windows, layout: Layout, *, seed: int, position: int, workers: int = 0) -> Iterator[Batch]:
@@ -157,8 +171,9 @@ def batches(windows: Windows, layout: Layout, *, seed: int, position: int, worke
     if workers:
         # batch_size=None: the sampler's items are whole micro-batches already.
         pinned = torch.cuda.is_available()
-        loader = iter(
-            DataLoader(_MapStyle(windows), sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned)
+        loader = map(
+            _raise_error,
+            DataLoader(_MapStyle(windows), sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned),
         )
     else:
         loader = map(windows.gather, sampler)
@@ -199,5 +214,5 @@ def inputs_and_targets(tokens: Tokens_BS, rows: int, device: torch.device) -> tu
     missing = rows - tokens.shape[0]
     if missing:
         inputs = torch.nn.functional.pad(inputs, (0, 0, 0, missing))
-        targets = torch.nn.functional.pad(targets, (0, 0, 0, missing), value=IGNORE)
+        targets = torch.nn.functional.pad(targets, (0, 0, 0, missing), value=IGNORE_INDEX)
     return inputs, targets

@@ -336,15 +336,28 @@ def _found(source: str, paths: list[Path], if_none: str) -> list[SourceFile]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted by path; hidden files and folders are left out, as a glob leaves them out."""
+    """All files below a folder, sorted by path; hidden files and folders are left out, as a glob leaves them out.
+
+    Links to folders are followed, but each folder is taken once, by its own path where it has one: links may lead in
+    circles, and text that comes twice would be trained on twice.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    paths = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    paths, seen, waiting = list[Path](), set[Path](), [folder]
+    while waiting:
+        links = []
+        for start in sorted(waiting):
+            for parent, folders, names in os.walk(start, onerror=refuse):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                if (real := Path(parent).resolve()) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+                paths += [Path(parent, name) for name in names if not name.startswith(".")]
+        waiting = links
     return sorted(path for path in paths if path.is_file())
 
 

@@ -61,6 +61,12 @@ class SplitInfo(BaseModel):
     text_bytes: int = Field(ge=0)
     shards: tuple[ShardInfo, ...]
 
+    def contradictions(self) -> list[str]:
+        """Say which totals are not the sums over the shards."""
+        sums = {what: sum(getattr(shard, what) for shard in self.shards) for what in ("tokens", "documents")}
+        said = {what: getattr(self, what) for what in sums}
+        return [f"counts {said[what]} {what}, its shards {held}" for what, held in sums.items() if held != said[what]]
+
 
 class TokenizerInfo(BaseModel):
     """The tokenizer the ids belong to; `sha256` is over its files and decides whether two are the same."""
@@ -162,9 +168,15 @@ class ShardWriter:
 
 
 class TokenStream:
-    """One split as one long memory-mapped sequence of token ids; opening it reads nothing but file sizes."""
+    """One split as one long memory-mapped sequence of token ids; opening it reads nothing but file sizes.
+
+    Raises:
+        CorruptError: a shard is missing or has another size than the manifest says, or the manifest contradicts itself.
+    """
 
     def __init__(self, folder: Path, split: SplitInfo, dtype: str, vocab_size: int):
+        for problem in split.contradictions():  # found here, or in the middle of a run
+            raise CorruptError(f"{folder / MANIFEST}: a split {problem}; prepare the data again")
         self.dtype = np.dtype(dtype)
         self.vocab_size = vocab_size
         self.tokens = split.tokens
@@ -226,13 +238,20 @@ class TokenDataset:
 
         Raises:
             UserError: there is no such split.
-            CorruptError: a shard is missing or has another size than the manifest says.
+            CorruptError: what `TokenStream` finds.
         """
         if name not in self.manifest.splits:
             raise UserError(f"{self.path}: no split '{name}'; it has {', '.join(self.manifest.splits)}")
         return TokenStream(
             self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.tokenizer.vocab_size
         )
+
+    def check(self) -> None:
+        """Raise CorruptError for any damage that can be seen without reading the files."""
+        for file in self.manifest.files():
+            _check_size(self.path / file.path, file.bytes)
+        for name in self.manifest.splits:
+            self.split(name)
 
 
 def outside_vocabulary(path: Path, token: int, position: int, vocab_size: int) -> str:

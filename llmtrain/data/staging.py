@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,19 @@ from llmtrain.errors import UserError
 def staged_folder(out: Path) -> Iterator[Path]:
     """Give a fresh folder beside `out` to write into; when the block ends well, it is synced and becomes `out`.
 
-    When the block fails, the folder is removed. When the process is killed, it stays as `OUT.partial-PID` and the next
-    call for the same `out` removes it. `out` must not exist, or be empty.
+    When the block fails, the folder is removed. When the process is killed, it stays as `OUT.partial-HOST-PID` and
+    the next call for the same `out` on this host removes it: nobody can see from here whether another host's process
+    lives. `out` must not exist, or be empty.
 
     Raises:
         UserError: something could not be written (no space, no permission); nothing is left.
     """
     target = out.resolve()  # so that "." has a name, and a link stays where it is
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    ours = f"{target.name}.partial-{platform.node()}-"
+    partial = target.with_name(f"{ours}{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        _remove_abandoned(target.parent, ours)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
@@ -39,9 +42,9 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_abandoned(out: Path) -> None:
-    for folder in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-        owner = folder.name.rpartition("-")[2]
+def _remove_abandoned(parent: Path, ours: str) -> None:
+    for folder in parent.glob(f"{glob.escape(ours)}*"):
+        owner = folder.name.removeprefix(ours)
         if owner.isdecimal() and not _is_alive(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
 

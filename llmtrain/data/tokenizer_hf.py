@@ -20,7 +20,7 @@ import tokenizers
 from gigatoken import gigatoken_rs
 
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
-from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, special_token, unspellable
+from llmtrain.data.tokenizer_fast import PROBE, SEPARATOR, FastEncoder, special_token, unspellable
 from llmtrain.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,6 +30,7 @@ EOS_NAMES = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 BYTES = 256
+PROBED_IDS = 1000
 
 
 class HuggingFaceTokenizer:
@@ -41,12 +42,9 @@ class HuggingFaceTokenizer:
 
     def __init__(self, content: str, kind: str = EXISTING, source: str = TOKENIZER_FILE):
         self.kind = kind
-        self._content = content
-        try:
-            self._full = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{source}: not a tokenizer.json that `tokenizers` reads ({error})") from error
-        config = json.loads(content)
+        self._content, self._source = content, source
+        config = _parse_json(content, source)
+        self._full = _load(content, source)
         special = {token["content"]: token["id"] for token in config.get("added_tokens") or [] if token["special"]}
         eos_id = self._first_of(EOS_NAMES)
         if eos_id is None:
@@ -65,7 +63,11 @@ class HuggingFaceTokenizer:
         self._textless = marks | set(special.values())
         names = (self._full.id_to_token(i) for i in self._textless)
         self._config = unspellable(config, {name for name in names if name is not None})
-        self._reference = tokenizers.Tokenizer.from_str(json.dumps(self._config))
+        self._reference = _load(json.dumps(self._config), source)
+        # A file that panics shall do so now and unseen, not in the middle of a text and with the library's own words.
+        with _quiet(), _panics_refused(source), contextlib.suppress(Exception):
+            self._full.decode(list(range(PROBED_IDS)), skip_special_tokens=False)
+            self._reference.encode(" ".join(PROBE), add_special_tokens=False)
 
     @classmethod
     def fit(cls, training: Iterable[str], vocab_size: int | None, default_size: int) -> HuggingFaceTokenizer:
@@ -89,7 +91,8 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> Ids:
         """Return the (tokens,) ids of a text."""
         refuse_surrogates(self.kind, text)
-        return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._dtype)
+        with _panics_refused(self._source):
+            return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._dtype)
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the end-of-document id."""
@@ -100,7 +103,8 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text of ids."""
         known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.vocab_size and i not in self._textless]
-        return self._full.decode(known, skip_special_tokens=False)
+        with _panics_refused(self._source):
+            return self._full.decode(known, skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `tokenizers` and `transformers` load as it is."""
@@ -113,10 +117,11 @@ class HuggingFaceTokenizer:
         if not _one_merge_per_token(self._config["model"]):
             return None
         try:
-            fast = FastEncoder(self._config, self.eos_id, self._dtype)
-        except ValueError:
+            with _quiet(), _panics_refused(self._source):
+                fast = FastEncoder(self._config, self.eos_id, self._dtype)
+                return fast if fast.agrees_with(self.encode) else None
+        except (ValueError, UserError):
             return None
-        return fast if fast.agrees_with(self.encode) else None
 
     def _first_of(self, names: Sequence[str]) -> int | None:
         ids = (self._full.token_to_id(name) for name in names)
@@ -127,8 +132,51 @@ def _one_merge_per_token(model: dict[str, Any]) -> bool:
     """Say whether no token can be merged in two ways, or the model is one where gigatoken ranks merges as it should."""
     if model["type"] != "BPE" or model.get("byte_fallback"):
         return True
-    merged = [pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in model["merges"]]
+    merged = ["".join(pair) for pair in _merges(model)]
     return len(set(merged)) == len(merged)
+
+
+def _merges(model: dict[str, Any]) -> list[list[str]]:
+    """The merges of a BPE model, in either of the two forms that files have; none for other models."""
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []]
+
+
+def _parse_json(content: str, source: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(content)
+        prefix = config["model"].get("continuing_subword_prefix") or ""
+        prefixed = all(right.startswith(prefix) for _, right in _merges(config["model"]))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(source, error) from error
+    if not prefixed:  # the library cuts so many bytes off unseen, and where that halves a character it aborts Python
+        raise _unreadable(source, f"a merge goes on with a piece that does not begin with '{prefix}'")
+    return config
+
+
+def _load(content: str, source: str) -> tokenizers.Tokenizer:
+    try:
+        with _quiet(), _panics_refused(source):
+            return tokenizers.Tokenizer.from_str(content)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise _unreadable(source, error) from error
+
+
+@contextlib.contextmanager
+def _panics_refused(source: str) -> Iterator[None]:
+    """Raise UserError where a library panics over the file."""
+    try:
+        yield
+    except BaseException as error:
+        # Not an Exception, so that nobody catches it by chance, and its class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, reason: object) -> UserError:
+    return UserError(f"{source}: not a tokenizer.json that `tokenizers` reads ({reason})")
 
 
 def _train_merges(text: bytes, size: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:

@@ -67,7 +67,7 @@ class AccelerateEngine:
         """See `Engine`. DDP averages over ranks, so the sum over ranks needs the factor world_size."""
         quiet = nullcontext() if sync else self._accelerator.no_sync(self._model)
         with quiet:
-            self._accelerator.backward(loss_sum * (self.world_size / global_targets))
+            (loss_sum * (self.world_size / global_targets)).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> Tensor:
         """See `Engine`."""

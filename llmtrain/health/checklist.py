@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.assemble import Assembly
-from llmtrain.data.batches import IGNORE, Windows, batches, inputs_and_targets
+from llmtrain.data.batches import Windows, batches, inputs_and_targets
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine import Engine
 from llmtrain.health.finding import Finding, fail, ok, warn
-from llmtrain.model.loss import cross_entropy_sum
+from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum
 from llmtrain.observe.formats import rate
 from llmtrain.optim.schedule import make_schedule
 
@@ -39,7 +39,7 @@ class OneBatch:
     """The first micro-batch of the run, on the device."""
 
     inputs: Tensor  # (B, S)
-    targets: Tensor  # (B, S), IGNORE where there is none
+    targets: Tensor  # (B, S), IGNORE_INDEX where there is none
     target_count: int
 
 
@@ -48,7 +48,7 @@ def first_batch(parts: Assembly) -> OneBatch:
     batch = next(batches(parts.train, parts.layout, seed=parts.config.run.seed, position=0))
     tokens, _ = next(batch.micro_batches())
     inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, parts.engine.device)
-    return OneBatch(inputs_BS, targets_BS, int((targets_BS != IGNORE).sum()))
+    return OneBatch(inputs_BS, targets_BS, int((targets_BS != IGNORE_INDEX).sum()))
 
 
 def checklist(parts: Assembly, tokenizer: Tokenizer) -> Iterator[Finding]:
@@ -201,7 +201,7 @@ def overfit(parts: Assembly, lr: float) -> Finding:
 
 def _unambiguous(batch: OneBatch) -> OneBatch:
     """Take only so many rows that they can be known by heart: rows that begin alike and go on differently cannot."""
-    filled = int((batch.targets[:, 0] != IGNORE).sum())
+    filled = int((batch.targets[:, 0] != IGNORE_INDEX).sum())
     rows = min(filled, OVERFIT_ROWS)
     while rows > 1 and _irreducible_loss(batch.inputs[:rows], batch.targets[:rows]) > OVERFIT_LOSS / 4:
         rows //= 2

@@ -8,13 +8,13 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.health.finding import Finding, ok, warn
+from llmtrain.observe.provenance import installed_version
 
 # What a run cannot do without, and where a version can break it.
 LIBRARIES = ("accelerate", "numpy", "pydantic", "safetensors", "tokenizers", "sentencepiece", "gigatoken")
@@ -64,7 +64,7 @@ def _versions() -> Iterator[Finding]:
         f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {hip}" if (hip := torch.version.hip) else "CPU"
     )
     yield ok("torch", f"{torch.__version__} ({build} build)")
-    installed = {name: _version(name) for name in (*LIBRARIES, *OPTIONAL)}
+    installed = {name: installed_version(name) for name in (*LIBRARIES, *OPTIONAL)}
     missing = [name for name in LIBRARIES if installed[name] is None]
     if missing:
         yield Finding("FAIL", "libraries", f"{', '.join(missing)} missing; install llmtrain again with pip")
@@ -79,13 +79,6 @@ def _versions() -> Iterator[Finding]:
     present = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
     absent = [name for name in OPTIONAL if installed[name] is None]
     yield ok("libraries", present + (f"; optional, not here: {', '.join(absent)}" if absent else ""))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _tested_versions() -> dict[str, str]:

@@ -23,7 +23,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # Once told to stop, the process is about to leave with 75; a scheduler's next signal must not change that.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # target that counts for nothing, torch's default
 
 
 def cross_entropy_sum(logits_BSV: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:

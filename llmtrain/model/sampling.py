@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.model.transformer import KVCache, Transformer
 
 # Colder than this, float32 probabilities are one and zeros, and a division by the temperature may overflow.
@@ -45,6 +46,16 @@ def choose(logits_BV: Tensor, options: SamplingOptions, generators: Sequence[tor
     # Drawn on the CPU, so that a seed means the same text on any device.
     rows = zip(probabilities_BV.cpu(), generators, strict=True)
     return torch.cat([torch.multinomial(row_V, 1, generator=own) for row_V, own in rows]).to(logits_BV.device)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids to go on from; an empty prompt begins a document, as every document of the training stream does: after
+    the end of another.
+
+    Raises:
+        UserError: the prompt has a character that the tokenizer lacks.
+    """
+    return tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
 
 
 @torch.no_grad()

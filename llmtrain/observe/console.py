@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Protocol
 
-from llmtrain.observe.progress import Progress
+from llmtrain.observe.pace import Pace
 from llmtrain.observe.record import Record
 
 
@@ -34,14 +34,14 @@ class Console(Protocol):
 
 def open_console(total_steps: int, steps_per_epoch: int) -> Console:
     """The live console on a terminal that can show it, else the plain one (which never imports rich)."""
-    progress = Progress(total_steps, steps_per_epoch)
+    pace = Pace(total_steps, steps_per_epoch)
     if _is_capable_terminal():
         from llmtrain.observe.live import LiveConsole
 
-        return LiveConsole(progress)
+        return LiveConsole(pace)
     from llmtrain.observe.plain import PlainConsole
 
-    return PlainConsole(progress)
+    return PlainConsole(pace)
 
 
 def _is_capable_terminal() -> bool:

@@ -32,17 +32,20 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` at once when the block ends well; until then the old one stays.
 
-    It is not synced to the device: after a power cut (not after a kill) it may be empty. What must survive that is
-    either synced by its owner or made again from what was.
+    Unless `durable`, it is not synced to the device: after a power cut (not after a kill) it may be empty. That is for
+    what can be made again from something durable.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
                 yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -89,7 +92,7 @@ def rewind(path: Path, step: int, keep: Callable[[dict[str, Any]], object] | Non
     with disk_errors(path):
         if not path.exists():
             return
-        with path.open("rb") as old, replacing(path) as new:
+        with path.open("rb") as old, replacing(path, durable=True) as new:
             for line in old:
                 entry = _parse(line)
                 if entry is None or entry["step"] > step:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.observe import formats
-from llmtrain.observe.progress import Progress
+from llmtrain.observe.pace import Pace
 from llmtrain.observe.record import Record
 
 
@@ -21,8 +21,8 @@ class LiveConsole:
 
     _REFRESH_S = 0.1  # drawing takes a millisecond, and a small model makes hundreds of records a second
 
-    def __init__(self, progress: Progress):
-        self._progress = progress
+    def __init__(self, pace: Pace):
+        self._pace = pace
         self._line = _Line()
         self._console = Console(highlight=False, markup=False, emoji=False)
         # Drawn with the records and not by a thread of its own: training has the interpreter to itself in between.
@@ -57,8 +57,8 @@ class LiveConsole:
         if record.val_loss is not None:
             self._val_loss = record.val_loss
         # The last validation loss stays on the line until there is a newer one.
-        self._line.pieces = self._progress.pieces(replace(record, val_loss=self._val_loss))
-        self._line.share = self._progress.share(record)
+        self._line.pieces = self._pace.pieces(replace(record, val_loss=self._val_loss))
+        self._line.share = self._pace.share(record)
         if time.monotonic() - self._drawn_at >= self._REFRESH_S:
             self._live.refresh()
             self._drawn_at = time.monotonic()

@@ -35,6 +35,9 @@ class NullObserver:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Ignore a sample."""
 
+    def flush(self) -> None:
+        """Have nothing to write."""
+
     def saved(self, path: Path) -> None:
         """Ignore a checkpoint."""
 
@@ -123,13 +126,16 @@ class Observer(NullObserver):
         self._to_sinks(lambda sink: sink.text(step, prompt, text))
         self._console.sample(step, prompt, text)
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint is at `path`: bring the files up to it, and the plots when they are due.
+    def flush(self) -> None:
+        """Bring the files up to the last record, before a checkpoint that a resume would expect them from.
 
         Raises:
             UserError: the disk is full.
         """
         self._metrics.flush()
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint is at `path`; redraw the plots when they are due."""
         self._console.message(f"saved {path}")
         if self._plotter and self._plotter.is_due():
             self._attempt("the plots could not be drawn", self._plotter.draw)

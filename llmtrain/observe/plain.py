@@ -6,15 +6,15 @@ import sys
 from typing import TextIO
 
 from llmtrain.observe import formats
-from llmtrain.observe.progress import Progress
+from llmtrain.observe.pace import Pace
 from llmtrain.observe.record import Record
 
 
 class PlainConsole:
     """Prints plain lines to stdout, and warnings to stderr."""
 
-    def __init__(self, progress: Progress):
-        self._progress = progress
+    def __init__(self, pace: Pace):
+        self._pace = pace
 
     def start(self, header: dict[str, str]) -> None:
         """Print what is run, as a table."""
@@ -36,7 +36,7 @@ class PlainConsole:
 
     def record(self, record: Record) -> None:
         """Print one line of progress."""
-        self.message("  ".join(self._progress.pieces(record).values()))
+        self.message("  ".join(self._pace.pieces(record).values()))
 
     def close(self, outcome: str) -> None:
         """Print how the run ended."""

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from llmtrain import __version__
 from llmtrain.data.shards import Manifest
+from llmtrain.observe.files import replacing
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors")
 
@@ -26,7 +28,7 @@ def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "llmtrain": __version__,
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
         "git_commit": _git_commit(),
         "command": sys.argv,
         "hardware": {
@@ -43,17 +45,22 @@ def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_
     }
 
 
-def append_launch(path: Path, launch: dict[str, Any]) -> None:
-    """Add this launch to `run.json`, `{"launches": [first, …, this]}`; replaced whole, so never half written."""
+def append_launch(path: Path, launch: dict[str, Any], warn: Callable[[str], None]) -> None:
+    """Add this launch to `run.json`, `{"launches": [first, …, this]}`; one that cannot be read is set aside."""
     launches: list[dict[str, Any]] = []
     if path.exists():
-        launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"launches": [*launches, launch]}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+        try:
+            launches = list(json.loads(path.read_text(encoding="utf-8"))["launches"])
+        except (ValueError, TypeError, KeyError) as error:
+            aside = path.with_suffix(".unreadable.json")
+            warn(f"{path}: cannot be read ({error}); renamed to {aside.name}, a new one begins")
+            path.replace(aside)
+    with replacing(path, durable=True) as file:
+        file.write(json.dumps({"launches": [*launches, launch]}, indent=1).encode())
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

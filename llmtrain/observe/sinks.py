@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +42,17 @@ def open_sinks(config: RunConfig, run_dir: Path, resume_step: int) -> list[Sink]
     if config.logging.wandb:
         sinks.append(WandbSink(config, run_dir, resume_step))
     return sinks
+
+
+def require_sinks(config: RunConfig) -> None:
+    """Check, before anything is written, that the packages of the sinks that are switched on are installed.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for package in ("tensorboard", "wandb"):
+        if getattr(config.logging, package) and importlib.util.find_spec(package) is None:
+            raise _missing(package)
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -126,7 +138,7 @@ class WandbSink:
                 "run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false"
             ) from error
         self._html: Callable[[str], object] = wandb.Html
-        with replacing(id_path) as file:
+        with replacing(id_path, durable=True) as file:
             file.write(f"{self._run.id}\n".encode())
 
     def log(self, record: Record) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llmtrain.data.batches import IGNORE, inputs_and_targets
+from llmtrain.data.batches import inputs_and_targets
 from llmtrain.engine import Engine
-from llmtrain.model.loss import cross_entropy_sum
+from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum
 from llmtrain.observe.record import perplexity
 
 
@@ -48,6 +48,6 @@ def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int) -> Vali
             logits_BSV = model(inputs_BS)
             loss = cross_entropy_sum(logits_BSV, targets_BS)
             correct = (logits_BSV.argmax(-1) == targets_BS).sum()
-            sums += torch.stack((loss, correct, (targets_BS != IGNORE).sum())).to(sums.dtype)
+            sums += torch.stack((loss, correct, (targets_BS != IGNORE_INDEX).sum())).to(sums.dtype)
     loss_sum, correct_sum, count = engine.sum(sums).tolist()
     return Validation(loss_sum / count, correct_sum / count, int(count))

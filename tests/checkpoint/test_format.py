@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.store import open_verified
 from llmtrain.engine import Fragment
-from llmtrain.errors import CorruptError
+from llmtrain.errors import CorruptError, UserError
 
 
 def write(folder: Path, ranks: list[list[Fragment]], step: int = 1) -> Path:
@@ -111,9 +111,9 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> 
 
 def test_what_does_not_fit_is_refused_with_a_reason(tmp_path: Path) -> None:
     reader = fmt.CheckpointReader(write(tmp_path / "a", [tensors()]))
-    with pytest.raises(CorruptError, match="holds no 'model/none'"):
+    with pytest.raises(UserError, match="holds no 'model/none'"):
         reader.read(Fragment("model/none", (1,), 0, torch.empty(1)))
-    with pytest.raises(CorruptError, match=r"has shape \(3, 5\), the run wants \(5, 3\)"):
+    with pytest.raises(UserError, match=r"has shape \(3, 5\), the run wants \(5, 3\)"):
         reader.read(Fragment("model/a", (5, 3), 0, torch.empty(15)))
     gap = [Fragment("model/w", (10,), 0, torch.zeros(4)), Fragment("model/w", (10,), 6, torch.zeros(4))]
     reader = fmt.CheckpointReader(write(tmp_path / "b", [[fragment] for fragment in gap]))

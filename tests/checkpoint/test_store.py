@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_without_marker_it_does_not_exist_and_is_cleaned_up_with_a_word(parts: A
     (step_folder(tmp_path, 2) / fmt.MARKER).unlink()
     assert committed_steps(tmp_path) == [1, 3]
     said: list[str] = []
-    clear_way(tmp_path, 1, said.append)
+    clear_way(tmp_path, 1, None, said.append)
     assert len(said) == 2
     assert committed_steps(tmp_path) == [1]
     assert not step_folder(tmp_path, 2).exists()
@@ -109,6 +110,43 @@ def test_a_failing_save_is_reported_and_leaves_earlier_ones(parts: Assembly, tmp
     assert committed_steps(tmp_path) == [1]
     save(store, parts, 3)  # a failure is over once it was told
     assert committed_steps(tmp_path) == [1, 3]
+
+
+def test_what_fails_after_the_commit_takes_no_checkpoint_away(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deletion fails (a file is open elsewhere, on some file systems), then linking fails (the disk is full)."""
+    store = store_of(parts, tmp_path, keep_last=1)
+    save(store, parts, 1)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
+    save(store, parts, 2)
+    committed, warnings = store.news()
+    assert (committed[-1], committed_steps(tmp_path)) == (step_folder(tmp_path, 2), [2])
+    assert "no longer kept, but cannot be deleted" in warnings[0]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    store.save(parts.engine, {"step": 2}, ("best",))
+    with pytest.raises(UserError, match="No space left"):
+        store.wait()
+    assert committed_steps(tmp_path) == [2]
+
+
+def test_a_save_that_fails_for_a_reason_nobody_foresaw_is_raised(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path)
+    store.save(parts.engine, {"step": 1, "loss": float("nan")}, ())
+    with pytest.raises(ValueError, match="JSON"):
+        store.wait()
+    assert committed_steps(tmp_path) == []
+
+
+def test_a_data_folder_that_moves_away_fails_no_save(parts: Assembly, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(parts.data.path, tmp_path / "data"))
+    section = CheckpointSection()
+    store = CheckpointStore(tmp_path / "run", section, parts.config.to_yaml(), parts.data.manifest, copied)
+    shutil.rmtree(copied)
+    save(store, parts, 1)
+    assert newest_good(tmp_path / "run", print) is not None
 
 
 def test_paths_of_the_verbs(parts: Assembly, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
 from llmtrain.data.batches import (
-    IGNORE,
     Layout,
     ResumableDistributedSampler,
     Windows,
@@ -22,6 +21,8 @@ from llmtrain.data.batches import (
     validation_batches,
 )
 from llmtrain.data.shards import ShardWriter, TokenStream
+from llmtrain.errors import CorruptError
+from llmtrain.model.loss import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 
@@ -136,6 +137,17 @@ def test_workers_deliver_the_same(tmp_path: Path) -> None:
     assert consumed(windows, layout, 16, 20, workers=2) == consumed(windows, layout, 16, 20)
 
 
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_same_one_line_as_without(tmp_path: Path) -> None:
+    windows = Windows(stream_of(tmp_path, 1000, shard_tokens=1000), 10, 10)
+    np.full(1000, 1000, "<u2").tofile(tmp_path / "train-00000.bin")
+    for workers in (0, 2):
+        with pytest.raises(CorruptError) as error:
+            consumed(windows, Layout(len(windows), 8, 4), 0, 1, workers=workers)
+        assert str(error.value).startswith(f"{tmp_path / 'train-00000.bin'}: token id 1000 at position ")
+        assert "\n" not in str(error.value)
+
+
 def test_the_sampler_is_a_distributed_sampler_that_starts_anywhere(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path, 1000), 10, 10)
     sampler = ResumableDistributedSampler(windows, Layout(len(windows), 4, 4), seed=1, position=10**12)
@@ -149,11 +161,11 @@ def test_a_short_batch_is_padded_without_targets(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path, 60), 10, 10)
     inputs, targets = inputs_and_targets(windows.gather(np.arange(2)), 5, CPU)
     assert inputs.shape == targets.shape == (5, 10)
-    assert (targets[2:] == IGNORE).all()
-    assert (targets[:2] != IGNORE).all()
+    assert (targets[2:] == IGNORE_INDEX).all()
+    assert (targets[:2] != IGNORE_INDEX).all()
     assert (inputs[2:] == 0).all()
     inputs, targets = inputs_and_targets(windows.gather(np.arange(0)), 3, CPU)
-    assert (targets == IGNORE).all()
+    assert (targets == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(

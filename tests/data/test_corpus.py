@@ -53,6 +53,20 @@ def test_folder_is_read_recursively_in_sorted_order_without_hidden_files(folder)
     assert read(folder) == ["first", "middle", "last"]
 
 
+def test_linked_folders_are_read_too_but_every_folder_once(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "e.txt").write_text("linked")
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    (folder / "0link").symlink_to(elsewhere)
+    (folder / "1same").symlink_to(elsewhere)
+    (folder / "2own").symlink_to(folder / "b")
+    (folder / "3gone").symlink_to(folder / "nowhere")
+    assert [file.path for file in find_files([str(folder)])] == [
+        folder / name for name in ("0link/e.txt", "a.txt", "b/x.md", "z.txt")
+    ]
+    assert read(folder) == ["linked", "first", "middle", "last"]
+
+
 def test_glob_and_several_inputs_keep_the_order_of_the_inputs(folder):
     assert read(folder / "*.txt", folder / "b") == ["first", "last", "middle"]
     assert read(f"{folder}/**/*.md") == ["middle"]

@@ -108,6 +108,15 @@ def test_a_truncated_or_missing_shard_is_named(prepared):
         TokenDataset(prepared).split("train")
 
 
+@pytest.mark.parametrize("what", ["tokens", "documents"])
+def test_a_manifest_whose_counts_do_not_add_up_is_refused_when_it_is_opened(prepared, what):
+    content = json.loads((prepared / MANIFEST).read_text())
+    content["splits"]["train"][what] += 5
+    (prepared / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CorruptError, match=rf"manifest.json: a split counts \d+ {what}, its shards \d+; prepare"):
+        TokenDataset(prepared).split("train")
+
+
 def test_an_id_outside_the_vocabulary_is_named_with_its_shard_and_position(prepared):
     ids = np.fromfile(prepared / "train-00001.bin", "<u2")
     ids[2] = VOCAB

@@ -315,6 +315,33 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, name, content):
         fit_tokenizer(str(tmp_path / name), [])
 
 
+def tokenizer_json(**changes: object) -> str:
+    """A small one that works, but for the changes; `merges` and `prefix` are of its model."""
+    merges, prefix = changes.pop("merges", []), changes.pop("prefix", "")
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "é": 2, "</s>": 3}, "merges": merges}
+    return json.dumps({"version": "1.0", "model": {**model, "continuing_subword_prefix": prefix}, **changes})
+
+
+# Each makes the Rust library panic: while it loads, encodes or decodes; the last even aborts the process.
+PANICS = {
+    "merge": {"merges": [["</s>", "a"]]},  # of no token, and longer than any
+    "text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "ids": {"decoder": {"type": "Strip", "content": "b", "start": 0, "stop": 5}},
+    "prefix": {"merges": [["a", "é"]], "prefix": "#"},
+}
+
+
+@pytest.mark.parametrize("changes", PANICS.values(), ids=PANICS)
+def test_a_tokenizer_json_that_makes_the_library_panic_is_refused_without_its_noise(tmp_path, capfd, changes):
+    path = tmp_path / "hostile.json"
+    path.write_text(tokenizer_json())
+    assert fit_tokenizer(str(path), []).eos_id == 3
+    path.write_text(tokenizer_json(**changes))
+    with pytest.raises(UserError, match=r"hostile.json: not a tokenizer.json that `tokenizers` reads"):
+        fit_tokenizer(str(path), [])
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "content",
     [

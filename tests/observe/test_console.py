@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from llmtrain.observe.progress import Progress
+from llmtrain.observe.pace import Pace
 
 LINE = "epoch 2/10  34 %  step 1,200/3,500  loss 2.134  val 2.201  lr 3.0e-04  412k tok/s  mfu 38 %  eta 0:12:30"
 
@@ -79,19 +79,19 @@ def without_escapes(output: str) -> str:
 
 
 def test_the_line_says_what_one_wants_to_know(make_record):
-    progress = Progress(total_steps=3500, steps_per_epoch=350)
+    progress = Pace(total_steps=3500, steps_per_epoch=350)
     values = {"epoch": 1, "train_loss": 2.1342, "val_loss": 2.2009, "mfu": 0.389, "step_time_s": 750 / 2300}
     pieces = progress.pieces(make_record(1200, **values))
     assert "  ".join(pieces.values()) == LINE
 
 
 def test_what_is_not_known_is_not_on_the_line(make_record):
-    pieces = Progress(3500, 350).pieces(make_record(1200))
+    pieces = Pace(3500, 350).pieces(make_record(1200))
     assert "val" not in pieces and "mfu" not in pieces
 
 
 def test_the_time_left_follows_the_clock_and_forgets_a_slow_start(make_record):
-    progress = Progress(total_steps=10_000, steps_per_epoch=100)
+    progress = Pace(total_steps=10_000, steps_per_epoch=100)
     progress.pieces(make_record(10, time=0.0, step_time_s=60.0))
     for step in range(20, 2010, 10):
         pieces = progress.pieces(make_record(step, time=step * 0.5, step_time_s=0.1))  # evaluations take the rest
@@ -101,7 +101,7 @@ def test_the_time_left_follows_the_clock_and_forgets_a_slow_start(make_record):
 def test_no_run_is_too_odd_for_the_line(make_record):
     nan = float("nan")
     odd = make_record(30, train_loss=nan, val_loss=nan, step_time_s=nan, tokens_per_sec=nan, mfu=nan, time=nan)
-    progress = Progress(total_steps=20, steps_per_epoch=7)
+    progress = Pace(total_steps=20, steps_per_epoch=7)
     for _ in range(2):
         pieces = progress.pieces(odd)
     assert pieces["percent"] == "100 %" and pieces["loss"] == "loss nan"

@@ -8,7 +8,7 @@ from llmtrain.observe import formats
 from llmtrain.observe.record import Record
 
 
-class Progress:
+class Pace:
     """Turns records into the pieces of the progress line; keeps what the estimate of the time left needs."""
 
     # Weight of the past in each new record: long enough to even out evaluations, short enough to forget compilation.

@@ -1,0 +1,154 @@
+"""The engine: one meaning of the gradient, float32 weights whatever the precision, and nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.config import RunConfig, make_config, resolve
+from llmtrain.engine import Engine, make_engine
+from llmtrain.model.transformer import Transformer
+from llmtrain.optim.optimizers import make_optimizer
+
+ROWS, SEQ_LEN, VOCAB = 6, 16, 50
+
+
+def config_of(optimizer: str, **training: Any) -> RunConfig:
+    model = {"dim": 32, "layers": 2, "heads": 2}
+    training = {"precision": "fp32", **training}
+    config = make_config({"model": model, "training": training, "optimizer": {"name": optimizer}})
+    facts = {"train_tokens": 10**6, "world_size": 1, "bf16_native": True, "compile_auto": False}
+    return resolve(config, vocab_size=VOCAB, **facts)
+
+
+@pytest.fixture
+def engines() -> Iterator[Any]:
+    """Make prepared engines, one after the other, all with the same weights."""
+    made: list[Engine] = []
+
+    def make(clip_norm: float | None = None, optimizer: str = "adamw", **training: Any) -> tuple[Engine, Transformer]:
+        if made:
+            made.pop().close()
+        config = config_of(optimizer, **training)
+        engine = make_engine(config.training, clip_norm)
+        torch.manual_seed(1)
+        model = Transformer(config.model, SEQ_LEN)
+        model.init_weights()
+        engine.prepare(model, lambda placed: make_optimizer(placed, config.optimizer))
+        made.append(engine)
+        return engine, model
+
+    yield make
+    made.pop().close()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(VOCAB, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(2))
+    targets = ids[:, 1:].clone()
+    targets[0, 3:] = -100  # uneven target counts
+    targets[4] = -100
+    return ids[:, :-1], targets
+
+
+def gradients(engine: Engine, model: Transformer, cuts: list[int]) -> list[torch.Tensor]:
+    inputs, targets = batch()
+    count = int((targets != -100).sum())
+    edges = [0, *cuts, ROWS]
+    for begin, end in itertools.pairwise(edges):
+        loss = engine.loss(inputs[begin:end], targets[begin:end])
+        engine.backward(loss, global_targets=count, sync=end == ROWS)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_targets(engines: Any) -> None:
+    engine, model = engines()
+    ours = gradients(engine, model, [])
+    model.zero_grad()
+    inputs, targets = batch()
+    logits = model(inputs).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100).backward()
+    for mine, parameter in zip(ours, model.parameters(), strict=True):
+        assert torch.allclose(mine, parameter.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("cuts", [[3], [1, 2, 3], [5], [4, 5]])
+def test_cutting_the_batch_unevenly_changes_no_gradient(engines: Any, cuts: list[int]) -> None:
+    engine, model = engines()
+    whole = gradients(engine, model, [])
+    model.zero_grad()
+    for a, b in zip(whole, gradients(engine, model, cuts), strict=True):
+        # float32 sums in another order
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_norm_is_that_before_clipping_and_the_update_is_clipped(engines: Any) -> None:
+    engine, model = engines(clip_norm=None)
+    expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients(engine, model, [])]))
+    assert torch.allclose(engine.step(0.0), expected)
+    clipped_engine, clipped_model = engines(clip_norm=0.01)
+    gradients(clipped_engine, clipped_model, [])
+    seen: list[torch.Tensor] = []
+    clipped_engine._optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in clipped_model.parameters()]).norm())
+    )
+    assert torch.allclose(clipped_engine.step(0.0), expected)
+    assert seen[0].item() == pytest.approx(0.01, rel=1e-3)
+    assert all(p.grad is None for p in clipped_model.parameters())
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_products_are_computed_in_the_precision_and_weights_stay_float32(
+    engines: Any, precision: str, computed: torch.dtype
+) -> None:
+    engine, model = engines(precision=precision)
+    seen: list[torch.dtype] = []
+    model.blocks[0].ff.up.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    found = gradients(engine, model, [])
+    engine.step(1e-3)
+    with engine.evaluating() as evaluated:
+        evaluated(batch()[0])
+    assert seen == [computed, computed]
+    assert {g.dtype for g in found} == {torch.float32}
+    assert {f.values.dtype for f in engine.fragments()} == {torch.float32}
+
+
+def test_evaluating_leaves_no_trace(engines: Any) -> None:
+    engine, model = engines()
+    with engine.evaluating() as evaluated:
+        assert not evaluated.training
+        assert not evaluated(batch()[0]).requires_grad
+    assert model.training
+    with pytest.raises(ZeroDivisionError), engine.evaluating():
+        raise ZeroDivisionError
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_the_fragments_are_the_whole_state_and_load_puts_them_back(engines: Any, name: str) -> None:
+    engine, model = engines(optimizer=name)
+    gradients(engine, model, [])
+    engine.step(1e-2)
+    saved = {f.name: f.values.clone() for f in engine.fragments()}
+    assert sum(v.numel() for n, v in saved.items() if n.startswith("model/")) == sum(
+        p.numel() for p in model.parameters()
+    )
+    gradients(engine, model, [])
+    engine.step(1e-2)
+    engine.load(lambda wanted: saved[wanted.name])
+    after = {f.name: f.values for f in engine.fragments()}
+    assert saved.keys() == after.keys()
+    assert all(torch.equal(saved[n], after[n]) for n in saved)
+
+
+def test_one_process_can_close_an_engine_and_make_another_precision(engines: Any) -> None:
+    for precision in ("bf16", "fp32", "bf16"):
+        engine, model = engines(precision=precision)
+        gradients(engine, model, [])
+        assert engine.step(1e-3).isfinite()
+        assert engine.any(True) is True
+        assert engine.any(False) is False
+        assert engine.sum(torch.ones(2)).tolist() == [1, 1]
