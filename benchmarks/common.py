@@ -36,6 +36,8 @@ def versions(*distributions: str) -> dict[str, str | None]:
 def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int = 3) -> dict[str, list[float]]:
     """Measure every contender once per round, so that a slow minute of the machine falls on all of them alike.
 
+    The order turns round with each round, so that none gains by always coming first.
+
     Args:
         contenders: by name, a function that does the work once and returns its measure.
         repeats: number of rounds; one round more is run first and thrown away.
@@ -45,7 +47,8 @@ def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int = 3) -
     """
     measures: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(-1, repeats):
-        for name, measure in contenders.items():
+        turn = list(contenders.items())
+        for name, measure in turn if round_number % 2 else reversed(turn):
             value = measure()
             if round_number >= 0:
                 measures[name].append(value)

@@ -88,7 +88,7 @@ def test_a_checkpoint_brings_the_arrays_up_to_date(tmp_path, observe, make_recor
     for step in range(1, 4001):
         observer.log(make_record(step))
     assert len(json.loads((tmp_path / "training_metrics.json").read_text())["steps"]) < 4000
-    observer.saved(tmp_path / "step-00004000")
+    observer.flush()
     assert len(json.loads((tmp_path / "training_metrics.json").read_text())["steps"]) == 4000
     observer.close("done")
 
