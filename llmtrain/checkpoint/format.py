@@ -29,6 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
+from llmtrain.data.staging import sync_path
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
 
@@ -127,15 +128,6 @@ def write_file(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe_file(folder: Path, path: Path) -> FileInfo:
     """Size and hash of a file in the folder, for a manifest."""
     return FileInfo(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
@@ -145,10 +137,10 @@ def commit(folder: Path, manifest: CheckpointManifest) -> None:
     """Make the checkpoint exist: the manifest, then, when all is on disk, the marker."""
     text = manifest.model_dump_json(indent=1)
     write_file(folder / MANIFEST, text)
-    sync_folder(folder)
+    sync_path(folder)
     write_file(folder / MARKER, hashlib.sha256(text.encode()).hexdigest())
-    sync_folder(folder)
-    sync_folder(folder.parent)
+    sync_path(folder)
+    sync_path(folder.parent)
 
 
 def is_committed(folder: Path) -> bool:

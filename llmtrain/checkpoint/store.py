@@ -18,6 +18,7 @@ from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
 from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
+from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, UserError
 
@@ -240,7 +241,7 @@ class CheckpointStore:
         (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         for name, content in self._tokenizer.items():
             fmt.write_file(folder / TOKENIZER_FOLDER / name, content)
-        fmt.sync_folder(folder / TOKENIZER_FOLDER)
+        sync_path(folder / TOKENIZER_FOLDER)
         records = [folder / f"rank{rank:05d}.json" for rank in range(engine.world_size)]
         _wait_for(records)
         own = [fmt.STATE, fmt.CONFIG, *(record.name for record in records)]

@@ -184,6 +184,7 @@ class TokenStream:
         shards = [shard for shard in split.shards if shard.tokens]
         self._paths = [folder / shard.ids.path for shard in shards]
         self._maps = [_map_ids(folder, shard, self.dtype) for shard in shards]
+        self._views: dict[int, Ids] = {}  # by length: every window of a stream that is one shard
         self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
 
     def __len__(self) -> int:
@@ -201,6 +202,20 @@ class TokenStream:
         Raises:
             CorruptError: an id is outside the vocabulary; names the shard and the position.
         """
+        from_one = len(self._maps) == 1 and len(starts)
+        rows = self._gather_from_one(starts, length) if from_one else self._gather_across(starts, length)
+        # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
+        if rows.size and int(rows.max()) >= self.vocab_size:
+            self._name_bad_id(starts, rows)
+        return rows
+
+    def _gather_from_one(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
+        """All rows in one call, half the time of one call for each; the view of all windows copies nothing."""
+        if length not in self._views:
+            self._views[length] = np.lib.stride_tricks.sliding_window_view(self._maps[0], length)
+        return self._views[length][starts]
+
+    def _gather_across(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         rows = np.empty((len(starts), length), self.dtype)
         shard_of = np.searchsorted(self._starts, starts, "right") - 1
         for row, start, shard in zip(rows, starts.tolist(), shard_of.tolist(), strict=True):
@@ -213,9 +228,6 @@ class TokenStream:
                 piece = self._maps[shard][: length - filled]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
-        # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
-        if rows.size and int(rows.max()) >= self.vocab_size:
-            self._name_bad_id(starts, rows)
         return rows
 
     def _name_bad_id(self, starts: npt.NDArray[np.int64], rows: Ids) -> None:

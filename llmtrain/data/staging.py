@@ -35,7 +35,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.rename(target)
-        _sync_one(target.parent)
+        sync_path(target.parent)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); nothing was kept") from error
     finally:
@@ -62,11 +62,12 @@ def _is_alive(pid: int) -> bool:
 def _sync(folder: Path) -> None:
     """Wait until everything in a folder is on the disk: a rename may otherwise outlive the data in a power cut."""
     for path in sorted(folder.rglob("*")):
-        _sync_one(path)
-    _sync_one(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_one(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
