@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.assemble import assemble
 from llmtrain.checkpoint.format import CheckpointReader
@@ -200,6 +202,36 @@ def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_record(config_d
         steps = range(4 * i, 4 * i + 4)
         total = sum(every_step[s]["train_loss"] * (tokens[s + 1] - tokens[s]) for s in steps)
         assert record["train_loss"] == pytest.approx(total / (tokens[4 * i + 4] - tokens[4 * i]), rel=1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host asks a tensor for its value: on a GPU, each time it waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_host_reads_nothing_between_logging_steps(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    reads: list[int] = []
+    with HostReads() as reading:
+
+        def step_begins(launch: Run, _signals: object) -> None:
+            reads.append(reading.count)
+
+        monkeypatch.setattr(Run, "stop_if_told", step_begins)
+        every = {"logging": {"every": 10}, "training": {"eval_every": None}, "checkpoint": {"save_every": None}}
+        run(merged(config_dict, optimizer={"name": optimizer}, **every))
+    between = [after - before for before, after in itertools.pairwise(reads)]
+    logging = [count for index, count in enumerate(between, start=1) if index % 10 == 0]
+    assert all(count > 0 for count in logging)  # the counter counts
+    assert sum(between) - sum(logging) == 0
 
 
 @pytest.mark.parametrize(("length", "steps"), [
