@@ -101,6 +101,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that runs the real command pays for importing torch each time."""
+    for item in items:
+        if "llmtrain" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -157,6 +157,7 @@ def test_contradictions_with_data_and_ranks_are_refused(facts: dict[str, Any], r
     assert reason in str(error.value)
 
 
+@pytest.mark.slow
 @given(lr=st.floats(1e-12, 1e3), exponent=st.integers(-9, 3), tokens=st.integers(1, 99), zeros=st.integers(0, 12))
 def test_numbers_keep_their_value_in_any_spelling(
     tmp_path_factory: pytest.TempPathFactory, lr: float, exponent: int, tokens: int, zeros: int

@@ -44,6 +44,7 @@ def failures(findings: dict[str, dict[str, str]]) -> dict[str, str]:
     return {name: finding["detail"] for name, finding in findings.items() if finding["status"] == "FAIL"}
 
 
+@pytest.mark.slow
 def test_the_machine_alone(llmtrain: Command) -> None:
     result = llmtrain("doctor")
     assert (result.returncode, result.stderr) == (0, "")
@@ -159,6 +160,7 @@ def test_a_run_folder_that_holds_a_run_is_told(examine, trained_run: Path) -> No
     assert findings["run folder"]["status"] == "warn" and "after step 30" in findings["run folder"]["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["training.precision=bf16", "model.dropout=0.5", "optimizer.name=sgd"]])
 def test_overfit_learns_one_batch_by_heart(examine, overrides: list[str]) -> None:
     code, findings = examine("--overfit", *overrides)
@@ -180,6 +182,7 @@ def test_rows_that_contradict_each_other_have_a_loss_of_their_own() -> None:
     assert checklist._irreducible_loss(rows[:, :-1], rows[:, 1:]) == 0
 
 
+@pytest.mark.slow
 def test_bad_input_gets_one_clear_line(call: Call, llmtrain: Command, config: Path, tmp_path: Path) -> None:
     code, out, err = call(main, "--overfit")
     assert (code, out) == (2, "") and is_one_clear_line(err) and "add --config FILE" in err

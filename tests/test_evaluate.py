@@ -117,6 +117,7 @@ def test_bad_input_gets_one_clear_line(call: Call, trained_run: Path, data: Path
         assert out == ""
 
 
+@pytest.mark.slow
 def test_data_that_has_moved_is_asked_for(result, tmp_path: Path, llmtrain: Command) -> None:
     here = write_data(tmp_path / "here", {"train": prose(3000), "val": prose(500)})
     config = tmp_path / "config.yaml"

@@ -121,6 +121,7 @@ def test_the_terminal_shows_prompt_and_text(call: Call, samples, trained_run: Pa
     assert out.count("\nT") == 2
 
 
+@pytest.mark.slow
 def test_text_streams_while_it_is_written_and_a_closed_pipe_ends_it_quietly(trained_run: Path) -> None:
     command = [*COMMAND, str(trained_run), "--max-new-tokens", "100000000", "--seed", "1", "--prompt", "The"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -235,6 +236,7 @@ def test_a_path_without_a_checkpoint_gets_one_clear_line(call: Call, tmp_path: P
     assert code == 2 and is_one_clear_line(err) and "PATH" in err
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_good_ones_are_named(llmtrain: Command, trained_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run, symlinks=True)

@@ -188,6 +188,7 @@ def test_an_existing_tokenizer_prepares_other_text(texts, tmp_path):
     assert "".join(documents_of(tmp_path / "two", "train")).startswith("other text 日本語")
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_says_so_and_another_is_refused(texts, tmp_path):
     command = ("--input", texts, "--tokenizer", "char", "--out", "out")
     first = run(*command, "--json", cwd=tmp_path)

@@ -72,6 +72,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert all(verb in result.stdout for verb in VERBS)
 
 
+@pytest.mark.slow
 def test_training_does_not_import_what_it_does_not_use(tmp_path: Path) -> None:
     unused = {"matplotlib", "wandb", "tensorboard", "pyarrow", "datasets", "deepspeed", "rich", "gigatoken"}
     code = f"import sys, llmtrain.train, llmtrain.engine.accelerate; print(sorted({unused} & set(sys.modules)))"

@@ -121,6 +121,7 @@ def test_resume_keeps_the_patience_of_early_stopping(config_dict: Config, tmp_pa
     assert numbers(run(broken)) == numbers(whole)  # once more: it stays stopped
 
 
+@pytest.mark.slow
 def test_killed_without_warning_resumes_to_the_same_numbers(config_dict: Config, tmp_path: Path) -> None:
     """kill -9 in a real process, at several moments; what was lost is trained again, not doubled in any file."""
     base = merged(config_dict, training={"max_steps": 60}, logging={"plots": False})
@@ -156,6 +157,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], ti
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_75(config_dict: Config, tmp_path: Path, number: signal.Signals) -> None:
     config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None}, checkpoint={"save_every": None})
@@ -175,6 +177,7 @@ def test_a_signal_saves_and_exits_75(config_dict: Config, tmp_path: Path, number
     assert CheckpointReader(tmp_path / "run" / f"step-{step:08d}").verify() == []
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_big_batch(config_dict: Config, tmp_path: Path) -> None:
     """4 × 8 = 1 × 32, with an uneven last batch in each epoch (187 windows = 5 × 32 + 27)."""
     results = []
@@ -191,6 +194,7 @@ def test_accumulation_equals_the_big_batch(config_dict: Config, tmp_path: Path) 
             assert a["learning_rate"] == b["learning_rate"]
 
 
+@pytest.mark.slow
 def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_record(config_dict: Config, tmp_path: Path) -> None:
     training = {"max_steps": 24, "eval_every": None, "global_batch_size": 32}
     every_step, fourth = (
@@ -291,6 +295,7 @@ def test_the_run_folder_holds_what_is_promised(config_dict: Config) -> None:
     assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").read_text().splitlines()] == [15, 30]
 
 
+@pytest.mark.slow
 def test_the_resolved_config_gives_the_same_run(config_dict: Config, tmp_path: Path) -> None:
     first = run(merged(config_dict, run={"dir": str(tmp_path / "first")}))
     main(["--config", str(first / "config.yaml"), f"run.dir={tmp_path / 'second'}"])
@@ -366,6 +371,7 @@ def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> Non
     assert {value.dtype for value in saved.values()} == {torch.float32}  # masters
 
 
+@pytest.mark.slow
 def test_a_branch_starts_from_another_run_and_the_same_command_goes_on(config_dict: Config, tmp_path: Path) -> None:
     trunk = run(merged(config_dict, run={"dir": str(tmp_path / "trunk")}))
     start = str(trunk / "step-00000020")
@@ -412,6 +418,7 @@ def test_a_damaged_run_json_is_set_aside(config_dict: Config, capsys: pytest.Cap
     assert "run.unreadable.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_launches_in_one_folder_do_not_meet(config_dict: Config, tmp_path: Path) -> None:
     config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None})
     path = tmp_path / "run.yaml"
@@ -429,6 +436,7 @@ def test_two_launches_in_one_folder_do_not_meet(config_dict: Config, tmp_path: P
         assert first.wait(60) == 75
 
 
+@pytest.mark.slow
 def test_signals_after_the_first_do_not_cut_the_end_short(config_dict: Config, tmp_path: Path) -> None:
     config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None}, logging={"plots": True})
     path = tmp_path / "run.yaml"
@@ -488,6 +496,7 @@ def corrupt_last(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(
     config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -587,6 +596,7 @@ def test_an_id_outside_the_vocabulary_is_named_and_checkpoints_stay(
         run(merged(config_dict, data={"path": str(folder)}))
 
 
+@pytest.mark.slow
 def test_errors_of_the_user_are_one_line_and_exit_2(llmtrain: Command, config_dict: Config, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("optimizer: {learning_rate: 1.0}\n")
@@ -624,6 +634,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_cleanly(
     llmtrain: Command, config_dict: Config, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -641,6 +652,7 @@ def test_a_full_disk_stops_the_run_cleanly(
         assert CheckpointReader(folder / f"step-{step:08d}").verify() == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused(
     llmtrain: Command, config_dict: Config, small_disk: Path, tmp_path: Path
 ) -> None:

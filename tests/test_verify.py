@@ -143,6 +143,7 @@ def test_a_damaged_manifest_is_corrupt_not_unknown(call: Call, copy: Path, run_c
         assert str(folder / MANIFEST) in problems(call, folder)[0]
 
 
+@pytest.mark.slow
 def test_anything_else_is_refused_in_one_line(call: Call, llmtrain: Command, run_copy: Path, tmp_path: Path) -> None:
     (run_copy / "step-00000010" / "COMMITTED").unlink()
     (tmp_path / "other").mkdir()

@@ -119,6 +119,7 @@ def test_documents_and_ordinals_do_not_depend_on_where_chunks_are_cut(texts, dat
     assert [text for _, text in whole[0]][: len([t for t in texts if t])] == [t for t in texts if t]
 
 
+@pytest.mark.slow
 def test_stdlib_is_sorted_python_source_without_tests():
     files = find_files(["stdlib"])
     assert len(files) > 300

@@ -23,6 +23,7 @@ def test_every_window_comes_exactly_once_per_epoch(size: int, seed: int, epoch: 
     assert np.array_equal(np.sort(sample_ids(positions, size, seed)), np.arange(size))
 
 
+@pytest.mark.slow
 @given(size=st.integers(1, 10**13), seed=SEEDS, start=st.integers(0, 10**15), count=st.integers(1, 50))
 def test_any_stretch_equals_its_positions_asked_one_by_one(size: int, seed: int, start: int, count: int) -> None:
     positions = np.arange(start, start + count, dtype=np.int64)

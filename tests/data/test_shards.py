@@ -46,6 +46,7 @@ def test_every_window_equals_the_plain_concatenation(documents, shard_tokens, ba
     assert rows.tolist() == [plain[start : start + length].tolist() for start in starts]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(documents=documents_of_ids, shard_tokens=st.integers(1, 30), batch=st.integers(1, 5))
 def test_shards_are_full_but_the_last_and_ends_are_where_documents_end(

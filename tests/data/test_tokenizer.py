@@ -45,6 +45,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPELLS_ANYTHING)
 @settings(max_examples=150, deadline=None)
 @given(text=ANY_TEXT)
@@ -58,6 +59,7 @@ def test_any_text_comes_back_exactly_and_never_as_special_ids(kind, text):
     assert not {tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id} & set(ids.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPELLS_ANYTHING)
 @settings(max_examples=80, deadline=None)
 @given(documents=st.lists(ANY_TEXT, max_size=8))

@@ -103,6 +103,7 @@ def test_a_fresh_model_knows_nothing(variant: dict[str, Any], vocab_size: int, d
     assert loss == pytest.approx(math.log(vocab_size), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("tie", [True, False])
 def test_results_equal_those_of_transformers_llama(kv_heads: int, tie: bool) -> None:
@@ -163,6 +164,7 @@ def test_a_cache_gives_the_same_logits_piece_by_piece(variant: dict[str, Any]) -
     assert torch.allclose(whole, torch.cat(pieces, 1), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["selective", "full"])
 def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     ids = torch.randint(101, (2, SEQ_LEN))

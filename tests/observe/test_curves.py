@@ -45,6 +45,7 @@ RATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("records", "rate"), [(1, "constant"), (50_000, "warmup from zero"), *((3, r) for r in RATES)])
 def test_any_length_and_any_learning_rate_can_be_drawn(tmp_path, make_record, records, rate):
     write(tmp_path, [make_record(step, learning_rate=RATES[rate](step)) for step in range(1, records + 1)])
@@ -90,6 +91,7 @@ def test_a_spike_does_not_press_the_curve_flat(tmp_path, make_record):
     assert right - left > 150  # the fall is to be seen
 
 
+@pytest.mark.slow
 def test_the_start_of_a_long_run_is_in_the_picture(tmp_path, make_record):
     write(tmp_path, [make_record(step, train_loss=2 + 9 * math.exp(-step / 10)) for step in range(1, 3001)])
     plot_run(tmp_path)

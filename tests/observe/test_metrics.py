@@ -109,6 +109,7 @@ def test_files_of_others_are_left_alone(tmp_path, make_record):
     assert (tmp_path / "notes.jsonl").read_text() == '{"step": 99}\n'
 
 
+@pytest.mark.slow
 def test_a_flush_brings_a_large_file_up_to_date(tmp_path, make_record, strict_json):
     log = MetricsLog(tmp_path, csv=False, resume_step=0)
     behind = 0
@@ -122,6 +123,7 @@ def test_a_flush_brings_a_large_file_up_to_date(tmp_path, make_record, strict_js
     log.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes written are counted by the Linux kernel")
 def test_the_bytes_written_grow_linearly_with_the_records(tmp_path, make_record):
     def bytes_written() -> int:
@@ -159,6 +161,7 @@ for step in range(resume_step + 1, 10**9):
 """
 
 
+@pytest.mark.slow
 def test_the_files_parse_after_a_kill_at_any_moment(tmp_path, strict_json):
     rng = random.Random(20)
     resume_step = 0

@@ -83,6 +83,7 @@ def test_switches_that_are_off_leave_nothing(tmp_path, observe, make_record, cap
     assert capsys.readouterr().out.endswith("\ndone\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_the_arrays_up_to_date(tmp_path, observe, make_record):
     observer = observe(plots=False)
     for step in range(1, 4001):
@@ -184,6 +185,7 @@ sys.exit(run_main(main, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_clear_line_and_exit_2(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 2

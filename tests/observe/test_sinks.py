@@ -103,6 +103,7 @@ def read_wandb(path: Path) -> list[wandb_internal_pb2.Record]:
     return records
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_over_a_resume_and_never_the_key(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -129,6 +130,7 @@ def test_wandb_offline_keeps_one_run_over_a_resume_and_never_the_key(tmp_path):
     assert len(files) > 5 and not [path for path in files if FAKE_KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_is_one_clear_line(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
