@@ -234,4 +234,5 @@ class Run:
         try:
             yield
         finally:
+            self.store.join()  # the folder is ours until nothing writes in it
             self.observer.close(f"ended after step {self.progress.step:,} of {self.total_steps:,}")

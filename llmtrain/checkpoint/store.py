@@ -184,11 +184,15 @@ class CheckpointStore:
         if not self._config.async_save:
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for a save that is under way; raise what went wrong in it."""
+    def join(self) -> None:
+        """Wait for a save that is under way, however it ends."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Wait for a save that is under way; raise what went wrong in it."""
+        self.join()
         error, self._error = self._error, None
         if isinstance(error, OSError):
             raise UserError(
