@@ -23,6 +23,7 @@ from llmtrain.assemble import assemble
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import make_config
 from llmtrain.data.batches import batches, inputs_and_targets
+from llmtrain.engine import make_engine
 from llmtrain.health.signals import StopSignals
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer
@@ -79,7 +80,7 @@ def main() -> None:
 
 def the_loop(config, steps):  # type: ignore[no-untyped-def]
     """A function that takes `steps` steps of the real loop and returns the seconds."""
-    run = Run(assemble(config), "never")
+    run = Run(assemble(config, make_engine(config.health.timeout_s)), "never")
     run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
@@ -95,7 +96,7 @@ def the_loop(config, steps):  # type: ignore[no-untyped-def]
 
 def bare_loop(config, steps):  # type: ignore[no-untyped-def]
     """The same arithmetic with nothing around it."""
-    parts = assemble(config)
+    parts = assemble(config, make_engine(config.health.timeout_s))
     torch.manual_seed(config.run.seed)
     model = Transformer(parts.config.model, config.data.seq_len)
     model.init_weights()

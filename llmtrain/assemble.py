@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import torch
 from llmtrain.config import RunConfig, resolve
 from llmtrain.data.batches import Layout, Windows
 from llmtrain.data.shards import TokenDataset
-from llmtrain.engine import Engine, make_engine
+from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
+from llmtrain.health.agreement import require_agreement, together
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer
 
@@ -28,6 +28,7 @@ class Assembly:
     val: Windows | None
     layout: Layout
     engine: Engine
+    warnings: list[str]  # differences between the ranks that do not make the run wrong
 
     def total_steps(self, step: int = 0, position: int = 0) -> int:
         """Optimizer steps of the whole run, seen from `step` steps that consumed `position` samples."""
@@ -41,17 +42,37 @@ class Assembly:
         return step + self.layout.steps_to(position, samples)
 
 
-def assemble(config: RunConfig) -> Assembly:
-    """Open the data, resolve the config against it and this machine, start the engine with a fresh model.
+def assemble(config: RunConfig, engine: Engine) -> Assembly:
+    """Open the data, resolve the config against it and this machine, let the engine build a fresh model.
 
     Raises:
-        UserError: the data cannot be used, or the config contradicts it.
+        UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
+    data, config, train, val = together(engine, lambda: _open(config, engine.world_size))
+    warnings = require_agreement(engine, config, data.manifest.fingerprint())
+    layout = Layout(
+        windows=len(train),
+        global_batch=config.training.global_batch_size,
+        micro_batch=config.training.micro_batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+    torch.manual_seed(config.run.seed)
+    engine.build(
+        lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing),
+        lambda placed: make_optimizer(placed, config.optimizer),
+        config.training,
+        config.optimizer.clip_norm,
+    )
+    return Assembly(config, data, train, val, layout, engine, warnings)
+
+
+def _open(config: RunConfig, world_size: int) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
     data = TokenDataset(config.data.path)
     stream = data.split("train")
-    config = resolve_here(config, data.manifest.tokenizer.vocab_size, len(stream))
-    stride = config.data.stride or config.data.seq_len
-    train = Windows(stream, config.data.seq_len, stride)
+    config = resolve_here(config, data.manifest.tokenizer.vocab_size, len(stream), world_size)
+    refuse_contradictions(config.training)
+    train = Windows(stream, config.data.seq_len, config.data.stride or config.data.seq_len)
     val = None
     if "val" in data.manifest.splits:
         # Validation windows never overlap: each token counts once, whatever stride training uses.
@@ -63,22 +84,10 @@ def assemble(config: RunConfig) -> Assembly:
                 f"window of {config.data.seq_len + 1} tokens; prepare with a larger --val-split"
             )
         val = None
-    engine = make_engine(config.training, config.optimizer.clip_norm)
-    layout = Layout(
-        windows=len(train),
-        global_batch=config.training.global_batch_size,
-        micro_batch=config.training.micro_batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
-    torch.manual_seed(config.run.seed)
-    model = Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing)
-    model.init_weights()
-    engine.prepare(model, lambda placed: make_optimizer(placed, config.optimizer))
-    return Assembly(config, data, train, val, layout, engine)
+    return data, config, train, val
 
 
-def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int) -> RunConfig:
+def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int, world_size: int = 1) -> RunConfig:
     """Resolve the config against the data and this machine.
 
     Raises:
@@ -89,7 +98,7 @@ def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int) -> RunCo
         config,
         vocab_size=vocab_size,
         train_tokens=train_tokens,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         bf16_native=computes_bf16_natively(device),
         compile_auto=device.type == "cuda",
     )

@@ -182,6 +182,12 @@ class LoggingSection(Section):
     sample_ledger: bool = False
 
 
+class HealthSection(Section):
+    """How long to be patient."""
+
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0  # of an exchange between processes
+
+
 class RunConfig(Section):
     """The whole run."""
 
@@ -193,6 +199,7 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    health: HealthSection = HealthSection()
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

@@ -18,6 +18,7 @@ from llmtrain.checkpoint.store import committed_steps
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
 from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.engine import make_engine
 from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
@@ -59,11 +60,11 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
 
 @contextmanager
 def _assembled(config: RunConfig) -> Iterator[Assembly]:
-    parts = assemble(config)
+    engine = make_engine(config.health.timeout_s)
     try:
-        yield parts
+        yield assemble(config, engine)
     finally:
-        parts.engine.close()
+        engine.close()
 
 
 def _model_size(config: RunConfig) -> int:

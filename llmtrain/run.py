@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.assemble import Assembly, describe
+from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, load_initial_weights, restore, saved_config
@@ -23,6 +24,7 @@ from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import DivergedError, Stopped, UserError
+from llmtrain.health.agreement import together
 from llmtrain.health.signals import StopSignals
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.files import replacing
@@ -41,7 +43,9 @@ class Run:
     def __init__(self, parts: Assembly, resume: str):
         self.parts, self.config, self.engine = parts, parts.config, parts.engine
         self.dir = Path(self.config.run.dir)
-        self.resumed_from = choose_checkpoint(self.dir, resume, self._early_warning)
+        for warning in parts.warnings:
+            self._early_warning(warning)
+        self.resumed_from = self._choose(resume)
         self.progress = Progress()
         self._changes: list[str] = []
         if self.resumed_from:
@@ -66,6 +70,15 @@ class Run:
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
+    def _choose(self, resume: str) -> CheckpointReader | None:
+        """Open the checkpoint to go on from: rank 0 chooses and verifies, the others take the same one."""
+        chosen = together(
+            self.engine,
+            lambda: choose_checkpoint(self.dir, resume, self._early_warning) if self.engine.rank == 0 else None,
+        )
+        folder = self.engine.gather(chosen and chosen.folder)[0]
+        return together(self.engine, lambda: chosen or (CheckpointReader(folder) if folder else None))
+
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:
             print(f"llmtrain: warning: {text}", file=sys.stderr)
@@ -73,11 +86,10 @@ class Run:
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""
         self.progress.launches += 1
-        if self.engine.rank == 0:
-            self.observer = self._open_folder(lock)
+        self.observer = together(self.engine, lambda: self._open_folder(lock))
+        together(self.engine, self._require_shared_folder)
         self.observer.load_state(self.progress.observer)
         if self.config.logging.sample_ledger:
-            self.engine.barrier()  # rank 0 has made the folder
             self.ledger = SampleLedger(self.dir, self.engine.rank, self.progress.step, self.config.run.seed)
         if self.resumed_from:
             self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
@@ -89,8 +101,10 @@ class Run:
                 f"{self.config.data.seq_len + 1} tokens; prepare with a larger --val-split"
             )
 
-    def _open_folder(self, lock: RunLock) -> Observer:
+    def _open_folder(self, lock: RunLock) -> Observer | NullObserver:
         """On rank 0: put the folder in order, and say in it what is run."""
+        if self.engine.rank != 0:
+            return NullObserver()
         manifest, device = self.parts.data.manifest, self.engine.device
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -112,6 +126,13 @@ class Run:
             steps_per_epoch=self.parts.layout.steps_per_epoch(),
             header=describe(self.parts, self.total_steps),
         )
+
+    def _require_shared_folder(self) -> None:
+        """Every rank writes its part of a checkpoint into what rank 0 has just opened, so it must see that."""
+        if not (self.dir / "run.json").is_file():
+            raise UserError(
+                f"{self.dir}: is not where rank 0 made it; give run.dir on a file system that all hosts share"
+            )
 
     def batches(self) -> Iterator[Batch]:
         """The batches from here to the end of time."""

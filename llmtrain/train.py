@@ -17,8 +17,9 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
-from llmtrain.engine import Engine
+from llmtrain.engine import Engine, make_engine
 from llmtrain.errors import run_main
+from llmtrain.health.agreement import together
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
@@ -113,11 +114,11 @@ def main(argv: list[str]) -> None:
     with StopSignals() as signals, ExitStack() as at_the_end:
         lock = RunLock(Path(config.run.dir))
         at_the_end.callback(lock.release)
-        parts = assemble(config)
-        at_the_end.callback(parts.engine.close)
-        if parts.engine.rank == 0 and not args.dry_run:
-            lock.acquire()
-        run = Run(parts, args.resume)
+        engine = make_engine(config.health.timeout_s)
+        at_the_end.callback(engine.close)
+        if not args.dry_run:
+            together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
+        run = Run(assemble(config, engine), args.resume)
         if args.dry_run:
             dry_run(run)
         else:

@@ -43,11 +43,9 @@ def load_model(path: Path, *, compiled: bool = False) -> Iterator[TrainedModel]:
     """
     reader = _open(path)
     config = _usable_here(saved_config(reader), compiled)
-    engine = make_engine(config.training, clip_norm=None)
+    engine = make_engine(config.health.timeout_s)
     try:
-        with engine.device:
-            model = Transformer(config.model, config.data.seq_len)
-        engine.prepare(model, None)
+        engine.build(lambda: Transformer(config.model, config.data.seq_len), None, config.training, clip_norm=None)
         engine.load(reader.read, optimizer=False)
         yield TrainedModel(engine, load_tokenizer(reader.folder / TOKENIZER_FOLDER), config, reader)
     finally:

@@ -1,7 +1,7 @@
 """One device, or data parallel over several processes (DDP), through Hugging Face Accelerate.
 
-Weights are float32; `precision: bf16` runs the forward pass under autocast. Accelerate's own scaling of the loss and
-its gradient accumulation stay out of it: `backward` below is the one place that scales.
+Accelerate's own scaling of the loss and its gradient accumulation stay out of it: `backward` below is the one place
+that scales.
 """
 
 from __future__ import annotations
@@ -10,43 +10,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from llmtrain.config import TrainingSection
-from llmtrain.engine.device import pick_device
+from llmtrain.engine.precision import require_float32, set_precision
+from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import Fragment, ReadFragment
 from llmtrain.model.transformer import Transformer
 
 
-class AccelerateEngine:
+class AccelerateEngine(Processes):
     """See `Engine`."""
 
     name = "accelerate"
 
-    def __init__(self, training: TrainingSection, clip_norm: float | None):
-        self._accelerator = Accelerator(
-            mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=pick_device().type == "cpu"
-        )
-        self._compile = training.compile
-        self._max_norm = float("inf") if clip_norm is None else clip_norm
-        self.rank: int = self._accelerator.process_index
-        self.world_size: int = self._accelerator.num_processes
-        self.device: torch.device = self._accelerator.device
-
-    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None) -> None:
-        """Move the model to the device, compile its blocks where asked, wrap it for DDP where there are ranks."""
-        model.to(self.device)
+    def build(
+        self,
+        make_model: Callable[[], Transformer],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
+        training: TrainingSection,
+        clip_norm: float | None,
+    ) -> None:
+        """See `Engine`."""
+        with self.device:  # the first values are drawn where they stay
+            model = make_model()
+        model.init_weights()
+        set_precision(model, training, self.device)
         self._bare = model
+        self._max_norm = float("inf") if clip_norm is None else clip_norm
         # Plain SGD holds nothing beside the weights, so it stands for no optimizer.
         self._optimizer = make_optimizer(model) if make_optimizer else torch.optim.SGD(model.parameters(), lr=0.0)
-        if self._compile is True:
-            # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
-            for block in model.blocks:
-                block.compile()
         self._model = self._accelerator.prepare_model(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        require_float32(self._parameters)
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """See `Engine`."""
@@ -58,7 +54,7 @@ class AccelerateEngine:
         """See `Engine`."""
         self._bare.eval()
         try:
-            with torch.no_grad(), self._accelerator.autocast():
+            with torch.no_grad():
                 yield self._bare
         finally:
             self._bare.train()
@@ -81,21 +77,6 @@ class AccelerateEngine:
     def parameter_norm(self) -> Tensor:
         """See `Engine`."""
         return nn.utils.get_total_norm([parameter.detach() for parameter in self._parameters])
-
-    def sum(self, values: Tensor) -> Tensor:
-        """See `Engine`."""
-        total: Tensor = self._accelerator.reduce(values, "sum")
-        return total
-
-    def any(self, flag: bool) -> bool:
-        """See `Engine`."""
-        if self.world_size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
-    def barrier(self) -> None:
-        """See `Engine`."""
-        self._accelerator.wait_for_everyone()
 
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine`. Every rank holds everything; they share the work: tensor i falls to rank i mod world."""
@@ -127,8 +108,3 @@ class AccelerateEngine:
             group["lr"] = 0.0
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        """See `Engine`. Accelerate keeps its state in globals; clearing them lets one process run again."""
-        self._accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from llmtrain.config import TrainingSection
+from llmtrain.engine.processes import launched_with_deepspeed
 from llmtrain.engine.protocol import Engine
 from llmtrain.errors import UserError
 
 
-def make_engine(training: TrainingSection, clip_norm: float | None) -> Engine:
-    """Choose the engine that the launch environment asks for."""
-    _refuse_contradictions(training)
+def make_engine(timeout_s: float) -> Engine:
+    """Join the other processes with the engine that the launch environment asks for; `build` it next.
+
+    Args:
+        timeout_s: of a collective operation.
+
+    Raises:
+        UserError: the engine is not there, or the other processes cannot be reached.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UserError("the launch file asks for FSDP, which is not supported; launch/zero3.yaml shards as much")
+    if launched_with_deepspeed():
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError(
+                "the launch file asks for DeepSpeed, which is not installed: pip install llmtrain[deepspeed]"
+            )
+        from llmtrain.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(timeout_s)
     from llmtrain.engine.accelerate import AccelerateEngine
 
-    return AccelerateEngine(training, clip_norm)
+    return AccelerateEngine(timeout_s)
 
 
-def _refuse_contradictions(training: TrainingSection) -> None:
-    """Refuse what a launch file asks for and this run would not do, or do twice; `accelerate launch` hands it on so."""
-    for variable, meaning in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "").lower() == "true":
-            raise UserError(f"this version does not train with {meaning}; launch with launch/single.yaml")
+def refuse_contradictions(training: TrainingSection) -> None:
+    """Refuse what a launch file asks for and this run would not do, or do twice; `accelerate launch` hands it on so.
+
+    Raises:
+        UserError: both values are named.
+    """
     precision = {"bf16": "bf16", "fp32": "no"}[training.precision]
     settings = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulation follows from training.global_batch_size"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from llmtrain.config import TrainingSection
     from llmtrain.model.transformer import Transformer
 
 
@@ -28,6 +29,7 @@ class Fragment:
     values: Tensor
 
 
+Value = TypeVar("Value")
 ReadFragment = Callable[[Fragment], Tensor]  # the saved values of a fragment: its name and place say which
 
 
@@ -39,8 +41,21 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
 
-    def prepare(self, model: Transformer, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None) -> None:
-        """Take the model, put it in place, and build its optimizer; None: it is only used, not trained."""
+    def build(
+        self,
+        make_model: Callable[[], Transformer],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
+        training: TrainingSection,
+        clip_norm: float | None,
+    ) -> None:
+        """Make the model with its first values, where it belongs, and an optimizer over it; call it once.
+
+        Args:
+            make_model: constructs it; the engine decides on which device, and whether whole.
+            make_optimizer: None: the model is only used, not trained.
+            training: resolved; its precision and compile count here.
+            clip_norm: largest global gradient norm; None: not clipped.
+        """
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Loss summed over the targets (float32 scalar), in the run's precision."""
@@ -62,6 +77,9 @@ class Engine(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: a decision that all ranks share."""
+
+    def gather(self, value: Value) -> list[Value]:
+        """The small picklable values of all ranks, in their order, on every rank."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""

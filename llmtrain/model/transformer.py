@@ -6,8 +6,11 @@ F feed-forward width, V vocabulary, T cached positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +206,7 @@ class Transformer(nn.Module):
         return y_BSD
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, opened: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = nullcontext) -> None:
         """Give every parameter its first value; a module type that is not listed here is an error.
 
         Matrices: normal with standard deviation 1/√fan_in, so that activations keep their size at any width; those that
@@ -211,26 +214,31 @@ class Transformer(nn.Module):
         Embeddings: small beside what the blocks write, or a tied head would predict that every token repeats; capped so
         that the first logits stay near zero. An untied head starts at zero. So the first loss is ln(vocab). Measured
         against other choices in docs/LOG.md.
+
+        Args:
+            opened: entered around each module's parameters while they are written; where they are cut over ranks, it
+                makes them whole.
         """
         embedding_std = min(0.02, 0.3 * self.config.dim**-0.5)
         residual_scale = (2 * self.config.layers) ** -0.5
-        for module in self.modules():
-            match module:
-                case nn.Linear() if module is self.head and self.config.tie_embeddings:
-                    pass  # the embedding itself
-                case nn.Linear() if module is self.head:
-                    nn.init.zeros_(module.weight)
-                case nn.Linear():
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                case nn.Embedding():
-                    nn.init.normal_(module.weight, std=embedding_std)
-                case nn.RMSNorm() | nn.LayerNorm():
-                    nn.init.ones_(module.weight)
-                case _ if next(module.parameters(recurse=False), None) is not None:
-                    raise TypeError(f"no initialisation for {type(module).__name__}")
-        for name, weight in self.named_parameters():
-            if name.endswith(("attention.out.weight", "ff.down.weight")):
-                weight.mul_(residual_scale)
+        for name, module in self.named_modules():
+            parameters = list(module.parameters(recurse=False))
+            if not parameters or (module is self.head and self.config.tie_embeddings):
+                continue  # a tied head is the embedding itself
+            with opened(parameters):
+                match module:
+                    case nn.Linear() if module is self.head:
+                        nn.init.zeros_(module.weight)
+                    case nn.Linear():
+                        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                        if name.endswith(("attention.out", "ff.down")):
+                            module.weight.mul_(residual_scale)
+                    case nn.Embedding():
+                        nn.init.normal_(module.weight, std=embedding_std)
+                    case nn.RMSNorm() | nn.LayerNorm():
+                        nn.init.ones_(module.weight)
+                    case _:
+                        raise TypeError(f"no initialisation for {type(module).__name__}")
         if self.rotation is not None:
             self.rotation.copy_(rotation_table(self.seq_len, self.config.head_dim, self.config.rope_theta))
 

@@ -28,7 +28,7 @@ def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "llmtrain": __version__,
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
+        "packages": package_versions(),
         "git_commit": _git_commit(),
         "command": sys.argv,
         "hardware": {
@@ -57,6 +57,11 @@ def append_launch(path: Path, launch: dict[str, Any], warn: Callable[[str], None
             path.replace(aside)
     with replacing(path, durable=True) as file:
         file.write(json.dumps({"launches": [*launches, launch]}, indent=1).encode())
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that decide about numbers."""
+    return {name: version for name in _PACKAGES if (version := installed_version(name))}
 
 
 def installed_version(package: str) -> str | None:

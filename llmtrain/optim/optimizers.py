@@ -36,20 +36,23 @@ class Together(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters into `matrices` (of the blocks), `head`, `embeddings` and `vectors` (norms, biases)."""
+    """Sort the parameters into `matrices` (of the blocks), `head`, `embeddings` and `vectors` (norms, biases).
+
+    By the module that holds them, not by their shape: cut over ranks by ZeRO-3 they have none.
+    """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "head": [], "embeddings": [], "vectors": []}
     seen: set[nn.Parameter] = set()
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if parameter in seen:
-            continue
-        seen.add(parameter)
-        if parameter in embeddings:
-            groups["embeddings"].append(parameter)
-        elif parameter.ndim < 2:
-            groups["vectors"].append(parameter)
-        else:
-            groups["head" if name.startswith("head.") else "matrices"].append(parameter)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:  # a tied head is the embedding, which comes first
+                continue
+            seen.add(parameter)
+            if isinstance(module, nn.Embedding):
+                groups["embeddings"].append(parameter)
+            elif isinstance(module, nn.Linear) and name == "weight":
+                groups["head" if path == "head" else "matrices"].append(parameter)
+            else:
+                groups["vectors"].append(parameter)
     return groups
 
 

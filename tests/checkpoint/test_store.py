@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from llmtrain.checkpoint.store import (
     step_folder,
 )
 from llmtrain.config import CheckpointSection, make_config
+from llmtrain.engine import make_engine
 from llmtrain.errors import CorruptError, UserError
 
 
 @pytest.fixture
 def parts(config_dict: dict[str, Any]) -> Any:
-    assembled = assemble(make_config(config_dict))
-    yield assembled
-    assembled.engine.close()
+    with closing(make_engine(60.0)) as engine:
+        yield assemble(make_config(config_dict), engine)
 
 
 def store_of(parts: Assembly, folder: Path, **settings: Any) -> CheckpointStore:

@@ -34,12 +34,17 @@ def engines() -> Iterator[Any]:
         if made:
             made.pop().close()
         config = config_of(optimizer, **training)
-        engine = make_engine(config.training, clip_norm)
-        torch.manual_seed(1)
-        model = Transformer(config.model, SEQ_LEN)
-        model.init_weights()
-        engine.prepare(model, lambda placed: make_optimizer(placed, config.optimizer))
+        engine = make_engine(60.0)
         made.append(engine)
+        torch.manual_seed(1)
+        engine.build(
+            lambda: Transformer(config.model, SEQ_LEN),
+            lambda placed: make_optimizer(placed, config.optimizer),
+            config.training,
+            clip_norm,
+        )
+        with engine.evaluating() as model:
+            pass
         return engine, model
 
     yield make

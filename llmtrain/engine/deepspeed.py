@@ -1,0 +1,148 @@
+"""ZeRO stages 1 to 3 (Rajbhandari et al. 2020) through DeepSpeed, with or without offload.
+
+Weights are float32 here too, so that `precision: bf16` means one thing: matrix products in bf16 under autocast; master
+weights, gradients and their sums in float32. Stage 3 gathers the blocks' matrices in bf16 then, which loses nothing:
+autocast would round them next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+from torch import Tensor, nn
+
+from llmtrain.config import TrainingSection
+from llmtrain.engine.precision import require_float32, set_precision
+from llmtrain.engine.processes import Processes
+from llmtrain.engine.protocol import Fragment, ReadFragment
+from llmtrain.engine.zero_config import zero_config
+from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
+from llmtrain.errors import UserError
+from llmtrain.model.transformer import Transformer
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+class DeepSpeedEngine(Processes):
+    """See `Engine`."""
+
+    name = "deepspeed"
+    _model: Any = None  # until it is built
+
+    def build(
+        self,
+        make_model: Callable[[], Transformer],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
+        training: TrainingSection,
+        clip_norm: float | None,
+    ) -> None:
+        """See `Engine`."""
+        if make_optimizer is None:
+            raise UserError("without training there is nothing for ZeRO to cut; launch with launch/ddp.yaml")
+        launch = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        config = zero_config(launch, training, clip_norm, self.world_size)
+        stage = config["zero_optimization"]["stage"]
+        if stage == 3:
+            # A module at a time, each at once cut over the ranks: no rank ever holds the model whole.
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                model = make_model()
+            model.init_weights(_gathered)
+        else:
+            with self.device:
+                model = make_model()
+            model.init_weights()
+        set_precision(model, training, self.device)
+        if stage == 3 and training.precision == "bf16":
+            for module in model.blocks.modules():
+                if isinstance(module, nn.Linear):
+                    setattr(module.weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+        self._bare = model
+        self._model, self._zero, *_ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(model), config=config, dist_init_required=False
+        )
+        self._layout = ZeroLayout(self._zero, stage, self.rank)
+        require_float32(self._layout.flats)
+
+    def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """See `Engine`."""
+        loss: Tensor = self._model(inputs_BS, targets_BS)
+        return loss
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Transformer]:
+        """See `Engine`. Under stage 3 the model's own hooks gather its weights, so all ranks must call it alike."""
+        self._bare.eval()
+        try:
+            with torch.no_grad():
+                yield self._bare
+        finally:
+            self._bare.train()
+
+    def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:
+        """See `Engine`. DeepSpeed averages over ranks, so the sum over ranks needs the factor world_size.
+
+        Stages 2 and 3 keep only their part of each gradient, and so must exchange after every micro-batch.
+        """
+        self._model.set_gradient_accumulation_boundary(sync)
+        self._model.backward(loss_sum * (self.world_size / global_targets), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor:
+        """See `Engine`. DeepSpeed skips an update whose gradient is not finite; the norm is infinite then."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+        self._model.step()
+        return torch.as_tensor(self._model.get_global_grad_norm(), device=self.device)
+
+    def parameter_norm(self) -> Tensor:
+        """See `Engine`. Padding is zero and stays it, so the flat tensors are all there is to add up."""
+        squares = [flat.detach().square().sum() for flat in self._layout.flats]
+        return self.sum(torch.stack(squares).sum().to(self.device)).sqrt()
+
+    def _state(self) -> Iterator[tuple[OwnedSlice, Fragment]]:
+        """What this rank updates, as views: each parameter's slice, and what the optimizer keeps for it."""
+        for name, parameter in self._bare.named_parameters():
+            owned = self._layout.owned(parameter)
+            if owned is None:
+                continue
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            flat = self._layout.flats[owned.group].detach()
+            named = [(f"model/{name}", flat)]
+            named += [(f"optimizer/{name}/{slot}", value) for slot, value in self._layout.state(owned.group)]
+            for key, value in named:
+                if value.shape == flat.shape:
+                    yield owned, Fragment(key, shape, owned.start, value.narrow(0, owned.offset, owned.numel))
+                else:  # one number for the whole flat tensor: Adam's step
+                    yield owned, Fragment(key, (), 0, value.view(1))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See `Engine`. Each rank yields what ZeRO gave it; a single number comes from where its parameter begins."""
+        for owned, fragment in self._state():
+            if fragment.shape or owned.start == 0:
+                yield fragment
+
+    def load(self, read: ReadFragment, *, optimizer: bool = True) -> None:
+        """See `Engine`."""
+        if optimizer:
+            self._layout.make_state()
+        for _, fragment in self._state():
+            if optimizer or fragment.name.startswith("model/"):
+                fragment.values.copy_(read(fragment))
+        self._layout.publish()
+
+    def close(self) -> None:
+        """See `Engine`. Without this order ZeRO-3 sometimes aborts at the interpreter's exit."""
+        if self._model is not None:
+            self._model.destroy()
+        super().close()
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Hold parameters whole for a moment; what rank 0 wrote into them stays."""
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return gathered

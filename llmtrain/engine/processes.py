@@ -1,0 +1,97 @@
+"""What every engine has: its place among the processes, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from llmtrain.errors import UserError
+
+Value = TypeVar("Value")
+
+
+class Processes:
+    """The processes of a launch, joined; Accelerate reads from the environment which they are.
+
+    Args:
+        timeout_s: seconds after which a collective operation that does not end is an error.
+
+    Raises:
+        UserError: more processes on this machine than GPUs, or the other processes cannot be reached.
+    """
+
+    def __init__(self, timeout_s: float):
+        on_gpu = torch.cuda.is_available()
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count() if on_gpu else None)
+        is_launched = "LOCAL_RANK" in os.environ
+        group = InitProcessGroupKwargs(
+            backend="gloo" if is_launched and not on_gpu else None, timeout=timedelta(seconds=timeout_s)
+        )
+        # Under DeepSpeed Accelerate joins nobody where it is told `cpu`; otherwise it would not believe there is none.
+        cpu = not on_gpu and not torch.backends.mps.is_available() and not launched_with_deepspeed()
+        try:
+            # Precision is ours: `Engine.build` sets it, the same for all engines.
+            self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group])
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"rank {os.environ.get('RANK')}: no rendezvous at {where}: {str(error).splitlines()[0]}; check "
+                "main_process_ip and main_process_port, the firewall, and that machine_rank 0 was started"
+            ) from error
+        self.rank: int = self._accelerator.process_index
+        self.world_size: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """See `Engine`."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """See `Engine`."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, value: Value) -> list[Value]:
+        """See `Engine`."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]  # every place is filled now
+
+    def barrier(self) -> None:
+        """See `Engine`."""
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """See `Engine`. Accelerate keeps its state in globals; clearing them lets one process run again."""
+        self._accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def launched_with_deepspeed() -> bool:
+    """Whether `accelerate launch` was given a launch file for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def check_gpus(processes: int, gpus: int | None) -> None:
+    """Refuse more processes than GPUs on this machine; None: there is no GPU, and the CPU takes any number.
+
+    Raises:
+        UserError: two processes would share a GPU.
+    """
+    if gpus is not None and processes > gpus:
+        raise UserError(
+            f"the launch starts {processes} processes on this machine, which has {gpus} GPUs; set num_processes to "
+            f"{gpus} for each machine (accelerate launch --num_processes {gpus})"
+        )

@@ -1,0 +1,88 @@
+"""Do the processes of a launch agree before they start? What differs is named, with the rank that differs."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from llmtrain.config import RunConfig
+from llmtrain.engine import Engine
+from llmtrain.errors import LlmtrainError, UserError
+from llmtrain.observe.provenance import package_versions
+
+Result = TypeVar("Result")
+
+
+def together(engine: Engine, work: Callable[[], Result]) -> Result:
+    """Do something on every rank that may fail on some of them; where it does, it fails on all, with the rank named.
+
+    Otherwise the others would wait in their next exchange for a rank that has left.
+
+    Raises:
+        LlmtrainError: of the kind that the first failing rank met.
+    """
+    failure: LlmtrainError | None = None
+    result = None
+    try:
+        result = work()
+    except LlmtrainError as error:
+        failure = error
+    failures = engine.gather(failure and (type(failure), str(failure), platform.node()))
+    met = [(rank, *met) for rank, met in enumerate(failures) if met]
+    if not met:
+        return result  # type: ignore[return-value]  # nothing failed, so there is one
+    rank, kind, message, host = met[0]
+    if len({message for _, _, message, _ in met}) == 1 and len(met) == engine.world_size:
+        raise kind(message)
+    ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
+    raise kind(f"{message} ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)")
+
+
+def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) -> list[str]:
+    """Check that all ranks run the same thing; return what differs without making the run wrong, as warnings.
+
+    Raises:
+        UserError: config or data differ; the rank and the difference are named.
+    """
+    facts = {"data": data_fingerprint, "code": code_fingerprint(), **package_versions()}
+    settings = {
+        f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()
+    }
+    own = (platform.node(), _digest(repr(settings)), facts)
+    everybody = engine.gather(own)
+    if len({digest for _, digest, _ in everybody}) > 1:  # rare, so the whole is exchanged only now
+        all_settings = engine.gather(settings)
+        for rank, others in enumerate(all_settings):
+            for key, value in others.items():
+                if value != all_settings[0][key]:
+                    raise UserError(
+                        f"rank {rank} on {everybody[rank][0]} has {key}={value}, rank 0 has {all_settings[0][key]}; "
+                        "start all ranks with the same config"
+                    )
+    warnings = []
+    reference = everybody[0][2]
+    for rank, (host, _, theirs) in enumerate(everybody):
+        for name in sorted({*theirs, *reference}):
+            if theirs.get(name) == reference.get(name):
+                continue
+            difference = f"rank {rank} on {host}: {name} is {theirs.get(name)}, on rank 0 {reference.get(name)}"
+            if name == "data":
+                raise UserError(f"{difference}; give all hosts the same prepared data in {config.data.path}")
+            warnings.append(difference)
+    return warnings
+
+
+@cache
+def code_fingerprint() -> str:
+    """A digest of this package's source files."""
+    root = Path(__file__).resolve().parents[1]
+    sources = sorted(root.rglob("*.py"))
+    return _digest("".join(f"{path.relative_to(root)}\0{path.read_text(encoding='utf-8')}\0" for path in sources))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
