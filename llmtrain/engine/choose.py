@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
+
 from llmtrain.config import TrainingSection
 from llmtrain.engine.processes import launched_with_deepspeed
 from llmtrain.engine.protocol import Engine
@@ -27,6 +29,8 @@ def make_engine(timeout_s: float) -> Engine:
             raise UserError(
                 "the launch file asks for DeepSpeed, which is not installed: pip install llmtrain[deepspeed]"
             )
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise each process warns that it found no other
         from llmtrain.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(timeout_s)

@@ -8,6 +8,7 @@ autocast would round them next.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
+# DeepSpeed calls torch by names that torch is about to change, several times in each step.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
 class DeepSpeedEngine(Processes):
@@ -34,6 +37,11 @@ class DeepSpeedEngine(Processes):
 
     name = "deepspeed"
     _model: Any = None  # until it is built
+
+    def __init__(self, timeout_s: float):
+        # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super().__init__(timeout_s)
 
     def build(
         self,
