@@ -15,7 +15,6 @@ from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
 from llmtrain.health.agreement import require_agreement, together
 from llmtrain.model.transformer import Transformer
-from llmtrain.optim.optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     torch.manual_seed(config.run.seed)
     engine.build(
         lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing),
-        lambda placed: make_optimizer(placed, config.optimizer),
         config.training,
-        config.optimizer.clip_norm,
+        config.optimizer,
     )
     return Assembly(config, data, train, val, layout, engine, warnings)
 

@@ -45,7 +45,7 @@ def load_model(path: Path, *, compiled: bool = False) -> Iterator[TrainedModel]:
     config = _usable_here(saved_config(reader), compiled)
     engine = make_engine(config.health.timeout_s)
     try:
-        engine.build(lambda: Transformer(config.model, config.data.seq_len), None, config.training, clip_norm=None)
+        engine.build(lambda: Transformer(config.model, config.data.seq_len), config.training, optimizer=None)
         engine.load(reader.read, optimizer=False)
         yield TrainedModel(engine, load_tokenizer(reader.folder / TOKENIZER_FOLDER), config, reader)
     finally:

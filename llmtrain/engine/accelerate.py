@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config import TrainingSection
+from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import Fragment, ReadFragment
 from llmtrain.model.transformer import Transformer
+from llmtrain.optim.optimizers import make_optimizer
 
 
 class AccelerateEngine(Processes):
@@ -27,9 +28,8 @@ class AccelerateEngine(Processes):
     def build(
         self,
         make_model: Callable[[], Transformer],
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
         training: TrainingSection,
-        clip_norm: float | None,
+        optimizer: OptimizerSection | None,
     ) -> None:
         """See `Engine`."""
         with self.device:  # the first values are drawn where they stay
@@ -37,9 +37,12 @@ class AccelerateEngine(Processes):
         model.init_weights()
         set_precision(model, training, self.device)
         self._bare = model
-        self._max_norm = float("inf") if clip_norm is None else clip_norm
-        # Plain SGD holds nothing beside the weights, so it stands for no optimizer.
-        self._optimizer = make_optimizer(model) if make_optimizer else torch.optim.SGD(model.parameters(), lr=0.0)
+        self._max_norm = float("inf")
+        if optimizer is None:  # plain SGD holds nothing beside the weights, so it stands for none
+            self._optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        else:
+            self._max_norm = optimizer.clip_norm or self._max_norm
+            self._optimizer = make_optimizer(model, optimizer)
         self._model = self._accelerator.prepare_model(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require_float32(self._parameters)

@@ -18,14 +18,16 @@ import torch
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 from torch import Tensor, nn
 
-from llmtrain.config import TrainingSection
+from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import Fragment, ReadFragment
 from llmtrain.engine.zero_config import zero_config
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
+from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
+from llmtrain.optim.optimizers import make_optimizer
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 # DeepSpeed calls torch by names that torch is about to change, several times in each step.
@@ -46,15 +48,14 @@ class DeepSpeedEngine(Processes):
     def build(
         self,
         make_model: Callable[[], Transformer],
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
         training: TrainingSection,
-        clip_norm: float | None,
+        optimizer: OptimizerSection | None,
     ) -> None:
         """See `Engine`."""
-        if make_optimizer is None:
+        if optimizer is None:
             raise UserError("without training there is nothing for ZeRO to cut; launch with launch/ddp.yaml")
         launch = self._accelerator.state.deepspeed_plugin.deepspeed_config
-        config = zero_config(launch, training, clip_norm, self.world_size)
+        config = zero_config(launch, training, optimizer.clip_norm, self.world_size)
         stage = config["zero_optimization"]["stage"]
         if stage == 3:
             # A module at a time, each at once cut over the ranks: no rank ever holds the model whole.
@@ -71,10 +72,14 @@ class DeepSpeedEngine(Processes):
                 if isinstance(module, nn.Linear):
                     setattr(module.weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
         self._bare = model
+        is_muon = optimizer.name == "muon"
+        flat = FlatMuon(model, optimizer, self.device) if is_muon else make_optimizer(model, optimizer)
         self._model, self._zero, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(model), config=config, dist_init_required=False
+            model=model, optimizer=flat, config=config, dist_init_required=False
         )
         self._layout = ZeroLayout(self._zero, stage, self.rank)
+        if isinstance(flat, FlatMuon):
+            flat.bind(self._layout)
         require_float32(self._layout.flats)
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
@@ -108,9 +113,10 @@ class DeepSpeedEngine(Processes):
         return torch.as_tensor(self._model.get_global_grad_norm(), device=self.device)
 
     def parameter_norm(self) -> Tensor:
-        """See `Engine`. Padding is zero and stays it, so the flat tensors are all there is to add up."""
-        squares = [flat.detach().square().sum() for flat in self._layout.flats]
-        return self.sum(torch.stack(squares).sum().to(self.device)).sqrt()
+        """See `Engine`. Of the owned slices, not of the flat tensors: what pads those may be anything."""
+        own = [fragment.values for fragment in self.fragments() if fragment.name.startswith("model/")]
+        norm = nn.utils.get_total_norm(own) if own else torch.zeros(())
+        return self.sum(norm.to(self.device).square()).sqrt()
 
     def _state(self) -> Iterator[tuple[OwnedSlice, Fragment]]:
         """What this rank updates, as views: each parameter's slice, and what the optimizer keeps for it."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from llmtrain.config import TrainingSection
+    from llmtrain.config import OptimizerSection, TrainingSection
     from llmtrain.model.transformer import Transformer
 
 
@@ -44,17 +44,15 @@ class Engine(Protocol):
     def build(
         self,
         make_model: Callable[[], Transformer],
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
         training: TrainingSection,
-        clip_norm: float | None,
+        optimizer: OptimizerSection | None,
     ) -> None:
         """Make the model with its first values, where it belongs, and an optimizer over it; call it once.
 
         Args:
             make_model: constructs it; the engine decides on which device, and whether whole.
-            make_optimizer: None: the model is only used, not trained.
-            training: resolved; its precision and compile count here.
-            clip_norm: largest global gradient norm; None: not clipped.
+            training: resolved.
+            optimizer: which one, and where the gradient is clipped; None: the model is only used, not trained.
         """
 
     def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:

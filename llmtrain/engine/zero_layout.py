@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -51,6 +52,11 @@ class ZeroLayout:
             return None
         master, place = mapping.hp_fragment_address, mapping.lp_fragment_address
         return OwnedSlice(mapping.param_group_index, master.start, place.start, place.numel)
+
+    def members(self, group: int) -> list[tuple[torch.Size, OwnedSlice | None]]:
+        """The parameters that lie in a flat tensor of the ranks together: their shapes, and this rank's parts."""
+        groups = self._zero.fp16_groups if self._stage == 3 else self._zero.bit16_groups
+        return [(getattr(member, "ds_shape", member.shape), self.owned(member)) for member in groups[group]]
 
     def state(self, group: int) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's tensors for one flat tensor, by slot: as long as it, or one number."""

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from llmtrain.config import OptimizerSection
+
+_ADJUST_LR = "match_rms_adamw"
 
 
 class Together(torch.optim.Optimizer):
@@ -33,6 +35,14 @@ class Together(torch.optim.Optimizer):
         assert closure is None, "a closure would run once for each optimizer"
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def orthogonal_update(momentum: Tensor, lr: float) -> Tensor:
+    """What Muon adds to a matrix, shape (rows, columns), for what its momentum makes of the gradient."""
+    change = nn.Parameter(torch.zeros_like(momentum))
+    change.grad = momentum
+    torch.optim.Muon([change], lr=lr, momentum=0.0, weight_decay=0.0, adjust_lr_fn=_ADJUST_LR).step()  # type: ignore[no-untyped-call]
+    return change.detach()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -62,23 +72,29 @@ def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Op
     `muon` orthogonalises the momentum of the blocks' matrices (Jordan et al. 2024), its update scaled to the size of
     AdamW's (Liu et al. 2025, section 2.2) so that one learning rate and decay serve both; AdamW takes the rest.
     """
+    if config.name == "muon":
+        muon, rest = muon_groups(model, config)
+        return Together([torch.optim.Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
     groups = parameter_groups(model)
-    undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
     decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
-    if config.name != "muon":
-        return _make_plain(config, [group for group in (decayed, undecayed) if group["params"]])
-    muon = torch.optim.Muon(
-        groups["matrices"],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    rest = [{"params": groups["head"], "weight_decay": config.weight_decay}, undecayed]
-    return Together([muon, _make_plain(config, [group for group in rest if group["params"]])])
+    undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
+    return make_elementwise(config, [group for group in (decayed, undecayed) if group["params"]])
 
 
-def _make_plain(config: OptimizerSection, groups: ParamsT) -> torch.optim.Optimizer:
+def muon_groups(model: nn.Module, config: OptimizerSection) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The group of the matrices that Muon orthogonalises, and the groups that it leaves to AdamW."""
+    groups = parameter_groups(model)
+    decay = {"weight_decay": config.weight_decay}
+    muon = {"params": groups["matrices"], "lr": config.lr, "momentum": config.momentum, **decay}
+    rest = [
+        {"params": groups["head"], **decay},
+        {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0},
+    ]
+    return muon, [group for group in rest if group["params"]]
+
+
+def make_elementwise(config: OptimizerSection, groups: ParamsT) -> torch.optim.Optimizer:
+    """An optimizer that treats each number on its own, and so does not care how parameters are cut: all but Muon."""
     # fused: one kernel for all parameters, on every device we run on
     common: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.name == "sgd":

@@ -12,7 +12,6 @@ import torch
 from llmtrain.config import RunConfig, make_config, resolve
 from llmtrain.engine import Engine, make_engine
 from llmtrain.model.transformer import Transformer
-from llmtrain.optim.optimizers import make_optimizer
 
 ROWS, SEQ_LEN, VOCAB = 6, 16, 50
 
@@ -39,9 +38,8 @@ def engines() -> Iterator[Any]:
         torch.manual_seed(1)
         engine.build(
             lambda: Transformer(config.model, SEQ_LEN),
-            lambda placed: make_optimizer(placed, config.optimizer),
             config.training,
-            clip_norm,
+            config.optimizer.model_copy(update={"clip_norm": clip_norm}),
         )
         with engine.evaluating() as model:
             pass
