@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
@@ -25,14 +24,14 @@ def make_engine(timeout_s: float) -> Engine:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("the launch file asks for FSDP, which is not supported; launch/zero3.yaml shards as much")
     if launched_with_deepspeed():
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(
-                "the launch file asks for DeepSpeed, which is not installed: pip install llmtrain[deepspeed]"
-            )
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise each process warns that it found no other
-        from llmtrain.engine.deepspeed import DeepSpeedEngine
-
+        try:
+            from llmtrain.engine.deepspeed import DeepSpeedEngine
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the launch file asks for DeepSpeed, which is not there ({error}); pip install llmtrain[deepspeed]"
+            ) from error
         return DeepSpeedEngine(timeout_s)
     from llmtrain.engine.accelerate import AccelerateEngine
 

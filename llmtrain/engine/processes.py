@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
@@ -34,11 +34,13 @@ class Processes:
         group = InitProcessGroupKwargs(
             backend="gloo" if is_launched and not on_gpu else None, timeout=timedelta(seconds=timeout_s)
         )
+        # No buffer of ours ever changes, and gradients need no second copy to be sent from.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # Under DeepSpeed Accelerate joins nobody where it is told `cpu`; otherwise it would not believe there is none.
         cpu = not on_gpu and not torch.backends.mps.is_available() and not launched_with_deepspeed()
         try:
             # Precision is ours: `Engine.build` sets it, the same for all engines.
-            self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group])
+            self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
         except dist.DistNetworkError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(

@@ -1,0 +1,80 @@
+"""Real launches: `accelerate launch` with a file of launch/, several processes on this machine, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+Config = dict[str, Any]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def launch(name: str, processes: int, config: Config, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Train in `processes` processes with launch/NAME.yaml."""
+    run_dir = Path(config["run"]["dir"])
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    file = run_dir.with_suffix(".yaml")
+    file.write_text(json.dumps(config))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{name}.yaml"),
+        "--num_processes", str(processes), "--main_process_port", str(free_port()),
+        "-m", "llmtrain.train", "--config", str(file), *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, cwd=run_dir.parent, env=environment()
+    )
+
+
+def start_ranks(configs: list[Path], folders: list[Path], **variables: str) -> list[subprocess.Popen[str]]:
+    """Start one process for each rank by hand, as a launcher would, each with a config and in a folder of its own."""
+    port = str(free_port())
+    ranks = []
+    for rank, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+        place = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(configs)),
+            "LOCAL_WORLD_SIZE": str(len(configs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "llmtrain.train", "--config", str(config)]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command, cwd=folder, env=environment(**place, **variables), **output))
+    return ranks
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This one, with a thread for each process and nothing of a launch around us."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_numbers(run_dir: Path, reference: Path, rel: float, norm_steps: int = 10**9) -> None:
+    """Losses within `rel`, and gradient norms in the first `norm_steps` steps; learning rates and steps the same."""
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for record, expected in zip(ours, theirs, strict=True):
+        norms = ("grad_norm", "param_norm") if record["step"] <= norm_steps else ()
+        for key in ("train_loss", "val_loss", *norms):
+            where = f"{key} at step {record['step']}"
+            assert (record[key] is None) == (expected[key] is None), where
+            if record[key] is not None:
+                assert record[key] == pytest.approx(expected[key], rel=rel), where
+        for key in ("learning_rate", "tokens", "epoch"):
+            assert record[key] == expected[key]

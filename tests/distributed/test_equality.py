@@ -1,0 +1,155 @@
+"""One process, data parallel, ZeRO-1/2/3 and offload: the same batches, the same losses, the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from llmtrain.checkpoint.store import committed_steps
+from tests.conftest import small_config
+from tests.distributed.launching import assert_equal_numbers, launch, metrics
+
+pytestmark = pytest.mark.slow
+
+STEPS, GLOBAL_BATCH, WINDOWS = 50, 12, 187
+# 187 windows in batches of 12: the last batch of an epoch has 7 rows, so the ranks have unlike numbers of targets.
+FLOAT32 = 1e-5  # the issue's bound; measured: 2e-7 for losses, 1e-6 for norms, where sums are taken in another order
+# bf16 keeps 8 bits, so one rounding is up to 2^-9 of a number. Losses are means over hundreds of tokens, and the
+# engines differ only in the order of float32 sums, which now and then turns a rounding the other way. Measured: 3e-4.
+# Such turns add up in the weights, and the gradient's norm feels them most: after 30 steps it is off by 2 %, as much
+# as float32's own is. So it is compared while the weights are the same: at the first step.
+BF16 = 2**-9
+
+Trained = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Run folders of finished runs; each kind is trained once."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def train(name: str, processes: int, micro: int, precision: str = "fp32", optimizer: str = "adamw") -> Path:
+        run_dir = folder / f"{name}-{processes}-{micro}-{precision}-{optimizer}"
+        if not run_dir.exists():
+            config = config_of(data, run_dir, micro, precision, optimizer)
+            config["data"]["workers"] = 2 if processes == 3 else 0
+            done = launch(name, processes, config)
+            assert done.returncode == 0, done.stderr[-4000:]
+        return run_dir
+
+    return train
+
+
+def config_of(
+    data: Path, run_dir: Path, micro: int, precision: str = "fp32", optimizer: str = "adamw"
+) -> dict[str, Any]:
+    config = small_config(data, run_dir)
+    config["optimizer"]["name"] = optimizer
+    config["training"] |= {
+        "micro_batch_size": micro, "global_batch_size": GLOBAL_BATCH, "max_steps": STEPS, "precision": precision,
+    }  # fmt: skip
+    config["checkpoint"] = {"save_every": 20, "keep_last": 9}
+    config["logging"] |= {"every": 1, "sample_ledger": True}
+    return config
+
+
+MANY = [
+    ("cpu-ddp", 2, 2), ("cpu-zero1", 2, 2), ("cpu-zero2", 2, 3), ("cpu-zero3", 2, 3), ("cpu-zero3-offload", 2, 2),
+    ("ddp", 3, 4), ("zero1", 4, 3), ("zero2", 4, 1), ("zero3", 4, 3), ("zero3-offload", 2, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "processes", "micro"), MANY)
+def test_float32_losses_norms_and_rates_are_those_of_one_process(
+    trained: Trained, name: str, processes: int, micro: int
+) -> None:
+    one, many = trained("single", 1, 4), trained(name, processes, micro)
+    assert_equal_numbers(many, one, FLOAT32)
+    curves, expected = (json.loads((folder / "training_metrics.json").read_text()) for folder in (many, one))
+    assert {len(values) for values in curves.values()} == {STEPS}
+    assert curves["steps"] == expected["steps"] and curves["learning_rate"] == expected["learning_rate"]
+    # Exactly one writer: every step stands once, and no rank but the first left a file of its own beside its ledger.
+    assert curves["steps"] == [record["step"] for record in metrics(many)] == list(range(1, STEPS + 1))
+    ledgers = {f"samples-rank{rank:05d}.jsonl" for rank in range(processes)}
+    assert {path.name for path in many.iterdir()} - ledgers == {
+        path.name for path in one.iterdir()
+    } - {"samples-rank00000.jsonl"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "processes", "micro"), [("cpu-ddp", 2, 2), ("cpu-zero2", 2, 3), ("cpu-zero3", 2, 3)])
+def test_bf16_losses_are_those_of_one_process_and_the_masters_are_float32(
+    trained: Trained, name: str, processes: int, micro: int
+) -> None:
+    one, many = trained("single", 1, 4, "bf16"), trained(name, processes, micro, "bf16")
+    assert_equal_numbers(many, one, BF16, norm_steps=1)
+    in_float32 = [record["train_loss"] for record in metrics(trained("single", 1, 4))]
+    assert [record["train_loss"] for record in metrics(many)] != in_float32  # it did compute in bf16
+    checkpoint = many / f"step-{STEPS:08d}"
+    for file in sorted(checkpoint.glob("rank*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F32"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("name", "processes", "micro"), [("cpu-zero2", 2, 2), ("cpu-zero3", 3, 2)])
+def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, processes: int, micro: int) -> None:
+    """Its orthogonalisation is in bf16, so that is the bound; on flat slices it would be off in the first digits."""
+    assert_equal_numbers(
+        trained(name, processes, micro, optimizer="muon"), trained("single", 1, 4, optimizer="muon"), BF16
+    )
+
+
+def ledger(run_dir: Path, processes: int, micro: int) -> list[list[int]]:
+    """The global batches, put together again from what each rank wrote: rows come in turns of `micro`."""
+    ranks = []
+    for rank in range(processes):
+        lines = (run_dir / f"samples-rank{rank:05d}.jsonl").read_text().splitlines()
+        ranks.append([json.loads(line) for line in lines])
+        assert [line["step"] for line in ranks[-1]] == list(range(1, STEPS + 1))
+    steps = []
+    for lines in zip(*ranks, strict=True):
+        rows: list[int] = []
+        left = [list(line["ids"]) for line in lines]
+        while any(left):
+            for ids in left:
+                rows += ids[:micro]
+                del ids[:micro]
+        steps.append(rows)
+    return steps
+
+
+@pytest.mark.parametrize(("name", "processes", "micro"), MANY)
+def test_every_sample_once_an_epoch_in_an_order_that_knows_no_ranks(
+    trained: Trained, name: str, processes: int, micro: int
+) -> None:
+    order = ledger(trained(name, processes, micro), processes, micro)
+    assert order == ledger(trained("single", 1, 4), 1, 4)
+    samples = [sample for step in order for sample in step]
+    for epoch in range(len(samples) // WINDOWS):
+        assert Counter(samples[epoch * WINDOWS : (epoch + 1) * WINDOWS]) == Counter(range(WINDOWS))
+    assert len(samples) > 3 * WINDOWS
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [
+    (("zero3", 4, 3), ("single", 1, 4)), (("single", 1, 4), ("cpu-zero3", 2, 3)), (("cpu-zero2", 2, 3), ("ddp", 3, 4)),
+    (("ddp", 3, 4), ("cpu-zero1", 2, 2)),
+])  # fmt: skip
+def test_a_run_goes_on_under_another_engine_and_number_of_processes(
+    trained: Trained, data: Path, tmp_path: Path, saved: tuple[str, int, int], resumed: tuple[str, int, int]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained(*saved), run_dir, symlinks=True)
+    for step in (40, 50):
+        shutil.rmtree(run_dir / f"step-{step:08d}")
+    name, processes, micro = resumed
+    done = launch(name, processes, config_of(data, run_dir, micro))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "after step 20" in done.stdout
+    assert committed_steps(run_dir) == [20, 40, 50]
+    assert_equal_numbers(run_dir, trained("single", 1, 4), FLOAT32)
