@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class LlmtrainError(Exception):
@@ -43,12 +44,28 @@ class Stopped(LlmtrainError):  # noqa: N818 -- not an error: the run was told to
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run a verb; return its exit code, with one clear line on stderr for every end that was foreseen."""
+    """Run a verb; return its exit code, with one clear line on stderr for every end that was foreseen.
+
+    Where the environment has LLMTRAIN_EXIT_CODE_FILE, the first process of each machine leaves its exit code there too:
+    the launcher between us and a script does not hand it on.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without some character costs only that character
+    code = 1  # what Python answers to an exception that nobody foresaw
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        code = _run(main, sys.argv[1:] if argv is None else argv)
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else int(request.code is not None)
+        raise
+    finally:
+        _leave_exit_code(code)
+    return code
+
+
+def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    try:
+        main(argv)
     except LlmtrainError as error:
         prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
         # What we quote (a library, a file name) may have lines of its own.
@@ -63,6 +80,19 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
         print("llmtrain: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _leave_exit_code(code: int) -> None:
+    """Write the exit code where the environment asks for it: whole, or not at all."""
+    path = os.environ.get("LLMTRAIN_EXIT_CODE_FILE")
+    if not path or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    staged = f"{path}.{os.getpid()}"
+    try:
+        Path(staged).write_text(f"{code}\n")
+        Path(staged).replace(path)
+    except OSError as error:
+        print(f"llmtrain: warning: LLMTRAIN_EXIT_CODE_FILE={path} cannot be written: {error}", file=sys.stderr)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -1,0 +1,101 @@
+"""The scripts in slurm/ on a real cluster of two nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import wait_until
+from tests.slurm.conftest import Site, losses
+
+pytestmark = pytest.mark.slow
+ON_TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "slurm/multi-node.sbatch")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted() -> dict[str, Path]:
+    """Finished runs of two processes by launch file: what an interrupted run must repeat."""
+    return {}
+
+
+@pytest.mark.parametrize("launch", ["cpu-ddp"])
+def test_two_nodes_train_to_the_end(site: Site, uninterrupted: dict[str, Path], launch: str) -> None:
+    job = site.sbatch(*ON_TWO_NODES, site.config("run"), LLMTRAIN_LAUNCH_FILE=f"launch/{launch}.yaml")
+    site.done(job)
+    assert "2 processes" in site.log(job)
+    assert max(losses(site.root / "run")) == 240
+    nodes = [path.relative_to(site.root / "logs").parts[1] for path in (site.root / "logs").rglob("stdout.log")]
+    assert sorted(nodes) == ["node-0", "node-1"]
+    uninterrupted[launch] = site.root / "run"
+
+
+def test_a_job_that_meets_its_time_limit_requeues_itself_and_has_the_same_losses(
+    site: Site, uninterrupted: dict[str, Path]
+) -> None:
+    launch, run = next(iter(uninterrupted.items()))
+    # The earliest that Slurm can be asked for: it signals at the first half minute later than 25 s after the start.
+    limits = ("--time=1", "--signal=USR1@5")
+    job = site.sbatch(*limits, *ON_TWO_NODES, site.config("run"), LLMTRAIN_LAUNCH_FILE=f"launch/{launch}.yaml")
+    with site.frozen_until_told_to_stop(site.training(job, "run")):
+        stopped_early = 0 < max(losses(site.root / "run")) < 240
+    site.back_in_the_queue(job)
+    finished = site.done(job)
+    log = site.log(job)
+    assert stopped_early
+    assert finished.restarts == 1
+    assert log.count("told to stop, and saved; back to the queue") == 1
+    assert "by SIGUSR1; saved" in log
+    assert losses(site.root / "run") == losses(run)
+
+
+def test_a_preempted_job_saves_and_goes_on_by_itself(site: Site) -> None:
+    single = ("--partition=low", "--nodelist=n1", "--gpus-per-node=2", "slurm/single-node.sbatch")
+    job = site.sbatch(*single, site.config("run"), LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
+    urgent = ("--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    with site.frozen_until_told_to_stop(site.training(job, "run")):
+        preemptor = site.sbatch(*urgent)
+    site.done(preemptor)
+    site.back_in_the_queue(job)
+    finished = site.done(job)
+    assert finished.restarts == 1
+    assert "by SIGTERM; saved" in site.log(job)
+    assert max(losses(site.root / "run")) == 240
+
+
+def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
+    config = site.config("run", max_steps=100_000)
+    job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
+    ranks = site.training(job, "run")
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    failed = site.cluster.wait(job, timeout_s=60)
+    assert time.monotonic() - began < 30
+    assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 1, 0), site.log(job)
+    last = site.log(job).splitlines()[-1]
+    assert "first to fail:" in last
+    assert "rank 1 on node n2, exit code -9 (SIGKILL)" in last
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), 10, "no process is left")
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
+    config = site.config("run", max_steps=100_000)
+    job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
+    site.training(job, "run")
+    site.cluster.run("scancel", job)
+    cancelled = site.cluster.wait(job, timeout_s=60)
+    assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 0), site.log(job)
+    assert "not requeued here" in site.log(job)
+    assert (site.root / "run" / "latest").exists()
+
+
+def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> None:
+    job = site.sbatch(
+        *ON_TWO_NODES, site.config("run"), "optimizer.lr=fast", LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml"
+    )
+    failed = site.cluster.wait(job)
+    assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 2, 0), site.log(job)
+    assert "llmtrain: error: " in site.log(job)
