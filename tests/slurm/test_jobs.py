@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -99,3 +102,46 @@ def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> N
     failed = site.cluster.wait(job)
     assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 2, 0), site.log(job)
     assert "llmtrain: error: " in site.log(job)
+
+
+def test_in_a_container_one_process_trains_obeys_a_signal_and_is_evaluated(site: Site) -> None:
+    inside = container(site)
+    job = site.sbatch(
+        "--gpus-per-node=1", "slurm/single-node.sbatch", site.config("run", max_steps=100_000),
+        LLMTRAIN_LAUNCH_FILE="launch/single.yaml", **inside,
+    )  # fmt: skip
+    metrics = site.root / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, 90, lambda: site.log(job))
+    site.cluster.run("scancel", "--signal=USR1", job)  # what Slurm sends before the time limit
+    wait_until(lambda: site.cluster.job(job).restarts == 1, 60, lambda: site.log(job))
+    site.cluster.run("scancel", job)
+    assert "by SIGUSR1; saved" in site.log(job)
+
+    job = site.sbatch("--gpus-per-node=1", "slurm/evaluate.sbatch", "run", "--json", **inside)
+    site.done(job)
+    result = next(json.loads(line) for line in site.log(job).splitlines() if line.startswith("{"))
+    assert 0 < result["loss"] < 4
+
+
+def container(site: Site) -> dict[str, str]:
+    """Settings for a container in small: another root, in which alone the program is found, and signals set anew.
+
+    Container runtimes start what is in them with default signal handling; `env --default-signal` does that here.
+    """
+    refused = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, check=False).stderr
+    if refused:
+        pytest.skip(f"this machine gives no mount namespaces: {refused.strip()}")
+    (site.root / "root").mkdir()
+    wrapper = site.root / "container"
+    wrapper.write_text(f"""#!/usr/bin/env bash
+exec unshare --mount bash -c '
+    set -euo pipefail
+    mount --rbind / {site.root}/root
+    mount -t tmpfs tmpfs {site.root}/root/mnt
+    ln -s {sys.prefix} {site.root}/root/mnt/venv
+    exec chroot {site.root}/root env --default-signal --chdir="$PWD" PATH="/mnt/venv/bin:$PATH" "$@"
+' container "$@"
+""")
+    wrapper.chmod(0o755)
+    # Outside of it, there is no llmtrain.
+    return {"LLMTRAIN_CONTAINER": str(wrapper), "LLMTRAIN_VENV": "", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}

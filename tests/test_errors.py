@@ -1,0 +1,79 @@
+"""How a verb's end becomes an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, run_main
+
+Main = Callable[[list[str]], None]
+
+
+@pytest.fixture
+def code_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the exit code is asked for, in a process that a launcher did not start."""
+    monkeypatch.setenv("LLMTRAIN_EXIT_CODE_FILE", str(tmp_path / "code"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return tmp_path / "code"
+
+
+def raising(error: BaseException | None) -> Main:
+    def main(_argv: list[str]) -> None:
+        if error is not None:
+            raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0), (UserError("x"), 2), (DivergedError("x"), 3), (CorruptError("x"), 4), (Stopped("x"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+)  # fmt: skip
+def test_the_exit_code_is_left_in_the_file(code_file: Path, error: BaseException | None, code: int) -> None:
+    code_file.write_text("of an earlier launch\n")
+    assert run_main(raising(error), []) == code
+    assert code_file.read_text() == f"{code}\n"
+    assert list(code_file.parent.iterdir()) == [code_file]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("bug"), 1), (SystemExit(0), 0), (SystemExit(3), 3), (SystemExit("x"), 1)]
+)
+def test_what_is_not_foreseen_is_left_in_the_file_too(code_file: Path, error: BaseException, code: int) -> None:
+    with pytest.raises(type(error)):
+        run_main(raising(error), [])
+    assert code_file.read_text() == f"{code}\n"
+
+
+def test_only_the_first_process_of_a_machine_writes(code_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_main(raising(Stopped("x")), []) == 75
+    assert not code_file.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "8")
+    run_main(raising(Stopped("x")), [])
+    assert code_file.read_text() == "75\n"
+
+
+def test_a_file_that_cannot_be_written_changes_no_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMTRAIN_EXIT_CODE_FILE", str(tmp_path / "absent" / "code"))
+    assert run_main(raising(Stopped("saved")), []) == 75
+    assert "absent/code cannot be written" in capsys.readouterr().err
+
+
+def test_the_real_command_leaves_it(code_file: Path) -> None:
+    command = [sys.executable, "-m", "llmtrain", "no-such-verb"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert code_file.read_text() == "2\n"
