@@ -230,6 +230,8 @@ class Run:
             raise Stopped(f"stopped by {reason} before the first step: nothing to save; the same command begins again")
         self.save()
         self._wait_for_saves()
+        # The launcher ends all ranks of a machine soon after the first one left; rank 0 must have committed by then.
+        self.engine.barrier()
         raise Stopped(f"stopped after step {step:,} by {reason}; saved; the same command goes on from there")
 
     def has_stopped_improving(self) -> bool:

@@ -143,8 +143,8 @@ class Cluster:
             self._start("slurmctld", "-D", "-i")
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node)
-            wait_until(lambda: self.run("sinfo", "-h", "-N", "-p", "normal", "-o", "%T").split() == ["idle"] * len(NODES),
-                       30, lambda: f"two idle nodes; {self.logs()}")
+            states = ("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%T")
+            wait_until(lambda: self.run(*states).split() == ["idle"] * len(NODES), 30, self.logs)
         except BaseException:
             self.__exit__()
             raise
@@ -222,11 +222,12 @@ class Cluster:
                 continue  # it has ended
             values = dict(variable.split(b"=", 1) for variable in variables if b"=" in variable)
             is_ours = values.get(b"SLURM_CONF") == self.environment["SLURM_CONF"].encode()
-            if is_ours and values.get(b"SLURM_JOB_ID") == job_id.encode() and b"RANK" in values:
-                if b"\0-m\0llmtrain.train\0" in program:
-                    found[int(values[b"RANK"])] = int(folder.name)
+            is_rank = b"RANK" in values and b"\0-m\0llmtrain.train\0" in program
+            if is_ours and is_rank and values.get(b"SLURM_JOB_ID") == job_id.encode():
+                found[int(values[b"RANK"])] = int(folder.name)
         return found
 
     def logs(self) -> str:
         """The last lines of each daemon, for a failing test's message."""
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log"))
+        logs = self.folder.glob("*.log")
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)

@@ -39,11 +39,11 @@ class Site:
     root: Path
     data: Path
 
-    def config(self, name: str, **training: Any) -> Path:
-        """A small config whose run folder is `name`: long enough to be interrupted, short where it is not."""
+    def config(self, name: str, max_steps: int) -> Path:
+        """A small config whose run folder is `name`."""
         config = small_config(self.data, self.root / name)
-        config["training"] |= {"max_steps": 240, "eval_every": 80} | training
-        config["checkpoint"]["save_every"] = 80
+        config["training"] |= {"max_steps": max_steps, "eval_every": 40}
+        config["checkpoint"]["save_every"] = 40
         path = self.root / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
@@ -57,7 +57,7 @@ class Site:
         job_id = job.id if isinstance(job, Job) else job
         return "".join(path.read_text(errors="replace") for path in (self.root / "logs").glob(f"*-{job_id}.out"))
 
-    def done(self, job_id: str, timeout_s: float = 150) -> Job:
+    def done(self, job_id: str, timeout_s: float = 240) -> Job:
         """Wait until the job is over; it must have succeeded."""
         job = self.cluster.wait(job_id, timeout_s=timeout_s)
         assert job.state == "COMPLETED", f"{job}\n{self.log(job)}"
@@ -83,10 +83,10 @@ class Site:
             for pid in ranks.values():
                 os.kill(pid, signal.SIGCONT)
 
-    def back_in_the_queue(self, job_id: str) -> None:
-        """Wait until the job is requeued, and let it begin at once: Slurm gives it two minutes of pause."""
+    def wait_for_requeue(self, job_id: str) -> None:
+        """Wait until the job is back in the queue; let it begin without Slurm's two minutes of pause, and finish."""
         wait_until(lambda: self.cluster.job(job_id).restarts == 1, 60, lambda: self.log(job_id))
-        self.cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        self.cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", "TimeLimit=10")
 
 
 def is_told_to_stop(pid: int) -> bool:
@@ -96,7 +96,7 @@ def is_told_to_stop(pid: int) -> bool:
     return bool(pending & (1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1)) or "T (stopped)" not in status["State"]
 
 
-# What a site of CPU nodes would have in its slurm/site.env; here as environment at submission, so that the file is as shipped.
+# What a site would have in its slurm/site.env; here set at submission, so that the file is as shipped.
 SITE = {
     "LLMTRAIN_VENV": sys.prefix,
     "GLOO_SOCKET_IFNAME": "lo",

@@ -17,60 +17,62 @@ from tests.slurm.conftest import Site, losses
 
 pytestmark = pytest.mark.slow
 ON_TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "slurm/multi-node.sbatch")
+UNENDING = 100_000  # steps: it ends otherwise
 
 
 @pytest.fixture(scope="session")
-def uninterrupted() -> dict[str, Path]:
-    """Finished runs of two processes by launch file: what an interrupted run must repeat."""
+def finished() -> dict[str, Path]:
+    """Run folders of two processes that nobody interrupted, by launch file."""
     return {}
 
 
-@pytest.mark.parametrize("launch", ["cpu-ddp"])
-def test_two_nodes_train_to_the_end(site: Site, uninterrupted: dict[str, Path], launch: str) -> None:
-    job = site.sbatch(*ON_TWO_NODES, site.config("run"), LLMTRAIN_LAUNCH_FILE=f"launch/{launch}.yaml")
+@pytest.mark.parametrize("launch", ["cpu-zero2", "cpu-zero3"])
+def test_two_nodes_train_to_the_end(site: Site, finished: dict[str, Path], launch: str) -> None:
+    job = site.sbatch(*ON_TWO_NODES, site.config("run", 100), LLMTRAIN_LAUNCH_FILE=f"launch/{launch}.yaml")
     site.done(job)
     assert "2 processes" in site.log(job)
-    assert max(losses(site.root / "run")) == 240
+    assert max(losses(site.root / "run")) == 100
     nodes = [path.relative_to(site.root / "logs").parts[1] for path in (site.root / "logs").rglob("stdout.log")]
     assert sorted(nodes) == ["node-0", "node-1"]
-    uninterrupted[launch] = site.root / "run"
+    finished[launch] = site.root / "run"
 
 
 def test_a_job_that_meets_its_time_limit_requeues_itself_and_has_the_same_losses(
-    site: Site, uninterrupted: dict[str, Path]
+    site: Site, finished: dict[str, Path]
 ) -> None:
-    launch, run = next(iter(uninterrupted.items()))
-    # The earliest that Slurm can be asked for: it signals at the first half minute later than 25 s after the start.
-    limits = ("--time=1", "--signal=USR1@5")
-    job = site.sbatch(*limits, *ON_TWO_NODES, site.config("run"), LLMTRAIN_LAUNCH_FILE=f"launch/{launch}.yaml")
+    launch = {"LLMTRAIN_LAUNCH_FILE": "launch/cpu-zero3.yaml"}
+    if "cpu-zero3" not in finished:
+        site.done(site.sbatch(*ON_TWO_NODES, site.config("uninterrupted", 100), **launch))
+        finished["cpu-zero3"] = site.root / "uninterrupted"
+    # The shortest that Slurm can do: it signals at the first half minute later than 25 s after the start.
+    job = site.sbatch("--time=1", "--signal=USR1@5", *ON_TWO_NODES, site.config("run", 100), **launch)
     with site.frozen_until_told_to_stop(site.training(job, "run")):
-        stopped_early = 0 < max(losses(site.root / "run")) < 240
-    site.back_in_the_queue(job)
-    finished = site.done(job)
+        stopped_early = 0 < max(losses(site.root / "run")) < 100
+    site.wait_for_requeue(job)
+    done = site.done(job)
     log = site.log(job)
     assert stopped_early
-    assert finished.restarts == 1
+    assert done.restarts == 1
     assert log.count("told to stop, and saved; back to the queue") == 1
     assert "by SIGUSR1; saved" in log
-    assert losses(site.root / "run") == losses(run)
+    assert losses(site.root / "run") == losses(finished["cpu-zero3"])
 
 
 def test_a_preempted_job_saves_and_goes_on_by_itself(site: Site) -> None:
     single = ("--partition=low", "--nodelist=n1", "--gpus-per-node=2", "slurm/single-node.sbatch")
-    job = site.sbatch(*single, site.config("run"), LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
+    job = site.sbatch(*single, site.config("run", 240), LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
     urgent = ("--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     with site.frozen_until_told_to_stop(site.training(job, "run")):
         preemptor = site.sbatch(*urgent)
     site.done(preemptor)
-    site.back_in_the_queue(job)
-    finished = site.done(job)
-    assert finished.restarts == 1
+    site.wait_for_requeue(job)
+    assert site.done(job).restarts == 1
     assert "by SIGTERM; saved" in site.log(job)
     assert max(losses(site.root / "run")) == 240
 
 
 def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
-    config = site.config("run", max_steps=100_000)
+    config = site.config("run", UNENDING)
     job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
     ranks = site.training(job, "run")
     os.kill(ranks[1], signal.SIGKILL)
@@ -85,7 +87,7 @@ def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
-    config = site.config("run", max_steps=100_000)
+    config = site.config("run", UNENDING)
     job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
     site.training(job, "run")
     site.cluster.run("scancel", job)
@@ -97,7 +99,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
 
 def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> None:
     job = site.sbatch(
-        *ON_TWO_NODES, site.config("run"), "optimizer.lr=fast", LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml"
+        *ON_TWO_NODES, site.config("run", 100), "optimizer.lr=fast", LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml"
     )
     failed = site.cluster.wait(job)
     assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 2, 0), site.log(job)
@@ -107,7 +109,7 @@ def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> N
 def test_in_a_container_one_process_trains_obeys_a_signal_and_is_evaluated(site: Site) -> None:
     inside = container(site)
     job = site.sbatch(
-        "--gpus-per-node=1", "slurm/single-node.sbatch", site.config("run", max_steps=100_000),
+        "--gpus-per-node=1", "slurm/single-node.sbatch", site.config("run", UNENDING),
         LLMTRAIN_LAUNCH_FILE="launch/single.yaml", **inside,
     )  # fmt: skip
     metrics = site.root / "run" / "metrics.jsonl"
