@@ -11,10 +11,10 @@ source slurm/site.env
 
 (( $# )) || refuse "no config: sbatch … slurm/multi-node.sbatch configs/FILE.yaml [key=value …]"
 [[ -f $1 ]] || refuse "$1: no such config file in $PWD"
-for argument; do
-    # That ends every launch with "run me again", which here would never end.
-    [[ $argument != training.stop_after=* ]] || refuse "$argument and a job that requeues itself contradict each other"
-done
+# That ends every launch with "run me again", which here would never end.
+if [[ " $* " == *" training.stop_after="* ]] || grep -Eq '^[^#]*stop_after:[[:space:]]*[0-9]' "$1"; then
+    refuse "training.stop_after and a job that requeues itself contradict each other; leave it out"
+fi
 
 if [[ -z $LLMTRAIN_LAUNCH_FILE ]]; then
     LLMTRAIN_LAUNCH_FILE=launch/ddp.yaml

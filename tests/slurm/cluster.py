@@ -122,9 +122,7 @@ class Cluster:
         ]
         for name in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (folder / name).mkdir(mode=0o700)
-        text = SLURM_CONF.format(
-            hostname=hostname, controller_port=controller, folder=folder, nodes="\n".join(lines)
-        )
+        text = SLURM_CONF.format(hostname=hostname, controller_port=controller, folder=folder, nodes="\n".join(lines))
         (folder / "slurm.conf").write_text(text.lstrip())
         # Files stand in for GPUs, which nothing here opens: jobs ask for them as they would on a real cluster.
         gpus = [folder / f"gpu{i}" for i in range(2)]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -63,10 +62,14 @@ class Site:
         assert job.state == "COMPLETED", f"{job}\n{self.log(job)}"
         return job
 
-    def training(self, job_id: str, run: str) -> dict[int, int]:
-        """Wait until a job of two processes takes steps in that run folder; return rank → pid."""
+    def wait_for_steps(self, job_id: str, run: str) -> None:
+        """Wait until a job takes steps in that run folder."""
         metrics = self.root / run / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and b"\n" in metrics.read_bytes(), 90, lambda: self.log(job_id))
+
+    def training(self, job_id: str, run: str) -> dict[int, int]:
+        """Wait until a job of two processes takes steps in that run folder; return rank → pid."""
+        self.wait_for_steps(job_id, run)
         ranks = self.cluster.ranks(job_id)
         assert sorted(ranks) == [0, 1], (ranks, self.log(job_id))
         return ranks

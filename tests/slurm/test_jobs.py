@@ -17,6 +17,7 @@ from tests.slurm.conftest import Site, losses
 
 pytestmark = pytest.mark.slow
 ON_TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "slurm/multi-node.sbatch")
+ON_ONE_GPU = ("--gpus-per-node=1", "slurm/single-node.sbatch")
 UNENDING = 100_000  # steps: it ends otherwise
 
 
@@ -59,8 +60,8 @@ def test_a_job_that_meets_its_time_limit_requeues_itself_and_has_the_same_losses
 
 
 def test_a_preempted_job_saves_and_goes_on_by_itself(site: Site) -> None:
-    single = ("--partition=low", "--nodelist=n1", "--gpus-per-node=2", "slurm/single-node.sbatch")
-    job = site.sbatch(*single, site.config("run", 240), LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
+    asked = {"SBATCH_PARTITION": "low", "SBATCH_GPUS_PER_NODE": "2", "LLMTRAIN_LAUNCH_FILE": "launch/cpu-ddp.yaml"}
+    job = site.sbatch("--nodelist=n1", "slurm/single-node.sbatch", site.config("run", 240), **asked)
     urgent = ("--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     with site.frozen_until_told_to_stop(site.training(job, "run")):
         preemptor = site.sbatch(*urgent)
@@ -87,9 +88,8 @@ def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
-    config = site.config("run", UNENDING)
-    job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
-    site.training(job, "run")
+    job = site.sbatch(*ON_ONE_GPU, site.config("run", UNENDING), LLMTRAIN_LAUNCH_FILE="launch/single.yaml")
+    site.wait_for_steps(job, "run")
     site.cluster.run("scancel", job)
     cancelled = site.cluster.wait(job, timeout_s=60)
     assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 0), site.log(job)
@@ -98,9 +98,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(site: Site) -> None:
 
 
 def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> None:
-    job = site.sbatch(
-        *ON_TWO_NODES, site.config("run", 100), "optimizer.lr=fast", LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml"
-    )
+    config = site.config("run", UNENDING)
+    job = site.sbatch(*ON_ONE_GPU, config, "optimizer.lr=fast", LLMTRAIN_LAUNCH_FILE="launch/single.yaml")
     failed = site.cluster.wait(job)
     assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 2, 0), site.log(job)
     assert "llmtrain: error: " in site.log(job)
@@ -108,12 +107,8 @@ def test_bad_input_fails_with_its_exit_code_and_is_not_requeued(site: Site) -> N
 
 def test_in_a_container_one_process_trains_obeys_a_signal_and_is_evaluated(site: Site) -> None:
     inside = container(site)
-    job = site.sbatch(
-        "--gpus-per-node=1", "slurm/single-node.sbatch", site.config("run", UNENDING),
-        LLMTRAIN_LAUNCH_FILE="launch/single.yaml", **inside,
-    )  # fmt: skip
-    metrics = site.root / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size, 90, lambda: site.log(job))
+    job = site.sbatch(*ON_ONE_GPU, site.config("run", UNENDING), LLMTRAIN_LAUNCH_FILE="launch/single.yaml", **inside)
+    site.wait_for_steps(job, "run")
     site.cluster.run("scancel", "--signal=USR1", job)  # what Slurm sends before the time limit
     wait_until(lambda: site.cluster.job(job).restarts == 1, 60, lambda: site.log(job))
     site.cluster.run("scancel", job)

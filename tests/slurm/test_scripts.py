@@ -47,6 +47,22 @@ def test_a_value_set_at_submission_wins_an_empty_one_too() -> None:
     assert bash("-c", show, LLMTRAIN_LOGS="elsewhere", LLMTRAIN_VENV="").stdout == "[elsewhere] []\n1\n"
 
 
+def test_the_folder_that_slurm_writes_logs_to_is_in_the_repository() -> None:
+    # Without it a job fails at its start and says nothing anywhere.
+    outputs = {re.search(r"--output=(\S+)/", path.read_text())[1] for path in REPOSITORY.glob("slurm/*.sbatch")}  # type: ignore[index]
+    assert outputs == {"logs"}
+    tracked = subprocess.run(["git", "ls-files", "logs"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert tracked.returncode != 0 or tracked.stdout.split() == ["logs/.gitignore"]  # not 0: not a git repository
+
+
+def test_a_config_that_ends_every_launch_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("training: {max_steps: 9}\n# stop_after: 5\n")
+    launch = {"LLMTRAIN_LAUNCH_FILE": "launch/absent.yaml"}  # the next thing that is checked
+    assert "launch/absent" in bash("slurm/train.sh", str(tmp_path / "run.yaml"), **IN_A_JOB, **launch).stderr
+    (tmp_path / "run.yaml").write_text("training:\n  stop_after: 5\n")
+    assert "contradict" in bash("slurm/train.sh", str(tmp_path / "run.yaml"), **IN_A_JOB, **launch).stderr
+
+
 @pytest.mark.parametrize("script", ["single-node", "multi-node", "evaluate"])
 def test_a_job_started_elsewhere_says_where_to_start_it(tmp_path: Path, script: str) -> None:
     done = bash(str(REPOSITORY / f"slurm/{script}.sbatch"), "configs/debug.yaml", cwd=tmp_path)
