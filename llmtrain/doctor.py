@@ -23,7 +23,7 @@ from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.finding import Finding, fail, ok, warn
-from llmtrain.health.machine import free_memory, machine_findings
+from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
 from llmtrain.model.cost import parameter_count
 
 # Float32 values for each parameter: itself, its gradient and the moments of the optimizer.
@@ -121,13 +121,15 @@ def main(argv: list[str]) -> None:
     parser = VerbParser("doctor", __doc__.splitlines()[0], "llmtrain doctor --config configs/debug.yaml --overfit")
     parser.add_argument("--config", type=Path, metavar="FILE", help="check training with this config, too")
     parser.add_argument("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     args = parser.parse_intermixed_args(argv)
     if args.config is None and (args.overfit or args.overrides):
         raise UserError("--overfit and section.key=value need a config: add --config FILE")
     findings = []
-    for source in (machine_findings(), training_findings(args) if args.config else ()):
+    network = [rendezvous_finding(args.rendezvous)] if args.rendezvous else []
+    for source in (machine_findings(), network, training_findings(args) if args.config else ()):
         for finding in source:
             findings.append(finding)
             if not args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,20 @@ def test_bad_input_gets_one_clear_line(call: Call, llmtrain: Command, config: Pa
         assert [message in line for line in out.splitlines() if line.startswith("FAIL")] == [True]
     result = llmtrain("doctor", "--config", tmp_path / "none.yaml")
     assert result.returncode == 2 and is_one_clear_line(result.stderr) and "No such file" in result.stdout
+
+
+def test_the_rendezvous_is_looked_at_from_here(call: Call) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        _, taken, _ = call(main, "--rendezvous", f"127.0.0.1:{port}")
+    assert f"warn  rendezvous      127.0.0.1 (127.0.0.1, which is this machine): port {port} is taken" in taken
+    _, free, _ = call(main, "--rendezvous", f"127.0.0.1:{port}")
+    assert f"port {port} is free for machine_rank 0" in free
+    for unreachable in ("255.255.255.255:29500", "no-such-host.invalid:29500"):
+        code, out, err = call(main, "--rendezvous", unreachable)
+        assert code == 2
+        assert f"FAIL  rendezvous      {unreachable.partition(':')[0]}" in out
+        assert is_one_clear_line(err)
+    code, _, err = call(main, "--rendezvous", "10.0.0.1")
+    assert code == 2
+    assert "write it as HOST:PORT" in err

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 
 Value = TypeVar("Value")
@@ -38,15 +39,10 @@ class Processes:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # Under DeepSpeed Accelerate joins nobody where it is told `cpu`; otherwise it would not believe there is none.
         cpu = not on_gpu and not torch.backends.mps.is_available() and not launched_with_deepspeed()
-        try:
+        with meeting(timeout_s):
             # Precision is ours: `Engine.build` sets it, the same for all engines.
             self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
-        except dist.DistNetworkError as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(
-                f"rank {os.environ.get('RANK')}: no rendezvous at {where}: {str(error).splitlines()[0]}; check "
-                "main_process_ip and main_process_port, the firewall, and that machine_rank 0 was started"
-            ) from error
+            self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 import torch
 
 from llmtrain.engine.device import computes_bf16_natively, pick_device
-from llmtrain.health.finding import Finding, ok, warn
+from llmtrain.engine.rendezvous import address_towards, interfaces
+from llmtrain.errors import UserError
+from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.observe.provenance import installed_version
 
 # What a run cannot do without, and where a version can break it.
 LIBRARIES = ("accelerate", "numpy", "pydantic", "safetensors", "tokenizers", "sentencepiece", "gigatoken")
 OPTIONAL = ("deepspeed", "datasets", "tensorboard", "wandb")
+RENDEZVOUS_TIMEOUT_S = 5.0
 TIGHT_BYTES = 2e9  # free memory or disk under which even small runs may fail
 # With the checkout only: an installed package does not carry the versions that it was tested with.
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -34,6 +38,43 @@ def machine_findings() -> Iterator[Finding]:
     yield _compiler()
     yield _room("memory", free_memory(pick_device()), "close other programs, or lower training.micro_batch_size")
     yield _room("disk", shutil.disk_usage(Path.cwd()).free, f"free at {Path.cwd()}; let run.dir be somewhere else")
+
+
+def rendezvous_finding(where: str) -> Finding:
+    """Look at the place where the processes of a launch will meet, from this machine: HOST:PORT.
+
+    `accelerate launch` meets there before any of our code runs, and tries for ten minutes without a clear word.
+
+    Raises:
+        UserError: not written as HOST:PORT.
+    """
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--rendezvous {where}: write it as HOST:PORT, such as 10.0.0.1:29500")
+    try:
+        address = str(socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        return fail("rendezvous", f"{host}: this machine does not know the name ({error.strerror}); give the address")
+    is_here = address in interfaces()
+    there = f"{host} ({address}, which is {'' if is_here else 'not '}this machine)"
+    try:
+        socket.create_connection((address, int(port)), timeout=RENDEZVOUS_TIMEOUT_S).close()
+    except ConnectionRefusedError:
+        if is_here:
+            return ok("rendezvous", f"{there}: port {port} is free for machine_rank 0 to listen at")
+        return warn(
+            "rendezvous", f"{there}: can be reached, but nobody listens at port {port}; start machine_rank 0 there"
+        )
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return fail(
+            "rendezvous",
+            f"{there}: cannot be reached from {address_towards(address) or 'here'}: {reason}; check main_process_ip, "
+            "the network and the firewall",
+        )
+    if is_here:
+        return warn("rendezvous", f"{there}: port {port} is taken: by a launch that is under way, else choose another")
+    return ok("rendezvous", f"{there}: somebody listens at port {port}")
 
 
 def free_memory(device: torch.device) -> int:
