@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -24,6 +25,9 @@ from llmtrain.errors import CorruptError, UserError
 
 LATEST, BEST, FINAL = "latest", "best", "final"
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
+_RECORDS_GRACE_S = (
+    10.0  # the same once a rank is lost: who is still there has nothing else to do than to write its file
+)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -156,6 +160,7 @@ class CheckpointStore:
         self._saved_step: int | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._give_up_at = math.inf
         self._committed: list[Path] = []
         self._warnings: list[str] = []
 
@@ -183,6 +188,10 @@ class CheckpointStore:
         job.start()
         if not self._config.async_save:
             self.wait()
+
+    def hurry(self) -> None:
+        """A rank is lost: a save that is under way waits for the others' files for a short while only."""
+        self._give_up_at = time.monotonic() + _RECORDS_GRACE_S
 
     def join(self) -> None:
         """Wait for a save that is under way, however it ends."""
@@ -247,7 +256,7 @@ class CheckpointStore:
             fmt.write_file(folder / TOKENIZER_FOLDER / name, content)
         sync_path(folder / TOKENIZER_FOLDER)
         records = [folder / f"rank{rank:05d}.json" for rank in range(engine.world_size)]
-        _wait_for(records)
+        self._wait_for(records)
         own = [fmt.STATE, fmt.CONFIG, *(record.name for record in records)]
         own += [f"{TOKENIZER_FOLDER}/{name}" for name in self._tokenizer]
         files = [fmt.describe_file(folder, folder / name) for name in own]
@@ -263,6 +272,14 @@ class CheckpointStore:
             files=tuple(files),
         )
         fmt.commit(folder, manifest)
+
+    def _wait_for(self, paths: list[Path]) -> None:
+        """Wait until other ranks' files are there; the file system is all that a background thread may share."""
+        began = time.monotonic()
+        while missing := [path for path in paths if not path.exists()]:
+            if time.monotonic() > min(began + _RECORDS_TIMEOUT_S, self._give_up_at):
+                raise TimeoutError(0, f"{missing[0]} did not appear within {time.monotonic() - began:.0f} s")
+            time.sleep(0.01)
 
     def _link(self, folder: Path, links: tuple[str, ...]) -> None:
         for name in (LATEST, *links):
@@ -293,12 +310,3 @@ def _to_host(fragment: Fragment) -> Fragment:
     values = fragment.values
     host = values.clone() if values.device.type == "cpu" else values.to("cpu")
     return replace(fragment, values=host)
-
-
-def _wait_for(paths: list[Path]) -> None:
-    """Wait until other ranks' files are there; the file system is the only thing a background thread may share."""
-    deadline = time.monotonic() + _RECORDS_TIMEOUT_S
-    while missing := [path for path in paths if not path.exists()]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(0, f"{missing[0]} did not appear within {_RECORDS_TIMEOUT_S:.0f} s")
-        time.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,23 @@ def test_a_save_that_fails_for_a_reason_nobody_foresaw_is_raised(parts: Assembly
     with pytest.raises(ValueError, match="JSON"):
         store.wait()
     assert committed_steps(tmp_path) == []
+
+
+def test_a_save_waits_only_shortly_for_the_file_of_a_lost_rank(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(parts, tmp_path)
+    save(store, parts, 1)
+    monkeypatch.setattr("llmtrain.checkpoint.store._RECORDS_GRACE_S", 0.2)
+    monkeypatch.setattr(parts.engine, "world_size", 2)  # and the second rank never writes
+    store.save(parts.engine, {"step": 2}, ())
+    store.hurry()
+    began = time.monotonic()
+    store.join()
+    assert time.monotonic() - began < 10
+    assert committed_steps(tmp_path) == [1]
+    with pytest.raises(UserError, match=r"rank00001\.json did not appear within"):
+        store.wait()
 
 
 def test_a_data_folder_that_moves_away_fails_no_save(parts: Assembly, tmp_path: Path) -> None:
