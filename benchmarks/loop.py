@@ -24,6 +24,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import make_config
 from llmtrain.data.batches import batches, inputs_and_targets
 from llmtrain.engine import make_engine
+from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer
@@ -80,7 +81,8 @@ def main() -> None:
 
 def the_loop(config, steps):  # type: ignore[no-untyped-def]
     """A function that takes `steps` steps of the real loop and returns the seconds."""
-    run = Run(assemble(config, make_engine(config.health.timeout_s)), "never")
+    engine = make_engine(config.health.timeout_s)
+    run = Run(assemble(config, engine), "never", Peers(engine))
     run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 

@@ -37,6 +37,12 @@ class CorruptError(LlmtrainError):
     exit_code = 4
 
 
+class PeerLostError(LlmtrainError):
+    """Another rank is gone, cut off or stuck, and this one cannot go on without it."""
+
+    exit_code = 5
+
+
 class Stopped(LlmtrainError):  # noqa: N818 -- not an error: the run was told to stop and has been saved
     """Told to stop; a checkpoint is saved and the same command goes on."""
 
@@ -71,6 +77,12 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         # What we quote (a library, a file name) may have lines of its own.
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"{prefix}: {message}", file=sys.stderr)
+        if isinstance(error, PeerLostError):
+            # The usual way out passes through libraries that still hold half an exchange: they may wait for it, or
+            # abort with a code of their own.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.

@@ -23,8 +23,9 @@ from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, cl
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import DivergedError, Stopped, UserError
+from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import together
+from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.files import replacing
@@ -40,8 +41,8 @@ from llmtrain.optim.schedule import make_schedule
 class Run:
     """Everything the loop talks to. Making one checks and writes nothing; `opened` claims the run folder."""
 
-    def __init__(self, parts: Assembly, resume: str):
-        self.parts, self.config, self.engine = parts, parts.config, parts.engine
+    def __init__(self, parts: Assembly, resume: str, peers: Peers):
+        self.parts, self.config, self.engine, self.peers = parts, parts.config, parts.engine, peers
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
             self._early_warning(warning)
@@ -152,6 +153,7 @@ class Run:
         """Evaluate on the validation split."""
         if self.parts.val is None:
             return None
+        self.peers.progress(self.progress.step, "validation")
         layout, limit = self.parts.layout, self.config.training.eval_batches
         windows = validation_batches(self.parts.val, layout, limit and limit * layout.global_batch)
         with self.meter.paused():
@@ -159,6 +161,7 @@ class Run:
 
     def log(self, batch: Batch, lr: float, grad_norm: torch.Tensor, val: Validation | None) -> None:
         """Make the record of this step: the only place where the host waits for the device."""
+        self.peers.progress(self.progress.step, "logging")
         record = self.meter.record(
             step=self.progress.step,
             epoch=batch.epoch,
@@ -180,6 +183,7 @@ class Run:
 
     def sample(self) -> None:
         """Let the model write, from each of the configured prompts."""
+        self.peers.progress(self.progress.step, "sampling")
         with self.meter.paused(), self.engine.evaluating() as model:
             for prompt, ids in self._prompts:
                 prompt_BS = torch.tensor([ids], device=self.engine.device)
@@ -192,6 +196,7 @@ class Run:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
         if not self.meter.is_finite():
             raise self._diverged("a loss or a gradient norm since the last record is not a number")
+        self.peers.progress(self.progress.step, "saving")
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         with self.meter.paused():
             self.observer.flush()
@@ -255,7 +260,11 @@ class Run:
         """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
         self._open(lock)
         try:
-            yield
+            with self.peers.watched():
+                yield
+        except PeerLostError:
+            self.store.hurry()
+            raise
         finally:
             self.store.join()  # the folder is ours until nothing writes in it
             self.observer.close(f"ended after step {self.progress.step:,} of {self.total_steps:,}")

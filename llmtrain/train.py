@@ -18,8 +18,9 @@ from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine, make_engine
-from llmtrain.errors import run_main
+from llmtrain.errors import PeerLostError, run_main
 from llmtrain.health.agreement import together
+from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
@@ -31,13 +32,16 @@ def train(run: Run, signals: StopSignals) -> None:
     Raises:
         Stopped: told to stop; saved.
         DivergedError: the loss is no longer a number.
+        PeerLostError: another rank is gone, cut off or stuck.
         UserError: a checkpoint could not be written.
     """
     engine, progress, training = run.engine, run.progress, run.config.training
     stream = run.batches()
     while progress.step < run.total_steps and not run.has_stopped_improving():
+        run.peers.progress(progress.step + 1, "data")
         run.stop_if_told(signals)
         batch = next(stream)
+        run.peers.progress(progress.step + 1, "forward, backward and update")
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
         loss_sum = accumulate(engine, batch, training.micro_batch_size)
@@ -115,15 +119,23 @@ def main(argv: list[str]) -> None:
         lock = RunLock(Path(config.run.dir))
         at_the_end.callback(lock.release)
         engine = make_engine(config.health.timeout_s)
-        at_the_end.callback(engine.close)
+        at_the_end.push(lambda kind, *_: close(engine, kind))
+        peers = at_the_end.enter_context(Peers(engine))
+        at_the_end.enter_context(peers.watched())
         if not args.dry_run:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
-        run = Run(assemble(config, engine), args.resume)
+        run = Run(assemble(config, engine), args.resume, peers)
         if args.dry_run:
             dry_run(run)
         else:
             with run.opened(lock):
                 train(run, signals)
+
+
+def close(engine: Engine, error: type[BaseException] | None) -> None:
+    """End the engine; not where a rank is lost, for closing is an exchange too and may wait for it."""
+    if error is not PeerLostError:
+        engine.close()
 
 
 if __name__ == "__main__":

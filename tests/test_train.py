@@ -28,6 +28,7 @@ from llmtrain.checkpoint.store import committed_steps, point, pointed
 from llmtrain.config import load_config, make_config
 from llmtrain.engine import make_engine
 from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError
+from llmtrain.health.peers import Peers
 from llmtrain.observe.validation import Validation
 from llmtrain.run import Run
 from llmtrain.train import main
@@ -319,8 +320,8 @@ def test_best_and_the_last_three_are_kept(config_dict: Config) -> None:
 def test_every_validation_window_counts_once(config_dict: Config) -> None:
     """1,500 tokens, windows of 64: 23 windows, also when training windows overlap and the last batch is short."""
     config = merged(config_dict, training={"micro_batch_size": 4}, data={"stride": 10})
-    with closing(make_engine(60.0)) as engine:
-        validation = Run(assemble(make_config(config), engine), "never").validate()
+    with closing(make_engine(60.0)) as engine, Peers(engine) as peers:
+        validation = Run(assemble(make_config(config), engine), "never", peers).validate()
     assert validation is not None
     assert validation.tokens == 23 * 64
     assert validation.loss == pytest.approx(math.log(29), abs=0.1)
