@@ -6,6 +6,8 @@
 3. `chunk.read` yields the documents of a chunk, one at a time, each with its ordinal: its place among all records of
    the input, bad ones included, which is the same however the work is dealt out.
 
+Every chunk knows its `Position`, from which the cutting can go on elsewhere without reading what lies before.
+
 A text file is one document; so is a JSONL line or a Parquet row.
 """
 
@@ -20,14 +22,16 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, TypeVar, cast
 
 import zstandard
 
+from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
@@ -66,10 +70,30 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where a chunk begins.
+
+    Args:
+        file: index of its (first) file.
+        place: in that file: bytes of JSONL once it is decompressed, or row groups of Parquet.
+        record: how many records of that file come before it: lines, rows.
+        ordinal: how many records of the whole input come before it.
+    """
+
+    file: int = 0
+    place: int = 0
+    record: int = 0
+    ordinal: int = 0
+
+
+BEGINNING = Position()
+
+
+@dataclass(frozen=True)
 class TextChunk:
     """Whole text files, each one document."""
 
-    first_ordinal: int
+    start: Position
     files: tuple[SourceFile, ...]
 
     @property
@@ -79,7 +103,7 @@ class TextChunk:
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each document."""
-        for ordinal, file in enumerate(self.files, self.first_ordinal):
+        for ordinal, file in enumerate(self.files, self.start.ordinal):
             text = _read_text(file, options, skipped)
             if text:
                 yield ordinal, text
@@ -91,9 +115,8 @@ class TextChunk:
 class LinesChunk:
     """Whole lines of a JSONL file, not yet parsed."""
 
-    first_ordinal: int
+    start: Position
     file: SourceFile
-    first_line: int
     data: bytes
     source_bytes: int
 
@@ -105,10 +128,10 @@ class LinesChunk:
             try:
                 text = _parse_line(line, options.text_field)
             except ValueError as error:
-                options.bad("lines", f"{self.file.path}: line {self.first_line + index}: {error}", skipped)
+                options.bad("lines", f"{self.file.path}: line {self.start.record + index + 1}: {error}", skipped)
                 continue
             if text:
-                yield self.first_ordinal + index, text
+                yield self.start.ordinal + index, text
             else:
                 skipped["empty documents"] += 1
 
@@ -117,10 +140,8 @@ class LinesChunk:
 class RowsChunk:
     """One row group of a Parquet file, not yet read."""
 
-    first_ordinal: int
+    start: Position
     file: SourceFile
-    row_group: int
-    first_row: int
     source_bytes: int
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
@@ -129,23 +150,31 @@ class RowsChunk:
 
         row = 0
         with _open_parquet(self.file, options.text_field) as parquet:
-            for batch in parquet.iter_batches(1024, row_groups=[self.row_group], columns=[options.text_field]):
+            for batch in parquet.iter_batches(1024, row_groups=[self.start.place], columns=[options.text_field]):
                 # As bytes, because only then one row that is not UTF-8 does not spoil the others.
                 for data in batch.column(0).cast(pa.large_binary()).to_pylist():
                     try:
                         text = (data or b"").decode()
                     except UnicodeDecodeError as error:
-                        place = f"{self.file.path}: row {self.first_row + row}"
+                        place = f"{self.file.path}: row {self.start.record + row}"
                         options.bad("rows", f"{place}: not UTF-8 at byte {error.start}", skipped)
                     else:
                         if text:
-                            yield self.first_ordinal + row, text
+                            yield self.start.ordinal + row, text
                         else:
                             skipped["empty documents"] += 1
                     row += 1
 
 
 Chunk = TextChunk | LinesChunk | RowsChunk
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Where a chunk begins, and how much of the input files it is."""
+
+    start: Position
+    source_bytes: int
 
 
 def find_files(inputs: Sequence[str], max_files: int | None = None) -> list[SourceFile]:
@@ -163,25 +192,34 @@ def find_files(inputs: Sequence[str], max_files: int | None = None) -> list[Sour
 
 
 def cut_into_chunks(
-    files: Iterable[SourceFile], options: ReadOptions, chunk_bytes: int = CHUNK_BYTES
+    files: Sequence[SourceFile], options: ReadOptions, chunk_bytes: int = CHUNK_BYTES, *, start: Position = BEGINNING
 ) -> Iterator[Chunk]:
-    """Cut files into pieces of work of about `chunk_bytes`; a document is never cut, so a piece can be larger."""
-    ordinal, waiting = 0, _Waiting()
-    for file in files:
-        if file.format == "text":
-            if waiting.files and waiting.bytes + file.bytes > chunk_bytes:
-                yield waiting.take()
-            waiting.add(file, ordinal)
-            ordinal += 1
-            continue
-        if waiting.files:
-            yield waiting.take()
-        cut = _cut_lines(file, ordinal, chunk_bytes) if file.format == "jsonl" else _cut_rows(file, ordinal, options)
-        for chunk, records in cut:
-            yield chunk
-            ordinal += records
-    if waiting.files:
-        yield waiting.take()
+    """Cut files into pieces of work of about `chunk_bytes`; a document is never cut, so a piece can be larger.
+
+    Args:
+        files: the whole input.
+        options: names the column of Parquet files.
+        chunk_bytes: of the files as they are once decompressed.
+        start: of some chunk of this very input: cutting goes on with it, and the same chunks follow.
+    """
+    return _cut(files, _records_cutter(options, chunk_bytes), chunk_bytes, start)
+
+
+def survey(files: Sequence[SourceFile], options: ReadOptions, workers: int) -> Iterator[Outline]:
+    """Yield where each chunk of `cut_into_chunks` begins, without the chunk; several processes look at the files.
+
+    JSONL is read for it, since its lines have to be counted; of Parquet only the end is, and text files not at all.
+    """
+    with_records = [file for file in files if file.format != "text"]
+    of_each_file = ordered_map(partial(_Outliner, options), with_records, workers) if with_records else iter(())
+
+    def cut_records(file: SourceFile, here: Position) -> Iterator[tuple[Outline, int]]:
+        for outline, records in next(of_each_file):
+            ordinal = here.ordinal + outline.start.ordinal
+            yield replace(outline, start=replace(outline.start, file=here.file, ordinal=ordinal)), records
+
+    for chunk in _cut(files, cut_records, CHUNK_BYTES, BEGINNING):
+        yield Outline(chunk.start, chunk.source_bytes)
 
 
 def digest(files: Iterable[SourceFile]) -> str:
@@ -190,46 +228,88 @@ def digest(files: Iterable[SourceFile]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-class _Waiting:
-    """Text files gathered until they make a chunk."""
+class _Outliner:
+    """Outlines the chunks of one file as if it were the whole input."""
 
-    def __init__(self) -> None:
-        self.files: list[SourceFile] = []
-        self.bytes = 0
-        self._first_ordinal = 0
+    def __init__(self, options: ReadOptions):
+        self._options = options
 
-    def add(self, file: SourceFile, ordinal: int) -> None:
-        if not self.files:
-            self._first_ordinal = ordinal
-        self.files.append(file)
-        self.bytes += file.bytes
-
-    def take(self) -> TextChunk:
-        chunk = TextChunk(self._first_ordinal, tuple(self.files))
-        self.files, self.bytes = [], 0
-        return chunk
+    def __call__(self, file: SourceFile) -> list[tuple[Outline, int]]:
+        cut = _records_cutter(self._options, CHUNK_BYTES)
+        return [(Outline(chunk.start, chunk.source_bytes), records) for chunk, records in cut(file, BEGINNING)]
 
 
-def _cut_lines(file: SourceFile, ordinal: int, chunk_bytes: int) -> Iterator[tuple[LinesChunk, int]]:
-    line, done = 1, 0
+def _records_cutter(
+    options: ReadOptions, chunk_bytes: int
+) -> Callable[[SourceFile, Position], Iterator[tuple[LinesChunk | RowsChunk, int]]]:
+    def cut(file: SourceFile, start: Position) -> Iterator[tuple[LinesChunk | RowsChunk, int]]:
+        return _cut_lines(file, start, chunk_bytes) if file.format == "jsonl" else _cut_rows(file, start, options)
+
+    return cut
+
+
+Piece = TypeVar("Piece", LinesChunk | RowsChunk, Outline)
+
+
+def _cut(
+    files: Sequence[SourceFile],
+    cut_records: Callable[[SourceFile, Position], Iterator[tuple[Piece, int]]],
+    chunk_bytes: int,
+    start: Position,
+) -> Iterator[TextChunk | Piece]:
+    """Gather text files until they make a chunk; cut other files by `cut_records`, which also counts records."""
+    here, waiting, waiting_bytes = start, list[SourceFile](), 0
+    for index in range(start.file, len(files)):
+        file = files[index]
+        if waiting and (file.format != "text" or waiting_bytes + file.bytes > chunk_bytes):
+            yield TextChunk(here, tuple(waiting))
+            here, waiting, waiting_bytes = Position(index, ordinal=here.ordinal + len(waiting)), [], 0
+        if file.format == "text":
+            waiting.append(file)
+            waiting_bytes += file.bytes
+            continue
+        ordinal = here.ordinal
+        for piece, records in cut_records(file, here):
+            yield piece
+            ordinal = piece.start.ordinal + records
+        here = Position(index + 1, ordinal=ordinal)
+    if waiting:
+        yield TextChunk(here, tuple(waiting))
+
+
+def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[tuple[LinesChunk, int]]:
+    here = start
     with _open_bytes(file) as (stream, raw):
+        _skip(stream, start.place, file)
+        done = raw.tell()
         while data := stream.read(chunk_bytes):
             if not data.endswith(b"\n"):
                 data += stream.readline()
             consumed = raw.tell() - done
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
-            yield LinesChunk(ordinal, file, line, data, consumed), lines
-            line, ordinal, done = line + lines, ordinal + lines, done + consumed
+            yield LinesChunk(here, file, data, consumed), lines
+            here = Position(here.file, here.place + len(data), here.record + lines, here.ordinal + lines)
+            done += consumed
 
 
-def _cut_rows(file: SourceFile, ordinal: int, options: ReadOptions) -> Iterator[tuple[RowsChunk, int]]:
+def _skip(stream: IO[bytes], count: int, file: SourceFile) -> None:
+    """Go to a place in a file just opened; what is compressed has to be read up to there."""
+    if not file.compression:
+        stream.seek(count)
+        return
+    while count > 0 and (data := stream.read(min(count, 1 << 20))):
+        count -= len(data)
+
+
+def _cut_rows(file: SourceFile, start: Position, options: ReadOptions) -> Iterator[tuple[RowsChunk, int]]:
     with _open_parquet(file, options.text_field) as parquet:
         groups = parquet.metadata.num_row_groups
         row_counts = [parquet.metadata.row_group(group).num_rows for group in range(groups)]
-    row = 0
-    for group, rows in enumerate(row_counts):
-        yield RowsChunk(ordinal + row, file, group, row, file.bytes // groups), rows
-        row += rows
+    here = start
+    for group in range(start.place, groups):
+        rows = row_counts[group]
+        yield RowsChunk(here, file, file.bytes // groups), rows
+        here = Position(here.file, group + 1, here.record + rows, here.ordinal + rows)
 
 
 def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str | None:

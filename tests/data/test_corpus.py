@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks, find_files
+from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks, find_files, survey
 from llmtrain.errors import UserError
 
 
@@ -197,3 +197,42 @@ def test_an_input_that_gives_nothing_is_refused_with_the_reason(tmp_path, monkey
 def test_hugging_face_names_are_refused_until_they_are_supported():
     with pytest.raises(UserError, match=r"hf:x/y: .*not supported yet"):
         read("hf:x/y")
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Text files in runs, JSONL plain and compressed (one of them empty, one without a last newline), Parquet."""
+    lines = b"".join(json.dumps({"text": f"line {i} " + "x" * (i % 50)}).encode() + b"\n" for i in range(200))
+    for name in ("a1.txt", "a2.txt", "a3.txt", "c.txt", "h.txt"):
+        (tmp_path / name).write_text(f"text of {name} " * 9)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    (tmp_path / "d.jsonl").write_bytes(b"")
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines) + gzip.compress(lines[:-1]))
+    (tmp_path / "f.jsonl.zst").write_bytes(zstandard.compress(lines))
+    write_parquet(tmp_path / "g.parquet", [f"row {i}" for i in range(95)], rows_per_group=10)
+    return tmp_path
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 2000, 1 << 20])
+def test_cutting_goes_on_from_any_chunk_as_if_it_had_never_stopped(mixed, chunk_bytes):
+    files, reading = find_files([str(mixed)]), ReadOptions()
+
+    def cut(start: Position) -> list[tuple[Position, list[tuple[int, str]]]]:
+        chunks = cut_into_chunks(files, reading, chunk_bytes, start=start)
+        return [(chunk.start, list(chunk.read(reading, Counter()))) for chunk in chunks]
+
+    whole = cut(BEGINNING)
+    ordinals = [ordinal for _, documents in whole for ordinal, _ in documents]
+    assert ordinals == list(range(5 + 4 * 200 + 95))
+    for index in range(0, len(whole), max(1, len(whole) // 40)):
+        assert cut(whole[index][0]) == whole[index:]
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_survey_tells_where_every_chunk_begins(mixed, workers):
+    (mixed / "i.jsonl").write_bytes(b'{"text": "a line of a file of several chunks"}\n' * 250_000)
+    files, reading = find_files([str(mixed)]), ReadOptions()
+    chunks = list(cut_into_chunks(files, reading))
+    assert sum(chunk.start.file == len(files) - 1 for chunk in chunks) == 3
+    outlines = list(survey(files, reading, workers))
+    assert [(o.start, o.source_bytes) for o in outlines] == [(c.start, c.source_bytes) for c in chunks]
