@@ -3,98 +3,45 @@
     find files → divide into training and validation → fit the tokenizer on training → encode, in several processes
     → shards and manifest in `OUT.partial-HOST-PID` → renamed to OUT
 
-What is written depends on the input and the options only, never on the number of workers or their speed. OUT appears
-in one step at the end: whatever happens before leaves nothing that looks finished.
+With `--part I/N` many such commands, on any machines that share a file system, encode a stretch of the input each, and
+whichever comes last joins them (`data/parts.py`).
+
+What is written depends on the input and the options only, never on the number of workers or parts or on their speed.
+OUT appears in one step at the end: whatever happens before leaves nothing that looks finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llmtrain import __version__
 from llmtrain.arguments import VerbParser, fraction, positive_int
-from llmtrain.data.corpus import ReadOptions, SourceFile, cut_into_chunks, digest, find_files
-from llmtrain.data.encode import ChunkEncoder, Division, SplitName
-from llmtrain.data.progress_bar import Report, progress_bar
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, TokenDataset
-from llmtrain.data.split import AUGMENTATIONS, Picker, Splitter
-from llmtrain.data.staging import staged_folder
-from llmtrain.data.tokenizer import (
-    DEFAULT_VOCAB_SIZE,
-    KINDS,
-    Tokenizer,
-    existing_tokenizer_file,
-    fit_tokenizer,
-    id_dtype,
-    tokenizer_info,
+from llmtrain.data.corpus import cut_into_chunks, find_files, told
+from llmtrain.data.encode import encode_to_shards
+from llmtrain.data.fit import ENOUGH_DOCUMENTS
+from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_part
+from llmtrain.data.progress_bar import progress_bar
+from llmtrain.data.recipe import (
+    Options,
+    Outcome,
+    default_workers,
+    divide,
+    find_existing,
+    fit_into,
+    total_bytes,
+    write_manifest,
 )
-from llmtrain.data.workers import ordered_map
-from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
-
-ENOUGH_DOCUMENTS = 20  # from here on `--val-by auto` sets whole documents aside
-# A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
-BYTES_PER_WORKER = 16 << 20
-# Tokenizers learn from at most so much text, taken evenly from the whole input; `char` must see every character.
-SAMPLE_BYTES = {"char": None, "word": 200 << 20, "bbpe": 200 << 20, "bpe": 50 << 20, "unigram": 50 << 20}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to prepare and how: the flags of the command."""
-
-    inputs: tuple[str, ...] = ("stdlib",)
-    out: Path = Path("data/stdlib")
-    tokenizer: str = "bbpe"
-    vocab_size: int | None = None
-    val_split: float = 0.05
-    val_by: Literal["auto", "document", "tail"] = "auto"
-    seed: int = 1337
-    augment: tuple[str, ...] = ()
-    shard_tokens: int = 100_000_000
-    max_files: int | None = None
-    text_field: str = "text"
-    skip_bad: bool = False
-    workers: int | None = None
-
-    def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
-        """Everything that decides what is written, as JSON values: equal requests give equal data."""
-        tokenizer_file = existing_tokenizer_file(self.tokenizer)
-        return {
-            "inputs": list(self.inputs),
-            "files": len(files),
-            "files_digest": digest(files),
-            "tokenizer": self.tokenizer,
-            "tokenizer_digest": digest(find_files([str(tokenizer_file)])) if tokenizer_file else None,
-            "vocab_size": self.vocab_size,
-            "val_split": self.val_split,
-            "val_by": self.val_by,
-            "seed": self.seed,
-            "augment": list(self.augment),
-            "shard_tokens": self.shard_tokens,
-            "max_files": self.max_files,
-            "text_field": self.text_field,
-            "skip_bad": self.skip_bad,
-        }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `prepare` did: the manifest, whether it stood there already, and how long each part took."""
-
-    manifest: Manifest
-    already_prepared: bool = False
-    fit_seconds: float = 0.0
-    encode_seconds: float = 0.0
+from llmtrain.data.shards import TOKENIZER_FOLDER, SplitInfo
+from llmtrain.data.split import AUGMENTATIONS
+from llmtrain.data.staging import staged_folder
+from llmtrain.data.tokenizer import DEFAULT_VOCAB_SIZE, KINDS, id_dtype
+from llmtrain.errors import UserError, run_main
 
 
 def prepare(options: Options, show_progress: bool = False) -> Outcome:
@@ -105,136 +52,30 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
     """
     files = find_files(options.inputs, options.max_files)
     request = options.request(files)
-    if (existing := _existing(options.out, request)) is not None:
+    if (existing := find_existing(options.out, request)) is not None:
         return Outcome(existing, already_prepared=True)
-    reading = ReadOptions(options.text_field, options.skip_bad)
-    division = Division(reading, _choose_splitter(files, reading, options), options.augment, options.seed)
-    with staged_folder(options.out) as folder:
+    division = divide(files, options)
+    with staged_folder(options.out, say=_say) as folder:
         started = time.perf_counter()
-        tokenizer = _fit(files, division, options)
-        (folder / TOKENIZER_FOLDER).mkdir()
-        tokenizer.save(folder / TOKENIZER_FOLDER)
+        tokenizer = fit_into(folder, files, division, options)
         fitted = time.perf_counter()
-        with progress_bar("encoding", sum(file.bytes for file in files), show_progress) as report:
-            manifest = _encode(files, division, options, tokenizer=tokenizer, folder=folder, report=report)
-        manifest.recipe["request"] = request
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        with progress_bar("encoding", total_bytes(files), show_progress) as report:
+            encoded = encode_to_shards(
+                cut_into_chunks(files, division.reading),
+                division,
+                folder / TOKENIZER_FOLDER,
+                id_dtype(tokenizer.vocab_size),
+                folder=folder,
+                shard_tokens=options.shard_tokens,
+                workers=options.workers or default_workers(total_bytes(files)),
+                report=report,
+            )
+        manifest = write_manifest(folder, encoded, tokenizer, division.splitter.by, request)
     return Outcome(manifest, False, fitted - started, time.perf_counter() - fitted)
 
 
-def _existing(out: Path, request: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of data that the same request made; None if there is nothing; refuse anything else."""
-    try:
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-            return None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be read ({error.strerror})") from error
-    try:
-        data = TokenDataset(out)
-    except LlmtrainError:
-        raise UserError(f"{out}: exists and is not data prepared here; choose another --out or delete it") from None
-    if data.manifest.recipe.get("request") != request:
-        raise UserError(f"{out}: holds data prepared from other input or options; choose another --out or delete it")
-    try:
-        data.check()
-    except CorruptError as error:
-        raise UserError(f"{out}: damaged; delete it or choose another --out ({error})") from error
-    return data.manifest
-
-
-def _choose_splitter(files: list[SourceFile], reading: ReadOptions, options: Options) -> Splitter:
-    """Decide how validation text is set aside, reading no more documents than that takes."""
-    by_document = Splitter(options.val_split, "document", options.seed)
-    by_tail = Splitter(options.val_split, "tail", options.seed)
-    enough = ENOUGH_DOCUMENTS if options.val_by == "auto" else 1
-    count, sides = 0, set()
-    skipped: Counter[str] = Counter()
-    for chunk in cut_into_chunks(files, reading):
-        for ordinal, text in chunk.read(reading, skipped):
-            if options.val_split == 0 or options.val_by == "tail":
-                return by_tail
-            count += 1
-            sides.add(by_document.divide(ordinal, text)[0] == "")
-            if count >= enough and len(sides) == 2:
-                return by_document
-    if count == 0:
-        raise UserError(f"{', '.join(options.inputs)}: no text in it{_in_brackets(_counted(skipped))}")
-    if options.val_by == "auto":
-        return by_tail
-    raise UserError(
-        f"{count} documents are too few to set {options.val_split:g} of them aside;"
-        " use --val-by tail or a larger --val-split"
-    )
-
-
-def _fit(files: list[SourceFile], division: Division, options: Options) -> Tokenizer:
-    def documents(split: SplitName) -> Iterator[str]:
-        return division.documents(cut_into_chunks(files, division.reading), split)
-
-    limit = SAMPLE_BYTES.get(options.tokenizer)
-    training = documents("train") if limit is None else _sample(files, division, limit)
-    return fit_tokenizer(options.tokenizer, training, options.vocab_size, documents("val"))
-
-
-def _sample(files: list[SourceFile], division: Division, limit: int) -> Iterator[str]:
-    """Yield training documents of at most `limit` characters together, from chunks spread over the whole input."""
-    picker = Picker(min(1.0, limit / max(1, sum(file.bytes for file in files))), division.seed)
-    chunks = enumerate(cut_into_chunks(files, division.reading))
-    picked = (chunk for index, chunk in chunks if picker.picks(index))
-    empty = True
-    for document in _at_most(division.documents(picked, "train"), limit):
-        empty = False
-        yield document
-    if empty:  # few chunks, and none with training text was picked
-        yield from _at_most(division.documents(cut_into_chunks(files, division.reading), "train"), limit)
-
-
-def _at_most(documents: Iterator[str], characters: int) -> Iterator[str]:
-    for document in documents:
-        yield document[:characters]
-        characters -= len(document)
-        if characters <= 0:
-            return
-
-
-def _encode(
-    files: list[SourceFile], division: Division, options: Options, *, tokenizer: Tokenizer, folder: Path, report: Report
-) -> Manifest:
-    """Write the shards; return the manifest without the request."""
-    info = tokenizer_info(folder / TOKENIZER_FOLDER, tokenizer)
-    dtype = id_dtype(info.vocab_size)
-    names = ("train", "val") if options.val_split > 0 else ("train",)
-    writers = {name: ShardWriter(folder, name, dtype, options.shard_tokens) for name in names}
-    skipped, unknown, written = Counter[str](), Counter[str](), 0
-    workers = options.workers or _default_workers(files)
-    make_encoder: Callable[[], ChunkEncoder] = (
-        partial(ChunkEncoder, division, tokenizer)
-        if workers == 1
-        else partial(ChunkEncoder.load, division, folder / TOKENIZER_FOLDER)
-    )
-    for chunk in ordered_map(make_encoder, cut_into_chunks(files, division.reading), workers):
-        for name, documents in chunk.splits.items():
-            writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
-            unknown[name] += documents.unknown
-        skipped += chunk.skipped
-        written += sum(len(documents.lengths) for documents in chunk.splits.values())
-        report(chunk.source_bytes, f"{written:,} documents")
-    splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
-    for split_name, split in splits.items():
-        if split.documents == 0:
-            raise UserError(f"too little text: the {split_name} split is empty; use --val-split 0 or more text")
-    recipe = {
-        "llmtrain": __version__,
-        "split_by": division.splitter.by if options.val_split > 0 else None,
-        "skipped": dict(sorted(skipped.items())),
-        "unknown_tokens": {name: count for name, count in sorted(unknown.items()) if count},
-    }
-    return Manifest(dtype=dtype, tokenizer=info, splits=splits, recipe=recipe)
-
-
-def _default_workers(files: list[SourceFile]) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, sum(file.bytes for file in files) // BYTES_PER_WORKER))
+def _say(line: str) -> None:
+    print(f"llmtrain: {line}", file=sys.stderr, flush=True)
 
 
 def _summary(outcome: Outcome, out: Path) -> dict[str, Any]:
@@ -248,9 +89,7 @@ def _summary(outcome: Outcome, out: Path) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "splits": {
             name: {
-                "tokens": split.tokens,
-                "documents": split.documents,
-                "text_bytes": split.text_bytes,
+                **_counts(split),
                 "bytes_per_token": round(split.text_bytes / split.tokens, 3),
             }
             for name, split in manifest.splits.items()
@@ -273,7 +112,7 @@ def _as_text(summary: dict[str, Any]) -> str:
             f"  {split['text_bytes'] / 1e6:>9,.2f} MB of text  {split['bytes_per_token']:.2f} bytes per token"
         )
     if summary["skipped"]:
-        lines.append(f"  skipped: {_counted(summary['skipped'])}")
+        lines.append(f"  skipped: {told(summary['skipped'])}")
     for name, count in summary["unknown_tokens"].items():
         lines.append(
             f"  {count:,} tokens of {name} are <unk>: what the tokenizer, fitted on training text, cannot spell"
@@ -282,12 +121,28 @@ def _as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counted(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
+def _part_summary(outcome: PartOutcome, out: Path) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "part": outcome.number,
+        "parts": outcome.count,
+        "already_done": outcome.already_done,
+        "missing": outcome.missing,
+        "splits": {name: _counts(split) for name, split in outcome.encoded.splits.items()},
+    }
 
 
-def _in_brackets(text: str) -> str:
-    return f" ({text})" if text else ""
+def _part_as_text(summary: dict[str, Any]) -> str:
+    tokens, documents = (sum(split[what] for split in summary["splits"].values()) for what in ("tokens", "documents"))
+    return (
+        f"part {summary['part']}/{summary['parts']} {'was done already' if summary['already_done'] else 'done'}:"
+        f" {tokens:,} tokens, {documents:,} documents; of {summary['out']} still missing: part"
+        f" {numbers_as_ranges(summary['missing'])}"
+    )
+
+
+def _counts(split: SplitInfo) -> dict[str, int]:
+    return {"tokens": split.tokens, "documents": split.documents, "text_bytes": split.text_bytes}
 
 
 def _augmentations(text: str) -> tuple[str, ...]:
@@ -297,17 +152,26 @@ def _augmentations(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 3/16, not '{text}'")
+    return int(found[1]), int(found[2])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         "prepare",
         "Turn text into token shards, with a tokenizer fitted on the training part.",
         "llmtrain prepare --input books/ --input 'web/*.jsonl.zst' --tokenizer bbpe --out data/mine",
     )
-    _add_flags(parser.add_argument, Options())
+    _add_content_flags(parser.add_argument, Options())
+    _add_work_flags(parser.add_argument)
     return parser
 
 
-def _add_flags(add: Callable[..., Any], default: Options) -> None:
+def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
+    """What decides the result."""
     add(
         "--input",
         action="append",
@@ -363,18 +227,42 @@ def _add_flags(add: Callable[..., Any], default: Options) -> None:
         metavar="N",
         help="tokens per file (default: %(default)s)",
     )
+
+
+def _add_work_flags(add: Callable[..., Any]) -> None:
+    """How it is reached and told."""
     add("--workers", type=positive_int, metavar="N", help="processes (default: one per core, fewer for small input)")
+    add(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="prepare only the I-th of N parts of the input. Run all N with the same options, in any order, at once or"
+        " one after another, on machines that share a file system; one that was killed is run again, one that is done"
+        " does nothing. The last to finish joins them: OUT is, byte for byte, what one prepare would make. Until"
+        " then the parts lie in OUT.parts (as large as OUT)",
+    )
+    add("--join", action="store_true", help="only join parts that are all done (if the last was killed while at it)")
     add("--json", action="store_true", help="print the summary as JSON")
 
 
 def main(argv: list[str]) -> None:
     """Run `llmtrain prepare`."""
     flags = vars(_parser().parse_args(argv))
-    as_json = flags.pop("json")
+    as_json, part, join = (flags.pop(name) for name in ("json", "part", "join"))
+    if part and join:
+        raise UserError("--part and --join: a part joins by itself when it is the last; give one of them")
     inputs = tuple(flags.pop("input") or Options.inputs)
-    options = Options(inputs=inputs, **flags)
-    summary = _summary(prepare(options, show_progress=sys.stderr.isatty()), options.out)
-    print(json.dumps(summary, indent=1) if as_json else _as_text(summary))
+    options, show = Options(inputs=inputs, **flags), sys.stderr.isatty()
+    outcome: Outcome | PartOutcome
+    if part or join:
+        outcome = prepare_part(options, *(part or (None, None)), say=_say, show_progress=show)
+    else:
+        outcome = prepare(options, show)
+    if isinstance(outcome, PartOutcome):
+        summary, as_text = _part_summary(outcome, options.out), _part_as_text
+    else:
+        summary, as_text = _summary(outcome, options.out), _as_text
+    print(json.dumps(summary, indent=1) if as_json else as_text(summary))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from llmtrain.data.corpus import CHUNK_BYTES, cut_into_chunks
 from llmtrain.data.encode import Division
+from llmtrain.data.fit import SAMPLE_BYTES
 from llmtrain.data.shards import TokenDataset, verify_files
 from llmtrain.data.split import AUGMENTATIONS, Picker, Splitter, augmented
 from llmtrain.data.staging import staged_folder
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
-from llmtrain.prepare import SAMPLE_BYTES, Options, main, prepare
+from llmtrain.prepare import Options, main, prepare
 
 COMMAND = [sys.executable, "-m", "llmtrain.prepare"]
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -205,20 +205,24 @@ def cut_into_chunks(
     return _cut(files, _records_cutter(options, chunk_bytes), chunk_bytes, start)
 
 
-def survey(files: Sequence[SourceFile], options: ReadOptions, workers: int) -> Iterator[Outline]:
+def survey(
+    files: Sequence[SourceFile], options: ReadOptions, workers: int, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Outline]:
     """Yield where each chunk of `cut_into_chunks` begins, without the chunk; several processes look at the files.
 
     JSONL is read for it, since its lines have to be counted; of Parquet only the end is, and text files not at all.
     """
     with_records = [file for file in files if file.format != "text"]
-    of_each_file = ordered_map(partial(_Outliner, options), with_records, workers) if with_records else iter(())
+    of_each_file = (
+        ordered_map(partial(_Outliner, options, chunk_bytes), with_records, workers) if with_records else iter(())
+    )
 
     def cut_records(file: SourceFile, here: Position) -> Iterator[tuple[Outline, int]]:
         for outline, records in next(of_each_file):
             ordinal = here.ordinal + outline.start.ordinal
             yield replace(outline, start=replace(outline.start, file=here.file, ordinal=ordinal)), records
 
-    for chunk in _cut(files, cut_records, CHUNK_BYTES, BEGINNING):
+    for chunk in _cut(files, cut_records, chunk_bytes, BEGINNING):
         yield Outline(chunk.start, chunk.source_bytes)
 
 
@@ -228,15 +232,19 @@ def digest(files: Iterable[SourceFile]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def told(skipped: Mapping[str, int]) -> str:
+    """Say what was skipped, as in ``2 bad lines, 1 binary files``."""
+    return ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
+
+
 class _Outliner:
     """Outlines the chunks of one file as if it were the whole input."""
 
-    def __init__(self, options: ReadOptions):
-        self._options = options
+    def __init__(self, options: ReadOptions, chunk_bytes: int):
+        self._cut = _records_cutter(options, chunk_bytes)
 
     def __call__(self, file: SourceFile) -> list[tuple[Outline, int]]:
-        cut = _records_cutter(self._options, CHUNK_BYTES)
-        return [(Outline(chunk.start, chunk.source_bytes), records) for chunk, records in cut(file, BEGINNING)]
+        return [(Outline(chunk.start, chunk.source_bytes), records) for chunk, records in self._cut(file, BEGINNING)]
 
 
 def _records_cutter(

@@ -1,20 +1,34 @@
-"""Chunks of documents to token ids: the work that `prepare` deals out to its processes."""
+"""Chunks of documents to token ids and shards: the work that `prepare` deals out to its processes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from llmtrain.data.corpus import Chunk, ReadOptions, Skipped
+from llmtrain.data.progress_bar import Report
+from llmtrain.data.shards import ShardWriter, SplitInfo
 from llmtrain.data.split import Splitter, augmented
 from llmtrain.data.tokenizer import Ids, Lengths, Tokenizer, load_tokenizer
+from llmtrain.data.workers import ordered_map
 
 SplitName = Literal["train", "val"]
+
+
+class Encoded(BaseModel):
+    """What was written of an input, or of one part of it: shards, and counts of what was left out or unknown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    splits: dict[str, SplitInfo]
+    skipped: dict[str, int]
+    unknown: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,10 @@ class Division:
     splitter: Splitter
     augment: tuple[str, ...]
     seed: int
+
+    def split_names(self) -> tuple[SplitName, ...]:
+        """The splits there are."""
+        return ("train", "val") if self.splitter.fraction > 0 else ("train",)
 
     def documents(self, chunks: Iterable[Chunk], split: SplitName) -> Iterator[str]:
         """Yield the documents of one split, in input order."""
@@ -80,6 +98,43 @@ class ChunkEncoder:
                 documents[split] += parts
         splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
         return EncodedChunk(splits, skipped, chunk.source_bytes)
+
+
+def encode_to_shards(
+    chunks: Iterable[Chunk],
+    division: Division,
+    tokenizer_folder: Path,
+    dtype: Literal["uint16", "uint32"],
+    *,
+    folder: Path,
+    shard_tokens: int,
+    workers: int,
+    report: Report,
+) -> Encoded:
+    """Encode chunks in several processes and write them as shards, in the order of the chunks.
+
+    Args:
+        chunks: whole documents.
+        division: how they are divided.
+        tokenizer_folder: where the tokenizer is saved.
+        dtype: holds all its ids.
+        folder: where the shards go.
+        shard_tokens: tokens of each shard but the last of a split.
+        workers: number of processes; what is written does not depend on it.
+        report: is told of the progress.
+    """
+    writers = {name: ShardWriter(folder, name, dtype, shard_tokens) for name in division.split_names()}
+    skipped, unknown, written = Counter[str](), Counter[str](), 0
+    make_encoder: Callable[[], ChunkEncoder] = partial(ChunkEncoder.load, division, tokenizer_folder)
+    for chunk in ordered_map(make_encoder, chunks, workers):
+        for name, documents in chunk.splits.items():
+            writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
+            unknown[name] += documents.unknown
+        skipped += chunk.skipped
+        written += sum(len(documents.lengths) for documents in chunk.splits.values())
+        report(chunk.source_bytes, f"{written:,} documents")
+    splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
+    return Encoded(splits=splits, skipped=skipped, unknown=unknown)
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> EncodedDocuments:

@@ -105,28 +105,34 @@ class Manifest(BaseModel):
 
 
 class ShardWriter:
-    """Appends documents to one split, cutting shards of exactly `shard_tokens` tokens (the last may be shorter)."""
+    """Appends documents to one split, cutting shards of exactly `shard_tokens` tokens (the last may be shorter).
 
-    def __init__(self, folder: Path, split: str, dtype: Literal["uint16", "uint32"], shard_tokens: int):
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+    The first shard is number `first_shard`: one split may be written by several writers.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, dtype: Literal["uint16", "uint32"], shard_tokens: int, first_shard: int = 0
+    ):
+        self._folder, self._split, self._shard_tokens, self._first_shard = folder, split, shard_tokens, first_shard
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shards: list[ShardInfo] = []
         self._tokens = self._documents = self._text_bytes = 0
         self._open_shard()
 
     def _open_shard(self) -> None:
-        self._path = self._folder / f"{self._split}-{len(self._shards):05d}.bin"
+        self._path = self._folder / f"{self._split}-{self._first_shard + len(self._shards):05d}.bin"
         self._file = self._path.open("wb")
         self._hash = hashlib.sha256()
         self._filled = 0
         self._ends: list[npt.NDArray[np.int64]] = []
 
     def append(self, ids: Ids, document_lengths: npt.NDArray[np.int64], text_bytes: int) -> None:
-        """Append whole documents.
+        """Append documents.
 
         Args:
             ids: (tokens,) token ids of all of them in order, end-of-document ids included.
-            document_lengths: (documents,) their lengths in tokens; sums to `len(ids)`.
+            document_lengths: (documents,) how many of these ids each has that ends here; what is left belongs to a
+                document that goes on with the next call.
             text_bytes: how many bytes of UTF-8 text they encode.
         """
         ids = np.ascontiguousarray(ids, dtype=self._dtype)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and that one process makes while others wait for it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,42 @@ import glob
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from llmtrain.data.lock import FileLock
 from llmtrain.errors import UserError
+
+Say = Callable[[str], None]  # tells the user one line
+POLL_S = 0.2
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path, *, alone: bool = False, say: Say = _say_nothing) -> Iterator[Path]:
     """Give a fresh folder beside `out` to write into; when the block ends well, it is synced and becomes `out`.
 
     When the block fails, the folder is removed. When the process is killed, it stays as `OUT.partial-HOST-PID` and
     the next call for the same `out` on this host removes it: nobody can see from here whether another host's process
     lives. `out` must not exist, or be empty.
 
+    Args:
+        out: the folder to make.
+        alone: nobody else can be making it now, on whatever host: all that was left by others is removed.
+        say: is told what was removed.
+
     Raises:
         UserError: something could not be written (no space, no permission); nothing is left.
     """
     target = out.resolve()  # so that "." has a name, and a link stays where it is
-    ours = f"{target.name}.partial-{platform.node()}-"
-    partial = target.with_name(f"{ours}{os.getpid()}")
+    partial = target.with_name(f"{target.name}.partial-{platform.node()}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target.parent, ours)
+        _remove_abandoned(target, alone, say)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
@@ -42,11 +55,60 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_abandoned(parent: Path, ours: str) -> None:
-    for folder in parent.glob(f"{glob.escape(ours)}*"):
+def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], bool], say: Say, task: str) -> None:
+    """Make a folder unless it is made, through `staged_folder`; while another process is at it, wait.
+
+    When that one dies, this one takes over. The lock, `OUT.lock`, only saves work: where it does not reach another
+    machine, both make the folder, the first to rename it into place wins, and the other throws its own away.
+
+    Args:
+        out: the folder to make.
+        make: fills the folder it is given.
+        is_made: whether there is nothing (more) to do.
+        say: is told whom we wait for.
+        task: what is waited for, as in "… is fitting the tokenizer".
+
+    Raises:
+        UserError: what `make` and `staged_folder` raise.
+    """
+    lock, waiting_for = FileLock(out.with_name(f"{out.name}.lock")), ""
+    while not is_made():
+        holder = _take(lock)
+        if holder is not None:
+            if holder != waiting_for:
+                say(f"waiting: {holder} is {task} ({lock.path})")
+            waiting_for = holder
+            time.sleep(POLL_S)
+            continue
+        try:
+            if is_made():  # by the one that held the lock until now
+                return
+            with staged_folder(out, alone=lock.is_exclusive, say=say) as folder:
+                make(folder)
+            return
+        except UserError:
+            if not is_made():
+                raise
+            say(f"{out}: another process was faster; its result is used")
+        finally:
+            lock.release()
+
+
+def _take(lock: FileLock) -> str | None:
+    try:
+        lock.path.parent.mkdir(parents=True, exist_ok=True)
+        return lock.acquire()
+    except OSError as error:
+        raise UserError(f"{lock.path}: cannot be written ({error.strerror or error})") from error
+
+
+def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
+    ours = f"{target.name}.partial-{platform.node()}-"
+    for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
         owner = folder.name.removeprefix(ours)
-        if owner.isdecimal() and not _is_alive(int(owner)):
+        if alone or (owner.isdecimal() and not _is_alive(int(owner))):
             shutil.rmtree(folder, ignore_errors=True)
+            say(f"removed {folder}, which a killed process left unfinished")
 
 
 def _is_alive(pid: int) -> bool:

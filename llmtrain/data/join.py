@@ -1,0 +1,134 @@
+"""The shards of all parts, copied into shards of the final size.
+
+Stretches of the input that follow one another give token streams that follow one another, so nothing but the places
+where shards end is different. Each final shard is a piece of work of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from llmtrain.data.encode import Encoded
+from llmtrain.data.progress_bar import Report
+from llmtrain.data.shards import ShardInfo, ShardWriter, SplitInfo
+from llmtrain.data.workers import ordered_map
+from llmtrain.errors import UserError
+
+# Keeps memory small, and is enough for a disk to be fast.
+COPY_TOKENS = 1 << 22
+
+
+def join_parts(
+    parts: list[tuple[Path, Encoded]],
+    dtype: Literal["uint16", "uint32"],
+    *,
+    folder: Path,
+    shard_tokens: int,
+    workers: int,
+    report: Report,
+) -> Encoded:
+    """Copy the shards of parts, one part after another, into shards of `shard_tokens`; several processes write them.
+
+    Args:
+        parts: the folder of each part and what was written there.
+        dtype: of the ids.
+        folder: where the shards go.
+        shard_tokens: tokens of each shard but the last of a split.
+        workers: number of processes.
+        report: is told of the bytes of ids copied.
+
+    Raises:
+        UserError: a shard cannot be read or written.
+    """
+    sources = {name: list(_sources(name, parts)) for name in parts[0][1].splits}
+    shards: dict[str, list[ShardInfo]] = {name: [] for name in sources}
+    totals = {name: sum(source.tokens for source in sources[name]) for name in sources}
+    work = [(name, begin) for name, total in totals.items() for begin in range(0, max(1, total), shard_tokens)]
+    make_copier = partial(_ShardCopier, sources, dtype, folder, shard_tokens)
+    for (name, _), shard in zip(work, ordered_map(make_copier, work, workers), strict=True):
+        shards[name].append(shard)
+        report(shard.ids.bytes)
+    splits = {
+        name: SplitInfo(
+            tokens=totals[name],
+            documents=sum(encoded.splits[name].documents for _, encoded in parts),
+            text_bytes=sum(encoded.splits[name].text_bytes for _, encoded in parts),
+            shards=tuple(shards[name]),
+        )
+        for name in sources
+    }
+    for name, split in splits.items():
+        for problem in split.contradictions():
+            raise UserError(f"{parts[0][0].parent}: the joined {name} split {problem}; a part is damaged")
+    return Encoded(
+        splits=splits,
+        skipped=sum((Counter(encoded.skipped) for _, encoded in parts), Counter()),
+        unknown=sum((Counter(encoded.unknown) for _, encoded in parts), Counter()),
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One shard of one part, and where it begins in the stream of all parts."""
+
+    ids: Path
+    ends: Path
+    begin: int
+    tokens: int
+
+
+def _sources(split: str, parts: list[tuple[Path, Encoded]]) -> Iterator[_Source]:
+    begin = 0
+    for folder, encoded in parts:
+        for shard in encoded.splits[split].shards:
+            yield _Source(folder / shard.ids.path, folder / shard.ends.path, begin, shard.tokens)
+            begin += shard.tokens
+
+
+class _ShardCopier:
+    """Writes the final shard that begins at a token of a split; each process makes its own."""
+
+    def __init__(
+        self, sources: dict[str, list[_Source]], dtype: Literal["uint16", "uint32"], folder: Path, shard_tokens: int
+    ):
+        self._sources, self._dtype, self._folder, self._shard_tokens = sources, dtype, folder, shard_tokens
+        self._begins = {name: [source.begin for source in sources[name]] for name in sources}
+
+    def __call__(self, item: tuple[str, int]) -> ShardInfo:
+        split, begin = item
+        number = begin // self._shard_tokens
+        try:
+            writer = ShardWriter(self._folder, split, self._dtype, self._shard_tokens, number)
+            first = bisect_right(self._begins[split], begin) - 1
+            for source in self._sources[split][first:]:
+                if source.begin >= begin + self._shard_tokens:
+                    break
+                self._copy(writer, source, begin)
+            return writer.close().shards[0]
+        except OSError as error:
+            place = error.filename or self._folder
+            raise UserError(f"{place}: cannot be joined ({error.strerror or error})") from error
+
+    def _copy(self, writer: ShardWriter, source: _Source, begin: int) -> None:
+        """Append what of a source lies in the shard."""
+        stored = np.dtype(self._dtype).newbyteorder("<")
+        # Mapped, because a shard of very many documents has as many ends.
+        ends = np.memmap(source.ends, "<i8", "r") if source.ends.stat().st_size else np.empty(0, np.int64)
+        last = min(source.tokens, begin + self._shard_tokens - source.begin)
+        for here in range(max(0, begin - source.begin), last, COPY_TOKENS):
+            there = min(here + COPY_TOKENS, last)
+            ids = np.fromfile(source.ids, stored, there - here, offset=here * stored.itemsize)
+            if len(ids) < there - here:
+                raise UserError(
+                    f"{source.ids}: ends before its {source.tokens} tokens; delete its part and run it again"
+                )
+            first, end = np.searchsorted(ends, (here, there), "right")
+            writer.append(ids, np.diff(ends[first:end], prepend=here), 0)

@@ -1,0 +1,61 @@
+"""One process at a time, also across machines that share a file system."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+from pathlib import Path
+
+_HELD = {errno.EAGAIN, errno.EACCES}
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+class FileLock:
+    """Holds a file until released or until the process is gone, however it goes.
+
+    `flock` reaches across machines on NFS and on Lustre mounted with `-o flock`. Elsewhere it may reach one machine
+    only, or not work at all (`is_exclusive` is False then): what must not happen twice has to be safe by other means.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.is_exclusive = True
+        self._descriptor: int | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def acquire(self) -> str | None:
+        """Take the lock and return None; return who holds it (``process 12 on host``) if another does.
+
+        Raises:
+            OSError: the file cannot be made.
+        """
+        if self.is_held:
+            return None
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip()
+                os.close(descriptor)
+                return holder or "a process unknown"
+            if error.errno not in _UNSUPPORTED:
+                os.close(descriptor)
+                raise
+            self.is_exclusive = False  # a file system without locks: nothing to hold on to
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        self._descriptor = descriptor
+        return None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

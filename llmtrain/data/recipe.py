@@ -1,0 +1,144 @@
+"""What to prepare and how, and what both ways to do it (in one process, in parts) have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain import __version__
+from llmtrain.data.corpus import ReadOptions, SourceFile, digest, find_files
+from llmtrain.data.encode import Division, Encoded
+from llmtrain.data.fit import choose_splitter, fit
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
+from llmtrain.data.tokenizer import existing_tokenizer_file, id_dtype, tokenizer_info
+from llmtrain.errors import CorruptError, LlmtrainError, UserError
+
+# A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
+BYTES_PER_WORKER = 16 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to prepare and how: the flags of the command."""
+
+    inputs: tuple[str, ...] = ("stdlib",)
+    out: Path = Path("data/stdlib")
+    tokenizer: str = "bbpe"
+    vocab_size: int | None = None
+    val_split: float = 0.05
+    val_by: Literal["auto", "document", "tail"] = "auto"
+    seed: int = 1337
+    augment: tuple[str, ...] = ()
+    shard_tokens: int = 100_000_000
+    max_files: int | None = None
+    text_field: str = "text"
+    skip_bad: bool = False
+    workers: int | None = None
+
+    def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        """Everything that decides what is written, as JSON values: equal requests give equal data."""
+        tokenizer_file = existing_tokenizer_file(self.tokenizer)
+        return {
+            "inputs": list(self.inputs),
+            "files": len(files),
+            "files_digest": digest(files),
+            "tokenizer": self.tokenizer,
+            "tokenizer_digest": digest(find_files([str(tokenizer_file)])) if tokenizer_file else None,
+            "vocab_size": self.vocab_size,
+            "val_split": self.val_split,
+            "val_by": self.val_by,
+            "seed": self.seed,
+            "augment": list(self.augment),
+            "shard_tokens": self.shard_tokens,
+            "max_files": self.max_files,
+            "text_field": self.text_field,
+            "skip_bad": self.skip_bad,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `prepare` did: the manifest, whether it stood there already, and how long each part took."""
+
+    manifest: Manifest
+    already_prepared: bool = False
+    fit_seconds: float = 0.0
+    encode_seconds: float = 0.0
+
+
+def divide(files: Sequence[SourceFile], options: Options) -> Division:
+    """Decide how documents are divided into training and validation; see `choose_splitter`."""
+    reading, source = ReadOptions(options.text_field, options.skip_bad), ", ".join(options.inputs)
+    splitter = choose_splitter(
+        source, files, reading, val_split=options.val_split, val_by=options.val_by, seed=options.seed
+    )
+    return Division(reading, splitter, options.augment, options.seed)
+
+
+def fit_into(folder: Path, files: Sequence[SourceFile], division: Division, options: Options) -> TokenizerInfo:
+    """Fit the tokenizer and save it in its folder in `folder`."""
+    tokenizer = fit(files, division, options.tokenizer, options.vocab_size)
+    (folder / TOKENIZER_FOLDER).mkdir()
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    return tokenizer_info(folder / TOKENIZER_FOLDER, tokenizer)
+
+
+def write_manifest(
+    folder: Path,
+    encoded: Encoded,
+    tokenizer: TokenizerInfo,
+    split_by: Literal["document", "tail"],
+    request: dict[str, Any],
+) -> Manifest:
+    """Write the manifest of a folder whose shards and tokenizer are there.
+
+    Raises:
+        UserError: a split has no documents.
+    """
+    for name, split in encoded.splits.items():
+        if split.documents == 0:
+            raise UserError(f"too little text: the {name} split is empty; use --val-split 0 or more text")
+    recipe = {
+        "llmtrain": __version__,
+        "split_by": split_by if request["val_split"] > 0 else None,
+        "skipped": dict(sorted(encoded.skipped.items())),
+        "unknown_tokens": {name: count for name, count in sorted(encoded.unknown.items()) if count},
+        "request": request,
+    }
+    manifest = Manifest(dtype=id_dtype(tokenizer.vocab_size), tokenizer=tokenizer, splits=encoded.splits, recipe=recipe)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def find_existing(out: Path, request: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of data that the same request made; None if there is nothing; refuse anything else."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be read ({error.strerror})") from error
+    try:
+        data = TokenDataset(out)
+    except LlmtrainError:
+        raise UserError(f"{out}: exists and is not data prepared here; choose another --out or delete it") from None
+    if data.manifest.recipe.get("request") != request:
+        raise UserError(f"{out}: holds data prepared from other input or options; choose another --out or delete it")
+    try:
+        data.check()
+    except CorruptError as error:
+        raise UserError(f"{out}: damaged; delete it or choose another --out ({error})") from error
+    return data.manifest
+
+
+def total_bytes(files: Sequence[SourceFile]) -> int:
+    """The size of files as they lie on the disk."""
+    return sum(file.bytes for file in files)
+
+
+def default_workers(work_bytes: int) -> int:
+    """One process per core, fewer for little work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, work_bytes // BYTES_PER_WORKER))
