@@ -133,15 +133,13 @@ class _Parts:
     def make_part(self, plan: Plan, number: int) -> bool:
         """Write a part; return whether it was there already."""
         count, stretch, options = len(plan.stretches), plan.stretches[number - 1], self._options
-        out, plan_sha256, made = self.folder.part(number, count), self.folder.plan_hash(), False
+        out, plan_sha256 = self.folder.part(number, count), self.folder.plan_hash()
         reading = ReadOptions(options.text_field, options.skip_bad)
         division = Division(
             reading, Splitter(options.val_split, plan.split_by, options.seed), options.augment, options.seed
         )
 
         def make(folder: Path) -> None:
-            nonlocal made
-            made = True
             chunks = islice(cut_into_chunks(self._files, reading, start=stretch.start), stretch.chunks)
             with progress_bar(f"part {number}/{count}", stretch.source_bytes, self._show) as report:
                 encoded = encode_to_shards(
@@ -157,8 +155,7 @@ class _Parts:
             record = PartRecord(plan_sha256=plan_sha256, encoded=encoded)
             (folder / PART).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-        self._once(out, make, f"making part {number}/{count}")
-        return not made
+        return not self._once(out, make, f"making part {number}/{count}")
 
     def join(self, plan: Plan) -> Outcome:
         """Copy all parts into OUT and remove them."""
@@ -184,21 +181,21 @@ class _Parts:
                 )
             write_manifest(folder, encoded, plan.tokenizer, plan.split_by, self._request)
 
-        self._once(self.folder.joined, make, "joining the parts")
+        made = self._once(self.folder.joined, make, "joining the parts")
         self.folder.publish(options.out)
         manifest = find_existing(options.out, self._request)
         if manifest is None:
             raise UserError(f"{options.out}: was removed while it was made")
         self.folder.remove()
-        return Outcome(manifest, False, 0.0, time.perf_counter() - started)
+        return Outcome(manifest, not made, 0.0, time.perf_counter() - started)
 
-    def _once(self, folder: Path, make: Callable[[Path], None], task: str) -> None:
-        """Make a folder once, unless all is joined already."""
+    def _once(self, folder: Path, make: Callable[[Path], None], task: str) -> bool:
+        """Make a folder, unless it is there or all is joined already; return whether this process made it."""
 
         def is_made() -> bool:
             return folder.is_dir() or (self._options.out / MANIFEST).is_file()
 
-        make_once(folder, make, is_made=is_made, say=self._say, task=task)
+        return make_once(folder, make, is_made=is_made, say=self._say, task=task)
 
 
 def numbers_as_ranges(numbers: list[int]) -> str:

@@ -55,7 +55,7 @@ def staged_folder(out: Path, *, alone: bool = False, say: Say = _say_nothing) ->
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], bool], say: Say, task: str) -> None:
+def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], bool], say: Say, task: str) -> bool:
     """Make a folder unless it is made, through `staged_folder`; while another process is at it, wait.
 
     When that one dies, this one takes over. The lock, `OUT.lock`, only saves work: where it does not reach another
@@ -67,6 +67,9 @@ def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], 
         is_made: whether there is nothing (more) to do.
         say: is told whom we wait for.
         task: what is waited for, as in "… is fitting the tokenizer".
+
+    Returns:
+        Whether this process made it.
 
     Raises:
         UserError: what `make` and `staged_folder` raise.
@@ -82,16 +85,17 @@ def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], 
             continue
         try:
             if is_made():  # by the one that held the lock until now
-                return
+                break
             with staged_folder(out, alone=lock.is_exclusive, say=say) as folder:
                 make(folder)
-            return
+            return True
         except UserError:
             if not is_made():
                 raise
             say(f"{out}: another process was faster; its result is used")
         finally:
             lock.release()
+    return False
 
 
 def _take(lock: FileLock) -> str | None:
