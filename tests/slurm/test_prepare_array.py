@@ -119,8 +119,8 @@ def test_a_task_that_is_requeued_while_it_fits_the_tokenizer_costs_nothing_but_t
     requeued = f"{job}_{number}"
     site.cluster.run("scontrol", "requeue", requeued)
     wait_until(lambda: site.cluster.job(requeued).restarts == 1, 60, lambda: site.log(requeued))
-    # Slurm would give it two minutes of pause. At once is too early: the end of the first start is still being reported,
-    # and Slurm would take it for that of the second.
+    # Slurm would give it two minutes of pause. At once is too early: the end of the first start is still on its way to
+    # the controller, which would take it for that of the second.
     site.cluster.run("scontrol", "update", f"JobId={requeued}", "StartTime=now+8")
     for number in range(TASKS):
         site.done(f"{job}_{number}")
