@@ -48,6 +48,11 @@ def join_parts(
     Raises:
         UserError: a shard cannot be read or written.
     """
+    for folder_of_part, encoded in parts:
+        if encoded.splits.keys() != parts[0][1].splits.keys():
+            raise UserError(
+                f"{folder_of_part}: has other splits than {parts[0][0]}; delete the wrong one and run it again"
+            )
     sources = {name: list(_sources(name, parts)) for name in parts[0][1].splits}
     shards: dict[str, list[ShardInfo]] = {name: [] for name in sources}
     totals = {name: sum(source.tokens for source in sources[name]) for name in sources}
@@ -66,8 +71,10 @@ def join_parts(
         for name in sources
     }
     for name, split in splits.items():
-        for problem in split.contradictions():
-            raise UserError(f"{parts[0][0].parent}: the joined {name} split {problem}; a part is damaged")
+        for problem in split.contradictions():  # its ends, say, which are not checked against its ids
+            raise UserError(
+                f"{parts[0][0].parent}: the joined {name} split {problem}; delete it and run all parts again"
+            )
     return Encoded(
         splits=splits,
         skipped=sum((Counter(encoded.skipped) for _, encoded in parts), Counter()),

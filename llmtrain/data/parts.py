@@ -163,7 +163,9 @@ class _Parts:
         started = time.perf_counter()
 
         def make(folder: Path) -> None:
-            shutil.copytree(self.folder.tokenizer, folder / TOKENIZER_FOLDER)
+            (folder / TOKENIZER_FOLDER).mkdir()
+            for file in plan.tokenizer.files:  # checked when the plan was read
+                shutil.copyfile(self.folder.plan / file.path, folder / file.path)
             sizes = [self.folder.read_part(number, count).size() for number in range(1, count + 1)]
             with progress_bar("checking", sum(sizes), self._show) as report:
                 parts = [

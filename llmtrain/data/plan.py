@@ -137,6 +137,9 @@ class PartsFolder:
         record = self._read(folder / PART, PartRecord)
         if record.plan_sha256 != self.plan_hash():
             raise UserError(f"{folder}: was made by another plan than {self.plan / PLAN}; {self.advice(folder)}")
+        problems = [line for split in record.encoded.splits.values() for line in split.contradictions()]
+        if problems:
+            raise UserError(f"{folder / PART}: damaged (a split {problems[0]}); {self.advice(folder)}")
         if report is not None:
             self._check(folder, PART, record.files(), report)
         return record

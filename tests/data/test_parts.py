@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data import join
+from llmtrain import __version__
+from llmtrain.data import join, parts
 from llmtrain.data.corpus import BEGINNING, Outline, Position, cut_into_chunks, survey
 from llmtrain.data.encode import Encoded
 from llmtrain.data.lock import FileLock
@@ -225,6 +226,21 @@ def test_changed_input_is_refused(texts, tmp_path, call):
     assert code == 2 and "out.parts: the input was changed since; give all parts the same input and options" in err
 
 
+def test_a_changed_tokenizer_file_and_another_llmtrain_are_refused(texts, tmp_path, call, monkeypatch):
+    prepare(Options((str(texts),), tmp_path / "first", "bbpe", 300))
+    file = tmp_path / "own.json"
+    shutil.copy(tmp_path / "first" / "tokenizer" / "tokenizer.json", file)
+    flags = ("--tokenizer", file)
+    assert call(main, *command(tmp_path, "--part", "1/2", *flags))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "__version__", "9.0")
+        code, _, err = call(main, *command(tmp_path, "--part", "2/2", *flags))
+        assert code == 2 and f"it was begun by llmtrain {__version__}, this is 9.0" in err
+    os.utime(file, (1, 1))
+    code, _, err = call(main, *command(tmp_path, "--part", "2/2", *flags))
+    assert code == 2 and "the tokenizer file was changed since" in err
+
+
 def test_nothing_to_join_is_refused(texts, tmp_path, call):
     code, _, err = call(main, *command(tmp_path, "--join"))
     assert code == 2 and "out.parts: no parts to join; make them with --part 1/N" in err
@@ -242,7 +258,10 @@ def test_bad_input_of_a_part_is_one_clear_line_and_leaves_no_part(texts, tmp_pat
     assert not list((tmp_path / "out.parts").glob("*.partial-*"))
 
 
-@pytest.mark.parametrize("damage", ["bytes", "truncated", "record", "outside", "other plan", "tokenizer"])
+DAMAGES = ["bytes", "truncated", "record", "counts", "splits", "outside", "other plan", "tokenizer"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_parts_are_named_and_not_joined(texts, tmp_path, call, damage):
     options = Options((str(texts),), tmp_path / "out", "char")
     run_parts(options, [1, 2], count=3)
@@ -260,6 +279,14 @@ def test_damaged_parts_are_named_and_not_joined(texts, tmp_path, call, damage):
     elif damage == "record":
         (part / "part.json").write_text("{}")
         message = f"{part}/part.json: damaged (plan_sha256: Field required); delete {part} and run that part again"
+    elif damage == "counts":
+        record["encoded"]["splits"]["train"]["tokens"] += 1
+        (part / "part.json").write_text(json.dumps(record))
+        message = f"{part}/part.json: damaged (a split counts"
+    elif damage == "splits":
+        del record["encoded"]["splits"]["val"]
+        (part / "part.json").write_text(json.dumps(record))
+        message = f"{part}: has other splits than {folder.part(1, 3)}"
     elif damage == "outside":
         record["encoded"]["splits"]["train"]["shards"][0]["ids"]["path"] = "../../texts/a.txt"
         (part / "part.json").write_text(json.dumps(record))
