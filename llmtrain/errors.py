@@ -14,9 +14,13 @@ from pathlib import Path
 
 
 class LlmtrainError(Exception):
-    """An end of the program that we foresaw: its message is for the user, its exit code for scripts."""
+    """An end of the program that we foresaw: its message is for the user, its exit code for scripts.
+
+    Where all ranks of a launch end by the same one, `is_everywhere` lets only the first of them say so.
+    """
 
     exit_code = 1
+    is_everywhere = False
 
 
 class UserError(LlmtrainError):
@@ -29,6 +33,7 @@ class DivergedError(LlmtrainError):
     """Training diverged and the policy gave up."""
 
     exit_code = 3
+    is_everywhere = True
 
 
 class CorruptError(LlmtrainError):
@@ -47,6 +52,7 @@ class Stopped(LlmtrainError):  # noqa: N818 -- not an error: the run was told to
     """Told to stop; a checkpoint is saved and the same command goes on."""
 
     exit_code = 75
+    is_everywhere = True
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -73,10 +79,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
     except LlmtrainError as error:
-        prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
-        # What we quote (a library, a file name) may have lines of its own.
-        message = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"{prefix}: {message}", file=sys.stderr)
+        _say(error, int(os.environ.get("RANK", "0")))
         if isinstance(error, PeerLostError):
             # The usual way out passes through libraries that still hold half an exchange: they may wait for it, or
             # abort with a code of their own.
@@ -92,6 +95,15 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("llmtrain: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(error: LlmtrainError, rank: int) -> None:
+    if rank and error.is_everywhere:
+        return
+    prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
+    # What we quote (a library, a file name) may have lines of its own.
+    message = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"{prefix}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
 
 
 def _leave_exit_code(code: int) -> None:

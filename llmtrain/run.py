@@ -18,7 +18,7 @@ from llmtrain.assemble import Assembly, describe
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.resume import changes, choose_checkpoint, load_initial_weights, restore, saved_config
+from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
 from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
@@ -49,13 +49,7 @@ class Run:
         self.resumed_from = self._choose(resume)
         self.progress = Progress()
         self._changes: list[str] = []
-        if self.resumed_from:
-            self.progress = restore(self.resumed_from, self.config, parts.data.manifest, self.engine)
-            self._changes = changes(saved_config(self.resumed_from), self.config)
-            if resume != "auto":
-                self.progress.started_from = str(Path(resume).resolve())
-        elif self.config.model.init_from:
-            load_initial_weights(self.engine, self.config.model.init_from, self.config, parts.data.manifest)
+        self._restore(resume)
         self.total_steps = parts.total_steps(self.progress.step, self.progress.position)
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
         self.meter = Meter(self.engine, self.config)
@@ -63,11 +57,7 @@ class Run:
         self.store = CheckpointStore(
             self.dir, self.config.checkpoint, self.config.to_yaml(), parts.data.manifest, parts.data.path
         )
-        self._tokenizer = load_tokenizer(parts.data.path / TOKENIZER_FOLDER)
-        prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
-        self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
-        require_sinks(self.config)
-        check_writable(self.dir)
+        together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
@@ -79,6 +69,28 @@ class Run:
         )
         folder = self.engine.gather(chosen and chosen.folder)[0]
         return together(self.engine, lambda: chosen or (CheckpointReader(folder) if folder else None))
+
+    def _restore(self, resume: str) -> None:
+        """Fill the engine from the checkpoint, or from the weights that the run is to start with."""
+        data, start = self.parts.data.manifest, self.config.model.init_from
+        if reader := self.resumed_from:
+            self.progress = together(self.engine, lambda: progress_of(reader, self.config, data))
+            self.engine.load(reader.read)
+            self._changes = changes(saved_config(reader), self.config)
+            if resume != "auto":
+                self.progress.started_from = str(Path(resume).resolve())
+        elif start:
+            self.engine.load(
+                together(self.engine, lambda: initial_weights(start, self.config, data)).read, optimizer=False
+            )
+
+    def _check_surroundings(self) -> None:
+        """Whether everything else that the run needs is there and usable."""
+        self._tokenizer = load_tokenizer(self.parts.data.path / TOKENIZER_FOLDER)
+        prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
+        self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
+        require_sinks(self.config)
+        check_writable(self.dir)
 
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:

@@ -11,7 +11,6 @@ from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.store import committed_steps, find_checkpoint, newest_good, open_verified
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import Manifest
-from llmtrain.engine import Engine
 from llmtrain.errors import CorruptError, UserError
 
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
@@ -58,8 +57,8 @@ def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -
     return newest_good(path, warn) if committed_steps(path) else open_verified(find_checkpoint(path))
 
 
-def restore(reader: CheckpointReader, config: RunConfig, data: Manifest, engine: Engine) -> Progress:
-    """Check that the checkpoint belongs to this run and fill the engine from it.
+def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> Progress:
+    """Check that the checkpoint belongs to this run; return how far it had come.
 
     Raises:
         UserError: other data, another tokenizer, a changed model: the difference is shown, nothing is touched.
@@ -81,11 +80,9 @@ def restore(reader: CheckpointReader, config: RunConfig, data: Manifest, engine:
                     "choose another run.dir"
                 )
     try:
-        progress = Progress(**reader.state())
+        return Progress(**reader.state())
     except TypeError as error:
         raise CorruptError(f"{reader.folder}: its state is not one of this version: {error}") from error
-    engine.load(reader.read)
-    return progress
 
 
 def check_tokenizer(reader: CheckpointReader, data: Manifest) -> None:
@@ -115,8 +112,12 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def load_initial_weights(engine: Engine, path: str, config: RunConfig, data: Manifest) -> None:
-    """Start from the weights (only) of another run or checkpoint: `model.init_from`."""
+def initial_weights(path: str, config: RunConfig, data: Manifest) -> CheckpointReader:
+    """Open another run or checkpoint whose weights (only) start this run: `model.init_from`.
+
+    Raises:
+        UserError: its tokenizer or model is another one.
+    """
     reader = open_verified(find_checkpoint(Path(path)))
     check_tokenizer(reader, data)
     saved, now = saved_config(reader).model, config.model
@@ -125,4 +126,4 @@ def load_initial_weights(engine: Engine, path: str, config: RunConfig, data: Man
             raise UserError(
                 f"model.init_from {path}: its {key} is {getattr(saved, key)}, this run's is {getattr(now, key)}"
             )
-    engine.load(reader.read, optimizer=False)
+    return reader

@@ -57,6 +57,8 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """See `Engine`."""
+        if self.world_size == 1:
+            return flag  # without waiting for the device
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, value: Value) -> list[Value]:

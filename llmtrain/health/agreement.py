@@ -36,10 +36,10 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     if not met:
         return result  # type: ignore[return-value]  # nothing failed, so there is one
     rank, kind, message, host = met[0]
-    if len({message for _, _, message, _ in met}) == 1 and len(met) == engine.world_size:
-        raise kind(message)
-    ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
-    raise kind(f"{message} ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)")
+    if any(other != message for _, _, other, _ in met) or len(met) < engine.world_size:
+        ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
+        message += f" ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)"
+    raise _everywhere(kind(message))
 
 
 def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) -> list[str]:
@@ -59,9 +59,11 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
         for rank, others in enumerate(all_settings):
             for key, value in others.items():
                 if value != all_settings[0][key]:
-                    raise UserError(
-                        f"rank {rank} on {everybody[rank][0]} has {key}={value}, rank 0 has {all_settings[0][key]}; "
-                        "start all ranks with the same config"
+                    raise _everywhere(
+                        UserError(
+                            f"rank {rank} on {everybody[rank][0]} has {key}={value}, rank 0 has {all_settings[0][key]}; "
+                            "start all ranks with the same config"
+                        )
                     )
     warnings = []
     reference = everybody[0][2]
@@ -71,9 +73,15 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
                 continue
             difference = f"rank {rank} on {host}: {name} is {theirs.get(name)}, on rank 0 {reference.get(name)}"
             if name == "data":
-                raise UserError(f"{difference}; give all hosts the same prepared data in {config.data.path}")
+                message = f"{difference}; give all hosts the same prepared data in {config.data.path}"
+                raise _everywhere(UserError(message))
             warnings.append(difference)
     return warnings
+
+
+def _everywhere(error: LlmtrainError) -> LlmtrainError:
+    error.is_everywhere = True
+    return error
 
 
 @cache
