@@ -143,9 +143,7 @@ class Run:
     def _require_shared_folder(self) -> None:
         """Every rank writes its part of a checkpoint into what rank 0 has just opened, so it must see that."""
         if not (self.dir / "run.json").is_file():
-            raise UserError(
-                f"{self.dir}: is not where rank 0 made it; give run.dir on a file system that all hosts share"
-            )
+            raise UserError(f"{self.dir}: not seen here, though rank 0 made it; choose a run.dir that all hosts share")
 
     def batches(self) -> Iterator[Batch]:
         """The batches from here to the end of time."""

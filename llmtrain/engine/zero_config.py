@@ -8,8 +8,10 @@ from typing import Any
 from llmtrain.config import TrainingSection
 from llmtrain.errors import UserError
 
-# What a launch file for DeepSpeed may say; all else is decided here or not supported.
+# What a launch file for DeepSpeed may say.
 _FROM_LAUNCH = {"zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "flops_profiler"}
+# What Accelerate fills in by itself, and we after it.
+_OURS = {"fp16", "bf16", "steps_per_print", "communication_data_type", "zero_allow_untested_optimizer"}
 
 
 def zero_config(
@@ -79,8 +81,8 @@ def _refuse_contradictions(launch: dict[str, Any], training: TrainingSection, cl
                 f"the launch file enables {dtype}, but training.precision is {training.precision}; leave it out of the "
                 "launch file"
             )
-    for key in ("optimizer", "scheduler"):
-        if key in launch:
-            raise UserError(
-                f"the launch file sets DeepSpeed's {key}, but the run config's section decides; leave it out"
-            )
+    foreign = sorted(set(launch) - _FROM_LAUNCH - _OURS - set(ours))
+    if foreign:
+        raise UserError(
+            f"the launch file sets DeepSpeed's {foreign[0]}, but the run config decides such things; leave it out there"
+        )

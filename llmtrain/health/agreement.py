@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine
@@ -55,16 +55,13 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
     own = (platform.node(), _digest(repr(settings)), facts)
     everybody = engine.gather(own)
     if len({digest for _, digest, _ in everybody}) > 1:  # rare, so the whole is exchanged only now
-        all_settings = engine.gather(settings)
-        for rank, others in enumerate(all_settings):
-            for key, value in others.items():
-                if value != all_settings[0][key]:
-                    raise _everywhere(
-                        UserError(
-                            f"rank {rank} on {everybody[rank][0]} has {key}={value}, rank 0 has {all_settings[0][key]}; "
-                            "start all ranks with the same config"
-                        )
-                    )
+        rank, key, value, expected = _first_difference(engine.gather(settings))
+        raise _everywhere(
+            UserError(
+                f"rank {rank} on {everybody[rank][0]} has {key}={value}, rank 0 has {expected}; start all ranks with "
+                "the same config"
+            )
+        )
     warnings = []
     reference = everybody[0][2]
     for rank, (host, _, theirs) in enumerate(everybody):
@@ -77,6 +74,17 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
                 raise _everywhere(UserError(message))
             warnings.append(difference)
     return warnings
+
+
+def _first_difference(settings: list[dict[str, Any]]) -> tuple[int, str, Any, Any]:
+    """Rank, key, its value there and on rank 0, of ranks that are known to differ."""
+    reference = settings[0]
+    return next(
+        (rank, key, value, reference[key])
+        for rank, own in enumerate(settings)
+        for key, value in own.items()
+        if value != reference[key]
+    )
 
 
 def _everywhere(error: LlmtrainError) -> LlmtrainError:

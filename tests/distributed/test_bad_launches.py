@@ -77,7 +77,7 @@ def test_a_config_for_deepspeed_that_contradicts_the_run_config(
     )
     monkeypatch.setattr("tests.distributed.launching.LAUNCH", tmp_path)
     (line,) = errors(launch("own", 1, config).stderr)
-    assert "sets DeepSpeed's optimizer, but the run config decides it" in line
+    assert "sets DeepSpeed's optimizer, but the run config decides such things" in line
 
 
 def two_ranks(config: Config, tmp_path: Path, other: Config | None = None, **variables: str) -> list[tuple[int, str]]:
