@@ -4,8 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 INPUTS := pyproject.toml constraints.txt
+# For images and clusters: `make install EXTRAS=deepspeed,wandb TORCH_INDEX=https://download.pytorch.org/whl/cu130`.
+EXTRAS      ?=
+TORCH_INDEX ?=
 
-.PHONY: demo test test-fast check bench clean
+.PHONY: install demo test test-fast check bench docker-test clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -14,7 +17,7 @@ $(BIN)/python:
 
 # One stamp for each set of extras; torch comes first, so that nothing else decides which build is taken.
 $(VENV)/.installed-base: $(BIN)/python $(INPUTS)
-	$(PIP) install -c constraints.txt torch
+	$(PIP) install $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 $(VENV)/.installed-test: $(VENV)/.installed-base
@@ -23,6 +26,9 @@ $(VENV)/.installed-test: $(VENV)/.installed-base
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(PIP) install -c constraints.txt -e .[dev]
 	touch $@
+
+install: $(VENV)/.installed-base
+	$(if $(EXTRAS),$(PIP) install -c constraints.txt -e .[$(EXTRAS)])
 
 demo: $(VENV)/.installed-base
 	$(BIN)/llmtrain prepare --input stdlib --out data/stdlib
@@ -46,6 +52,10 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run_all
+
+# Builds the CPU image for real and trains in it; needs root, buildah, debootstrap. The tests in tests/docker do without.
+docker-test: $(BIN)/python
+	PYTHON=$(abspath $(BIN)/python) docker/test.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info
