@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make docker-test`: builds the CPU image with buildah on a base made by debootstrap, and trains configs/debug.yaml in it.
 # How this machine reaches its package mirrors (pip's and apt's configuration) is read from it and passed to the build only.
-#   BASE                   an image to build on, instead of one made by debootstrap
+#   BASE                   an image to build on, as `buildah pull` takes it (oci-archive:FILE, ...), instead of debootstrap's
 #   DOCKER_TEST_BUILD_ARGS more options for `buildah build`, such as --volume /etc/ssl/certs:/etc/ssl/certs:ro
 #   DOCKER_TEST_KEEP=1     leaves the working folder, with the image in it
 set -euo pipefail
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 SUITE=bookworm
 NEEDED_GB=8
+BASE_IMAGE=localhost/llmtrain-base:test
 IMAGE=localhost/llmtrain:cpu
 PYTHON=${PYTHON:-python3}
 
@@ -18,7 +19,10 @@ for tool in buildah debootstrap; do
     command -v "$tool" >/dev/null || refuse "$tool is missing: apt-get install --no-install-recommends buildah debootstrap"
 done
 [ "$(id -u)" -eq 0 ] || refuse "debootstrap and buildah's chroot isolation need root, this is $(id -un)"
-WORK=$(mktemp -d "${TMPDIR:-/var/tmp}/llmtrain-docker-test.XXXXXX")
+FOLDER=${TMPDIR:-/var/tmp}
+free_gb=$(($(df --output=avail -k "$FOLDER" | tail -n 1) / 1048576))
+[ "$free_gb" -ge "$NEEDED_GB" ] || refuse "$FOLDER has $free_gb GB free, $NEEDED_GB are needed: set TMPDIR to a larger disk"
+WORK=$(mktemp -d "$FOLDER/llmtrain-docker-test.XXXXXX")
 mkdir "$WORK/tmp" "$WORK/run"
 export TMPDIR=$WORK/tmp BUILDAH_ISOLATION=chroot
 store() { local verb=$1; shift; buildah --root "$WORK/storage" --runroot "$WORK/run" --storage-driver vfs "$verb" "$@"; }
@@ -32,9 +36,6 @@ clean_up() {
     fi
 }
 trap clean_up EXIT
-
-free_gb=$(df --output=avail -BG "$WORK" | tail -n 1 | tr -dc 0-9)
-[ "$free_gb" -ge "$NEEDED_GB" ] || refuse "$WORK has $free_gb GB free, $NEEDED_GB are needed: set TMPDIR to a larger disk"
 
 # Runs one step with its output in a file; a step that fails is named with what refused it.
 step() {
@@ -60,9 +61,18 @@ make_base() {
     # The mirror that this machine's apt uses for the suite, if it has one; else debootstrap's own.
     # shellcheck disable=SC2016  # a field for apt to fill in, not a variable
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $SUITE" | head -n 1)
-    debootstrap --variant=minbase "$SUITE" "$root" ${mirror:+"$mirror"}
+    debootstrap --variant=minbase "$SUITE" "$root" ${mirror:+"$mirror"} || {
+        tail -n 5 "$root/debootstrap/debootstrap.log"
+        return 1
+    }
     store umount "$container"
-    store commit --rm "$container" "$BASE"
+    store commit --rm "$container" "$BASE_IMAGE"
+}
+
+pull_base() {
+    local id
+    id=$(store pull --quiet "$BASE")
+    store tag "$id" "$BASE_IMAGE"
 }
 
 host_configuration() {
@@ -76,7 +86,7 @@ build() {
     mapfile -t volumes <"$WORK/volumes"
     # shellcheck disable=SC2086  # DOCKER_TEST_BUILD_ARGS holds several words
     store build --network host --file docker/Dockerfile --tag "$IMAGE" \
-        --build-arg BASE="$BASE" --build-arg TORCH_INDEX= --secret id=pip.conf,src="$WORK/pip.conf" \
+        --build-arg BASE="$BASE_IMAGE" --build-arg TORCH_INDEX= --secret id=pip.conf,src="$WORK/pip.conf" \
         --volume "$WORK/apt.conf:/etc/apt/apt.conf.d/99host:ro" "${volumes[@]}" ${DOCKER_TEST_BUILD_ARGS:-} .
 }
 
@@ -95,8 +105,9 @@ two_nodes() {
     return "$status"
 }
 
-if [ -z "${BASE:-}" ]; then
-    BASE=localhost/llmtrain-base:$SUITE
+if [ -n "${BASE:-}" ]; then
+    step "base $BASE" pull_base
+else
     step "base ($SUITE, debootstrap)" make_base
 fi
 step "configuration of pip and apt" host_configuration
