@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -65,7 +66,7 @@ class Site:
     def wait_for_steps(self, job_id: str, run: str) -> None:
         """Wait until a job takes steps in that run folder."""
         metrics = self.root / run / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and b"\n" in metrics.read_bytes(), 90, lambda: self.log(job_id))
+        wait_until(lambda: metrics.exists() and b"\n" in metrics.read_bytes(), 150, lambda: self.log(job_id))
 
     def training(self, job_id: str, run: str) -> dict[int, int]:
         """Wait until a job of two processes takes steps in that run folder; return rank → pid."""
@@ -81,10 +82,19 @@ class Site:
             os.kill(pid, signal.SIGSTOP)
         try:
             yield
-            wait_until(lambda: all(map(is_told_to_stop, ranks.values())), 100, "no stop signal came")
+            wait_until(lambda: all(map(is_told_to_stop, ranks.values())), 150, "no stop signal came")
         finally:
             for pid in ranks.values():
                 os.kill(pid, signal.SIGCONT)
+
+    def shorten_time_limit(self, job_id: str) -> None:
+        """Let a running job's time be over as soon as Slurm can still signal first: it looks every half minute.
+
+        A limit that short from the start could be met before the first step, where the machine is busy.
+        """
+        hours, minutes, seconds = self.cluster.job(job_id).fields["RunTime"].split(":")
+        elapsed_s = 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+        self.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={math.ceil((elapsed_s + 40) / 60)}")
 
     def wait_for_requeue(self, job_id: str) -> None:
         """Wait until the job is back in the queue; let it begin without Slurm's two minutes of pause, and finish."""
