@@ -73,7 +73,7 @@ def test_scripts_are_executable_and_shellcheck_finds_nothing(path: Path) -> None
 
 
 def test_ci_and_the_image_install_with_the_same_script_and_the_same_make_rules() -> None:
-    assert "\ndocker/install.sh\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "\ndocker/install.sh " in (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert "RUN docker/install.sh" in DOCKERFILE
     assert "make install" in DOCKERFILE
     for line in re.findall(r"^RUN .*(?:\n    .*)*", DOCKERFILE, flags=re.MULTILINE):
