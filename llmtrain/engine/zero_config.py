@@ -42,6 +42,8 @@ def zero_config(
         )
     if "offload_param" in zero and zero["stage"] != 3:
         raise UserError(f"the launch file offloads parameters at zero_stage {zero['stage']}; only stage 3 can")
+    # DeepSpeed's own default, 5e8 numbers, is meant for two bytes each; in float32 it would hold 2 GB of every GPU.
+    zero.setdefault("reduce_bucket_size", 100_000_000)
     # Accelerate fills it in for its own way of saving.
     zero.pop("stage3_gather_16bit_weights_on_model_save", None)
     return {

@@ -25,7 +25,7 @@ IGNORE = (ROOT / ".dockerignore").read_text(encoding="utf-8")
 COMPOSE_FILES = [DOCKER / "compose.yaml", DOCKER / "compose-multi-node.yaml"]
 SCRIPTS = sorted(DOCKER.glob("*.sh"))
 # A tag that says which build it is: `latest`, `12` or `bookworm` alone would be another image next month.
-PINNED = re.compile(r"docker\.io/[\w./-]+:(bookworm-\d{8}-slim|\d+\.\d+\.\d+-devel-ubuntu24\.04)")
+PINNED = re.compile(r"[\w./-]+:(bookworm-\d{8}-slim|\d+\.\d+\.\d+-devel-ubuntu24\.04)")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""Build a model as the trainer does, and say how much of it this rank holds (run by test_build.py in each rank)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from llmtrain.config import OptimizerSection, make_config, resolve
+from llmtrain.engine import make_engine
+from llmtrain.model.transformer import Transformer
+
+config = make_config({"model": {"dim": 64}, "training": {"precision": "fp32", "micro_batch_size": 1}})
+config = resolve(config, vocab_size=256, train_tokens=10**6, world_size=2, bf16_native=False, compile_auto=False)
+held: list[int] = []
+
+
+def make_model() -> Transformer:
+    model = Transformer(config.model, 64)
+    # Everything but the root is complete here, and nothing has been written yet.
+    held.append(sum(parameter.numel() for parameter in model.parameters()))
+    return model
+
+
+engine = make_engine(60.0)
+torch.manual_seed(1)
+engine.build(make_model, config.training, OptimizerSection())
+fragments = [fragment for fragment in engine.fragments() if fragment.name.startswith("model/")]
+found = {
+    "rank": engine.rank,
+    "held_when_made": held[0],
+    "owned": sum(fragment.values.numel() for fragment in fragments),
+    "dtypes": sorted({str(fragment.values.dtype) for fragment in fragments}),
+    "norm": engine.parameter_norm().item(),
+}
+print("FOUND", json.dumps(found), flush=True)
+engine.close()

@@ -1,0 +1,58 @@
+"""How each engine builds a model: the same first weights, float32, and under ZeRO-3 never whole on a rank."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.config import make_config, resolve
+from llmtrain.engine.processes import check_gpus
+from llmtrain.errors import UserError
+from llmtrain.model.cost import parameter_count
+from tests.distributed.launching import LAUNCH, environment, free_port
+
+
+def built(name: str) -> list[dict[str, Any]]:
+    """What each of two ranks found after building."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{name}.yaml"),
+        "--main_process_port", str(free_port()), str(Path(__file__).with_name("build_model.py")),
+    ]  # fmt: skip
+    path = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment(**path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Two ranks may write into one line.
+    found = [json.loads(text) for text in re.findall(r"FOUND (\{.*?\})", done.stdout)]
+    return sorted(found, key=lambda found: found["rank"])
+
+
+@pytest.mark.slow
+def test_zero3_never_holds_the_model_whole_and_all_begin_with_the_same_weights() -> None:
+    config = make_config({"model": {"dim": 64}, "training": {"micro_batch_size": 1}})
+    facts = {"train_tokens": 10**6, "world_size": 2, "bf16_native": False, "compile_auto": False}
+    size = parameter_count(resolve(config, vocab_size=256, **facts).model, 64)
+    kinds = {name: built(name) for name in ("cpu-ddp", "cpu-zero2", "cpu-zero3")}
+    for name, ranks in kinds.items():
+        assert [found["held_when_made"] for found in ranks] == [0 if name == "cpu-zero3" else size] * 2
+        assert sum(found["owned"] for found in ranks) == size
+        assert all(found["dtypes"] == ["torch.float32"] for found in ranks)
+        # The same numbers, squared and added up in another order.
+        assert [found["norm"] for found in ranks] == pytest.approx([kinds["cpu-ddp"][0]["norm"]] * 2, rel=1e-6)
+    # Beside single slices that ZeRO pads, the ranks share alike.
+    assert kinds["cpu-zero3"][0]["owned"] == pytest.approx(size / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(1, 1), (8, 8), (2, None)])
+def test_a_gpu_for_each_process_or_none_at_all(processes: int, gpus: int | None) -> None:
+    check_gpus(processes, gpus)
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match=r"starts 8 processes on .* which has 2 GPUs; set num_processes to 2"):
+        check_gpus(8, 2)
