@@ -69,9 +69,7 @@ def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
     loss_sum = torch.zeros((), device=engine.device)
     for tokens, is_last in batch.micro_batches():
         inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
-        loss = engine.loss(inputs_BS, targets_BS)
-        engine.backward(loss, global_targets=batch.target_count, sync=is_last)
-        loss_sum += loss.detach()
+        loss_sum += engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
     return loss_sum
 
 

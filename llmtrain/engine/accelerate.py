@@ -47,11 +47,6 @@ class AccelerateEngine(Processes):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require_float32(self._parameters)
 
-    def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """See `Engine`."""
-        loss: Tensor = self._model(inputs_BS, targets_BS)
-        return loss
-
     @contextmanager
     def evaluating(self) -> Iterator[Transformer]:
         """See `Engine`."""
@@ -62,11 +57,16 @@ class AccelerateEngine(Processes):
         finally:
             self._bare.train()
 
-    def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:
-        """See `Engine`. DDP averages over ranks, so the sum over ranks needs the factor world_size."""
+    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
+        """See `Engine`. DDP averages over ranks, so the sum over ranks needs the factor world_size.
+
+        DDP decides in the forward pass whether the backward pass will exchange gradients, so both are inside `no_sync`.
+        """
         quiet = nullcontext() if sync else self._accelerator.no_sync(self._model)
         with quiet:
+            loss_sum: Tensor = self._model(inputs_BS, targets_BS)
             (loss_sum * (self.world_size / global_targets)).backward()  # type: ignore[no-untyped-call]
+        return loss_sum.detach()
 
     def step(self, lr: float) -> Tensor:
         """See `Engine`."""

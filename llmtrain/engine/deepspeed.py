@@ -82,11 +82,6 @@ class DeepSpeedEngine(Processes):
             flat.bind(self._layout)
         require_float32(self._layout.flats)
 
-    def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """See `Engine`."""
-        loss: Tensor = self._model(inputs_BS, targets_BS)
-        return loss
-
     @contextmanager
     def evaluating(self) -> Iterator[Transformer]:
         """See `Engine`. Under stage 3 the model's own hooks gather its weights, so all ranks must call it alike."""
@@ -97,13 +92,15 @@ class DeepSpeedEngine(Processes):
         finally:
             self._bare.train()
 
-    def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:
+    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages over ranks, so the sum over ranks needs the factor world_size.
 
         Stages 2 and 3 keep only their part of each gradient, and so must exchange after every micro-batch.
         """
         self._model.set_gradient_accumulation_boundary(sync)
+        loss_sum: Tensor = self._model(inputs_BS, targets_BS)
         self._model.backward(loss_sum * (self.world_size / global_targets), scale_wrt_gas=False)
+        return loss_sum.detach()
 
     def step(self, lr: float) -> Tensor:
         """See `Engine`. DeepSpeed skips an update whose gradient is not finite; the norm is infinite then."""

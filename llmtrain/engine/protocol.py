@@ -55,14 +55,21 @@ class Engine(Protocol):
             optimizer: which one, and where the gradient is clipped; None: the model is only used, not trained.
         """
 
-    def loss(self, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """Loss summed over the targets (float32 scalar), in the run's precision."""
-
     def evaluating(self) -> AbstractContextManager[Transformer]:
         """Dropout off, gradients off, the run's precision on; gives the bare model."""
 
-    def backward(self, loss_sum: Tensor, *, global_targets: int, sync: bool) -> None:
-        """Add the gradient of loss_sum / global_targets; exchange gradients between ranks only where `sync`."""
+    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
+        """Add the gradient of this micro-batch's share of the mean over `global_targets` targets.
+
+        Args:
+            inputs_BS: int64 ids.
+            targets_BS: int64 ids, -100 where there is no target.
+            global_targets: targets of the global batch, over all ranks and micro-batches.
+            sync: the last micro-batch of a step; before it ranks exchange nothing where the engine allows it.
+
+        Returns:
+            the loss summed over these targets (float32 scalar, without a graph), computed in the run's precision.
+        """
 
     def step(self, lr: float) -> Tensor:
         """Clip by global norm, update, clear the gradients; return the norm before clipping, on the device."""

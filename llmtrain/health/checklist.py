@@ -150,8 +150,7 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
 
 
 def _backward(engine: Engine, batch: OneBatch) -> float:
-    loss = engine.loss(batch.inputs, batch.targets)
-    engine.backward(loss, global_targets=batch.target_count, sync=True)
+    loss = engine.forward_backward(batch.inputs, batch.targets, global_targets=batch.target_count, sync=True)
     return loss.item() / batch.target_count
 
 

@@ -1,4 +1,7 @@
-"""Build a model as the trainer does, and say how much of it this rank holds (run by test_build.py in each rank)."""
+"""Build a model as the trainer does, and say how much of it this rank holds, and when gradients are exchanged.
+
+Run by test_build.py, in each rank.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,20 @@ def make_model() -> Transformer:
 engine = make_engine(60.0)
 torch.manual_seed(1)
 engine.build(make_model, config.training, OptimizerSection())
+with engine.evaluating() as model:
+    weight = model.blocks[0].ff.down.weight
+gradient_norms = []
+for micro_step in range(2):
+    ids = torch.randint(256, (1, 65), generator=torch.Generator().manual_seed(10 * micro_step + engine.rank))
+    engine.forward_backward(ids[:, :-1], ids[:, 1:], global_targets=256, sync=micro_step == 1)
+    gradient_norms.append(None if weight.grad is None else weight.grad.norm().item())
 fragments = [fragment for fragment in engine.fragments() if fragment.name.startswith("model/")]
 found = {
     "rank": engine.rank,
     "held_when_made": held[0],
     "owned": sum(fragment.values.numel() for fragment in fragments),
     "dtypes": sorted({str(fragment.values.dtype) for fragment in fragments}),
+    "gradient_norms": gradient_norms,
     "norm": engine.parameter_norm().item(),
 }
 print("FOUND", json.dumps(found), flush=True)

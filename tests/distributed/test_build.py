@@ -1,4 +1,4 @@
-"""How each engine builds a model: the same first weights, float32, and under ZeRO-3 never whole on a rank."""
+"""How each engine builds a model: the same first weights, float32, under ZeRO-3 never whole; and when ranks exchange."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def built(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_zero3_never_holds_the_model_whole_and_all_begin_with_the_same_weights() -> None:
+def test_what_each_rank_holds_and_when_gradients_are_exchanged() -> None:
     config = make_config({"model": {"dim": 64}, "training": {"micro_batch_size": 1}})
     facts = {"train_tokens": 10**6, "world_size": 2, "bf16_native": False, "compile_auto": False}
     size = parameter_count(resolve(config, vocab_size=256, **facts).model, 64)
@@ -44,6 +44,9 @@ def test_zero3_never_holds_the_model_whole_and_all_begin_with_the_same_weights()
         assert all(found["dtypes"] == ["torch.float32"] for found in ranks)
         # The same numbers, squared and added up in another order.
         assert [found["norm"] for found in ranks] == pytest.approx([kinds["cpu-ddp"][0]["norm"]] * 2, rel=1e-6)
+    # Nothing is exchanged before the last micro-batch: until then each rank has the gradient of its own samples.
+    (own, same), (other, again) = (found["gradient_norms"] for found in kinds["cpu-ddp"])
+    assert own != other and same == again
     # Beside single slices that ZeRO pads, the ranks share alike.
     assert kinds["cpu-zero3"][0]["owned"] == pytest.approx(size / 2, rel=0.01)
 

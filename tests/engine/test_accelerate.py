@@ -62,8 +62,7 @@ def gradients(engine: Engine, model: Transformer, cuts: list[int]) -> list[torch
     count = int((targets != -100).sum())
     edges = [0, *cuts, ROWS]
     for begin, end in itertools.pairwise(edges):
-        loss = engine.loss(inputs[begin:end], targets[begin:end])
-        engine.backward(loss, global_targets=count, sync=end == ROWS)
+        engine.forward_backward(inputs[begin:end], targets[begin:end], global_targets=count, sync=end == ROWS)
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
