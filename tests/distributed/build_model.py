@@ -37,12 +37,13 @@ for micro_step in range(2):
     gradient_norms.append(None if weight.grad is None else weight.grad.norm().item())
 fragments = [fragment for fragment in engine.fragments() if fragment.name.startswith("model/")]
 found = {
-    "rank": engine.rank,
     "held_when_made": held[0],
     "owned": sum(fragment.values.numel() for fragment in fragments),
     "dtypes": sorted({str(fragment.values.dtype) for fragment in fragments}),
     "gradient_norms": gradient_norms,
     "norm": engine.parameter_norm().item(),
 }
-print("FOUND", json.dumps(found), flush=True)
+everybody = engine.gather(found)
+if engine.rank == 0:
+    print("FOUND", json.dumps(everybody), flush=True)
 engine.close()
