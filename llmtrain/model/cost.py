@@ -5,18 +5,23 @@ A multiply-add counts as two operations; the backward pass as twice the forward 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from llmtrain.config import ModelSection, default_ff_dim
 
 
 def parameter_count(config: ModelSection, seq_len: int) -> int:
     """Parameters of the model, tied ones once; `vocab_size` must be set."""
     assert config.vocab_size is not None
-    norms = (2 * config.layers + 1) * config.dim
-    if config.qk_norm:
-        norms += config.layers * 2 * config.head_dim
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     positions = seq_len * config.dim if config.positions == "learned" else 0
-    return embeddings + positions + norms + config.layers * _block_matrix_parameters(config)
+    return embeddings + positions + _norm_parameters(config) + config.layers * _block_matrix_parameters(config)
+
+
+def _norm_parameters(config: ModelSection) -> int:
+    norms = (2 * config.layers + 1) * config.dim
+    return norms + (config.layers * 2 * config.head_dim if config.qk_norm else 0)
 
 
 def _block_matrix_parameters(config: ModelSection) -> int:
@@ -69,3 +74,141 @@ def model_flops_utilization(flops_per_second: float, device_name: str, world_siz
     """Share of the devices' bf16 peak that is spent on model FLOPs, 0 to 1; None where the peak is not known."""
     peak = BF16_PEAK_FLOPS.get(device_name)
     return flops_per_second / (peak * world_size) if peak else None
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+# What is held for the model itself; activations come on top. The notation is that of ZeRO (Rajbhandari et al. 2020,
+# section 3.1): weights, gradients and optimizer states; section 5 cuts the last two (stages 1 and 2) and the weights
+# (stage 3) over the ranks, 6.2 speaks of buffers. Where the paper has bf16 weights beside float32 masters, here all
+# is float32, and so the paper's "2 + 2 + 12 bytes" for Adam become 4 + 4 + 8. What DeepSpeed holds beyond the paper is
+# read in deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py; tests/model/test_cost.py measures it.
+
+EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "parameters"]  # `parameters`: both, as launch/zero3-offload.yaml does
+
+# DeepSpeed's defaults (runtime/zero/config.py), in values of float32 here.
+REDUCE_BUCKET = 500_000_000
+PREFETCH_BUCKET = 50_000_000
+REUSE_DISTANCE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank holds at most, by part, without activations; for what each part is see `rank_memory`."""
+
+    weights: float = 0
+    masters: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    casts: float = 0
+    gathered: float = 0
+    buffers: float = 0
+    host: float = 0  # in the memory of the machine, for each rank on it
+
+    @property
+    def device(self) -> float:
+        """All that lies on the device."""
+        return sum(vars(self).values()) - self.host
+
+
+def optimizer_values(optimizer: str, config: ModelSection, seq_len: int) -> int:
+    """Float32 values that an optimizer keeps for the whole model.
+
+    SGD keeps a momentum, Adam and AdamW two moments (Kingma and Ba 2015); Muon a momentum for the matrices of the blocks,
+    and AdamW's two for all else.
+    """
+    parameters = parameter_count(config, seq_len)
+    matrices = config.layers * _block_matrix_parameters(config)
+    return {"sgd": parameters, "muon": 2 * parameters - matrices}.get(optimizer, 2 * parameters)
+
+
+def rank_memory(
+    engine: EngineName,
+    config: ModelSection,
+    seq_len: int,
+    *,
+    world_size: int = 1,
+    optimizer: str = "adamw",
+    offload: Offload = "none",
+    precision: str = "bf16",
+    accumulates: bool = True,
+) -> RankMemory:
+    """Bytes that a rank holds at most while it trains, without activations.
+
+    - `weights`: float32, what the model computes with; cut over the ranks by ZeRO-3.
+    - `masters`: float32, this rank's part of the copy that ZeRO updates; one device and DDP update the weights themselves.
+      ZeRO-3 means to do so where they are float32, too, but compares a device with its name, which are never equal
+      (`_create_fp32_partitions`).
+    - `gradients`: float32; whole, or this rank's part. ZeRO-2 holds the sum so far beside what the next micro-batch adds.
+    - `optimizer`: see `optimizer_values`; all ZeRO stages cut it.
+    - `casts`: under bf16 autocast, the bf16 copies of all matrices from a forward pass to its backward pass. ZeRO-3
+      casts them again for the backward pass instead (deepspeed runtime/zero/linear.py).
+    - `gathered`: ZeRO-3, parameters that are whole for a while: those needed again within REUSE_DISTANCE (at the end of
+      the forward pass the last half of that distance), those fetched ahead, and small ones, which always are.
+    - `buffers`: none for DDP, whose gradients lie in what it exchanges (`gradient_as_bucket_view`). ZeRO copies gradients
+      into a bucket that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it in another
+      order before they send it.
+    - `host`: what offload moves there, and what the exchange with the device needs. With NVMe it is on the disk instead.
+
+    Args:
+        engine: the launch files' names.
+        config: with `vocab_size` set.
+        seq_len: tokens in a sequence.
+        world_size: ranks that share the model.
+        optimizer: `optimizer.name`.
+        offload: what lies in the memory of the host.
+        precision: `bf16` or `fp32`.
+        accumulates: whether a step has more than one micro-batch on each rank.
+    """
+    assert config.vocab_size is not None
+    parameters = parameter_count(config, seq_len)
+    matrices = config.layers * _block_matrix_parameters(config) + config.vocab_size * config.dim
+    whole = 4.0 * parameters
+    state = 4.0 * optimizer_values(optimizer, config, seq_len)
+    casts = 2.0 * matrices if precision == "bf16" else 0.0
+    largest = 4.0 * max(config.vocab_size * config.dim, config.dim * (config.ff_dim or 0))
+    if engine in ("single", "ddp"):
+        return RankMemory(whole, 0, whole, state, casts)
+    if engine == "zero3":
+        live = 4.0 * (REUSE_DISTANCE / 2 + PREFETCH_BUCKET + _norm_parameters(config)) + largest
+        return _zero3(whole / world_size, state / world_size, min(whole, live), whole, offload)
+    return _zero12(engine, whole, state / world_size, world_size, largest, casts, offload, accumulates)
+
+
+def _zero12(
+    engine: EngineName,
+    whole: float,
+    state: float,
+    world_size: int,
+    largest: float,
+    casts: float,
+    offload: Offload,
+    accumulates: bool,
+) -> RankMemory:
+    """Stages 1 and 2 (ZeRO, sections 5.1 and 5.2); `state` is this rank's."""
+    part = whole / world_size
+    bucket = 4.0 * REDUCE_BUCKET
+    if offload != "none":
+        # On the host: masters, their gradients, and the copy through which weights return; and sums of micro-batches.
+        host = 3 * part + (part if accumulates and engine == "zero2" else 0) + state + largest
+        exchanged = min(whole, bucket) if engine == "zero2" else 0
+        gradients = whole if engine == "zero1" else 0
+        return RankMemory(whole, 0, gradients, casts=casts, buffers=bucket + exchanged + largest, host=host)
+    if engine == "zero1":
+        return RankMemory(whole, part, whole, state, casts, buffers=bucket)
+    # Of gradients that fit one bucket this rank's part is taken when the exchange is over, else after the first bucket.
+    exchanged = whole - part if whole <= bucket else bucket
+    return RankMemory(whole, part, (2 if accumulates else 1) * part, state, casts, buffers=bucket + exchanged)
+
+
+def _zero3(part: float, state: float, gathered: float, whole: float, offload: Offload) -> RankMemory:
+    """Stage 3 (ZeRO, section 5.3; offload: ZeRO-Infinity, Rajbhandari et al. 2021, section 5)."""
+    bucket = 4.0 * REDUCE_BUCKET
+    buffers = bucket + min(whole, bucket)
+    if offload == "none":
+        return RankMemory(part, part, part, state, gathered=gathered, buffers=buffers)
+    # On the host: masters, their gradients, and the sums of gradients that become them.
+    host = 3 * part + state
+    if offload == "optimizer":
+        return RankMemory(part, gathered=gathered, buffers=buffers, host=host)
+    return RankMemory(gathered=gathered, buffers=buffers, host=host + part)
