@@ -24,11 +24,7 @@ from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
-from llmtrain.model.cost import parameter_count
-
-# Float32 values for each parameter: itself, its gradient and the moments of the optimizer.
-TRAINED_VALUES = {"sgd": 3, "adam": 4, "adamw": 4, "muon": 4}
-SAVED_VALUES = {"sgd": 2, "adam": 3, "adamw": 3, "muon": 3}
+from llmtrain.model.cost import RankMemory, rank_memory
 
 
 def training_findings(args: Namespace) -> Iterator[Finding]:
@@ -36,15 +32,15 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
     try:
         config = load_config(args.config, args.overrides)
         yield ok("config", f"{args.config} is valid")
-        size = _model_size(config)
-        memory = _memory(config, size)
+        needed = _needed(config)
+        memory = _memory(needed)
         yield memory
         if memory.status == "FAIL":
             return
         with _assembled(config) as parts:
             for name, detail in describe(parts, parts.total_steps()).items():
                 yield ok(name, detail)
-            yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, size))
+            yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, needed))
             if parts.val is None:
                 yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
             yield from checklist(parts, load_tokenizer(parts.data.path / TOKENIZER_FOLDER))
@@ -67,27 +63,33 @@ def _assembled(config: RunConfig) -> Iterator[Assembly]:
         engine.close()
 
 
-def _model_size(config: RunConfig) -> int:
-    """Parameters, known before anything of that size is built."""
+def _needed(config: RunConfig) -> RankMemory:
+    """What training takes on one device, known before anything of that size is built."""
     data = TokenDataset(config.data.path)
     resolved = resolve_here(config, data.manifest.tokenizer.vocab_size, len(data.split("train")))
-    return parameter_count(resolved.model, resolved.data.seq_len)
+    return rank_memory(
+        "single",
+        resolved.model,
+        resolved.data.seq_len,
+        optimizer=resolved.optimizer.name,
+        precision=resolved.training.precision,
+    )
 
 
-def _memory(config: RunConfig, size: int) -> Finding:
-    needed, free = 4 * TRAINED_VALUES[config.optimizer.name] * size, free_memory(pick_device())
+def _memory(memory: RankMemory) -> Finding:
+    needed, free = memory.device, free_memory(pick_device())
     detail = f"{needed / 1e9:.2f} GB for weights, gradients and moments, activations aside; {free / 1e9:.1f} GB free"
     if needed > free:
         return fail("model memory", f"{detail}; choose a smaller model or a larger machine")
     return ok("model memory", detail)
 
 
-def _checkpoint_bytes(config: RunConfig, size: int) -> int:
+def _checkpoint_bytes(config: RunConfig, memory: RankMemory) -> float:
     """What the checkpoints of a run take at most: the last ones, the best, the final, and the one being written."""
-    return 4 * SAVED_VALUES[config.optimizer.name] * size * (config.checkpoint.keep_last + 3)
+    return (memory.weights + memory.optimizer) * (config.checkpoint.keep_last + 3)
 
 
-def _run_folder(folder: Path, needed: int) -> Iterator[Finding]:
+def _run_folder(folder: Path, needed: float) -> Iterator[Finding]:
     """Look at where the run will be written, without writing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -108,14 +108,15 @@ class RankMemory:
     @property
     def device(self) -> float:
         """All that lies on the device."""
-        return sum(vars(self).values()) - self.host
+        held = (self.weights, self.masters, self.gradients, self.optimizer, self.casts, self.gathered, self.buffers)
+        return sum(held)
 
 
 def optimizer_values(optimizer: str, config: ModelSection, seq_len: int) -> int:
     """Float32 values that an optimizer keeps for the whole model.
 
-    SGD keeps a momentum, Adam and AdamW two moments (Kingma and Ba 2015); Muon a momentum for the matrices of the blocks,
-    and AdamW's two for all else.
+    SGD keeps a momentum, Adam and AdamW two moments (Kingma and Ba 2015); Muon a momentum for the matrices of the
+    blocks, and AdamW's two for all else.
     """
     parameters = parameter_count(config, seq_len)
     matrices = config.layers * _block_matrix_parameters(config)
@@ -136,19 +137,20 @@ def rank_memory(
     """Bytes that a rank holds at most while it trains, without activations.
 
     - `weights`: float32, what the model computes with; cut over the ranks by ZeRO-3.
-    - `masters`: float32, this rank's part of the copy that ZeRO updates; one device and DDP update the weights themselves.
-      ZeRO-3 means to do so where they are float32, too, but compares a device with its name, which are never equal
-      (`_create_fp32_partitions`).
-    - `gradients`: float32; whole, or this rank's part. ZeRO-2 holds the sum so far beside what the next micro-batch adds.
+    - `masters`: float32, this rank's part of the copy that ZeRO updates; one device and DDP update the weights
+      themselves. (ZeRO-3 would do so where its weights are float32, but compares their device with the name of one,
+      which are never equal: `_create_fp32_partitions`.)
+    - `gradients`: float32; whole, or this rank's part. ZeRO-2 holds the sum so far beside what a micro-batch adds.
     - `optimizer`: see `optimizer_values`; all ZeRO stages cut it.
-    - `casts`: under bf16 autocast, the bf16 copies of all matrices from a forward pass to its backward pass. ZeRO-3
-      casts them again for the backward pass instead (deepspeed runtime/zero/linear.py).
-    - `gathered`: ZeRO-3, parameters that are whole for a while: those needed again within REUSE_DISTANCE (at the end of
-      the forward pass the last half of that distance), those fetched ahead, and small ones, which always are.
-    - `buffers`: none for DDP, whose gradients lie in what it exchanges (`gradient_as_bucket_view`). ZeRO copies gradients
-      into a bucket that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it in another
-      order before they send it.
-    - `host`: what offload moves there, and what the exchange with the device needs. With NVMe it is on the disk instead.
+    - `casts`: under bf16 autocast, the bf16 copies of matrices from a forward pass to its backward pass, as far as they
+      are there when most is held: without accumulation gradients take their place. ZeRO-3 casts once more for the
+      backward pass instead (deepspeed runtime/zero/linear.py).
+    - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those needed again within REUSE_DISTANCE
+      (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always).
+    - `buffers`: none for DDP, whose gradients lie in what it exchanges (`gradient_as_bucket_view`). ZeRO copies
+      gradients into a bucket that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it
+      in another order before they send it.
+    - `host`: what offload moves there, and what the exchange with the device needs.
 
     Args:
         engine: the launch files' names.
@@ -161,54 +163,67 @@ def rank_memory(
         accumulates: whether a step has more than one micro-batch on each rank.
     """
     assert config.vocab_size is not None
-    parameters = parameter_count(config, seq_len)
-    matrices = config.layers * _block_matrix_parameters(config) + config.vocab_size * config.dim
-    whole = 4.0 * parameters
-    state = 4.0 * optimizer_values(optimizer, config, seq_len)
-    casts = 2.0 * matrices if precision == "bf16" else 0.0
-    largest = 4.0 * max(config.vocab_size * config.dim, config.dim * (config.ff_dim or 0))
-    if engine in ("single", "ddp"):
-        return RankMemory(whole, 0, whole, state, casts)
+    whole = 4.0 * parameter_count(config, seq_len)
+    head = config.vocab_size * config.dim
+    casts = 2.0 * (config.layers * _block_matrix_parameters(config) + head) if precision == "bf16" else 0.0
+    ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
+    sizes = _Sizes(
+        whole=whole,
+        part=whole / world_size,
+        state=4.0 * optimizer_values(optimizer, config, seq_len) / (world_size if engine.startswith("zero") else 1),
+        casts=casts if accumulates or engine in ("ddp", "zero2") else 0.0,
+        largest=4.0 * max(head, config.dim * ff_dim),
+        small=4.0 * _norm_parameters(config),
+    )
     if engine == "zero3":
-        live = 4.0 * (REUSE_DISTANCE / 2 + PREFETCH_BUCKET + _norm_parameters(config)) + largest
-        return _zero3(whole / world_size, state / world_size, min(whole, live), whole, offload)
-    return _zero12(engine, whole, state / world_size, world_size, largest, casts, offload, accumulates)
+        return _zero3(sizes, offload)
+    if engine in ("zero1", "zero2"):
+        return _zero12(engine, sizes, offload, accumulates)
+    return RankMemory(whole, 0, whole, sizes.state, casts)
 
 
-def _zero12(
-    engine: EngineName,
-    whole: float,
-    state: float,
-    world_size: int,
-    largest: float,
-    casts: float,
-    offload: Offload,
-    accumulates: bool,
-) -> RankMemory:
-    """Stages 1 and 2 (ZeRO, sections 5.1 and 5.2); `state` is this rank's."""
-    part = whole / world_size
-    bucket = 4.0 * REDUCE_BUCKET
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what is held, in float32 but for `casts`."""
+
+    whole: float  # the parameters
+    part: float  # a rank's share of them
+    state: float  # what the optimizer keeps on a rank
+    casts: float
+    largest: float  # parameter
+    small: float  # parameters together
+
+
+def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bool) -> RankMemory:
+    """Stages 1 and 2 (ZeRO, sections 5.1 and 5.2; offload: ZeRO-Offload, Ren et al. 2021)."""
+    whole, part, bucket, casts = sizes.whole, sizes.part, 4.0 * REDUCE_BUCKET, sizes.casts
+    gradients, sums = whole, 0.0
+    exchanged = 0.0  # what is taken for a while when a bucket is full; all gradients may fit in one
+    if engine == "zero2":
+        gradients, sums = part, part if accumulates else 0.0
+        exchanged = min(whole, bucket)
+        # By then the backward pass is over for what is in the bucket, and its casts are gone.
+        casts = max(casts - exchanged, casts * (1 - exchanged / whole))
     if offload != "none":
         # On the host: masters, their gradients, and the copy through which weights return; and sums of micro-batches.
-        host = 3 * part + (part if accumulates and engine == "zero2" else 0) + state + largest
-        exchanged = min(whole, bucket) if engine == "zero2" else 0
-        gradients = whole if engine == "zero1" else 0
-        return RankMemory(whole, 0, gradients, casts=casts, buffers=bucket + exchanged + largest, host=host)
-    if engine == "zero1":
-        return RankMemory(whole, part, whole, state, casts, buffers=bucket)
-    # Of gradients that fit one bucket this rank's part is taken when the exchange is over, else after the first bucket.
-    exchanged = whole - part if whole <= bucket else bucket
-    return RankMemory(whole, part, (2 if accumulates else 1) * part, state, casts, buffers=bucket + exchanged)
+        host = 3 * part + sums + sizes.state + sizes.largest
+        gradients = whole if engine == "zero1" else 0.0
+        buffers = bucket + exchanged + sizes.largest
+        return RankMemory(whole, gradients=gradients, casts=casts, buffers=buffers, host=host)
+    if engine == "zero2" and whole <= bucket:
+        exchanged -= part  # the part is taken out when the exchange is over; else after the first bucket
+    return RankMemory(whole, part, gradients + sums, sizes.state, casts, buffers=bucket + exchanged)
 
 
-def _zero3(part: float, state: float, gathered: float, whole: float, offload: Offload) -> RankMemory:
+def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
     """Stage 3 (ZeRO, section 5.3; offload: ZeRO-Infinity, Rajbhandari et al. 2021, section 5)."""
-    bucket = 4.0 * REDUCE_BUCKET
-    buffers = bucket + min(whole, bucket)
+    part, bucket = sizes.part, 4.0 * REDUCE_BUCKET
+    gathered = min(sizes.whole, 4.0 * (REUSE_DISTANCE / 2 + PREFETCH_BUCKET) + sizes.largest + sizes.small)
+    buffers = bucket + min(sizes.whole, bucket)
     if offload == "none":
-        return RankMemory(part, part, part, state, gathered=gathered, buffers=buffers)
+        return RankMemory(part, part, part, sizes.state, gathered=gathered, buffers=buffers)
     # On the host: masters, their gradients, and the sums of gradients that become them.
-    host = 3 * part + state
+    host = 3 * part + sizes.state
     if offload == "optimizer":
         return RankMemory(part, gathered=gathered, buffers=buffers, host=host)
     return RankMemory(gathered=gathered, buffers=buffers, host=host + part)

@@ -74,12 +74,13 @@ MEASURED: list[tuple[EngineName, Offload, str, str, int]] = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the library that counts is named as on Linux")
-@pytest.mark.parametrize(("engine", "offload", "optimizer", "precision", "micro_batches"), MEASURED)
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: "-".join(map(str, case)))
 def test_two_real_processes_hold_what_the_formulas_say(
-    engine: EngineName, offload: Offload, optimizer: str, precision: str, micro_batches: int, tmp_path: Path
+    case: tuple[EngineName, Offload, str, str, int], tmp_path: Path
 ) -> None:
     """Within 4 % of the most that was ever held, DeepSpeed's bucket of 2 GB aside: the formulas leave out activations
     and the gradient that is being made, here of 8 tokens and matrices of a few percent of the model."""
+    engine, offload, optimizer, precision, micro_batches = case
     ranks = 1 if engine == "single" else 2
     raw = {
         "data": {"seq_len": SEQ_LEN},
