@@ -7,6 +7,7 @@ from typing import Any
 
 from llmtrain.config import TrainingSection
 from llmtrain.errors import UserError
+from llmtrain.model.cost import REDUCE_BUCKET
 
 # What a launch file for DeepSpeed may say.
 _FROM_LAUNCH = {"zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "flops_profiler"}
@@ -42,8 +43,7 @@ def zero_config(
         )
     if "offload_param" in zero and zero["stage"] != 3:
         raise UserError(f"the launch file offloads parameters at zero_stage {zero['stage']}; only stage 3 can")
-    # DeepSpeed's own default, 5e8 numbers, is meant for two bytes each; in float32 it would hold 2 GB of every GPU.
-    zero.setdefault("reduce_bucket_size", 100_000_000)
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)
     # Accelerate fills it in for its own way of saving.
     zero.pop("stage3_gather_16bit_weights_on_model_save", None)
     return {

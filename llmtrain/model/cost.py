@@ -86,8 +86,9 @@ def model_flops_utilization(flops_per_second: float, device_name: str, world_siz
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]  # `parameters`: both, as launch/zero3-offload.yaml does
 
-# DeepSpeed's defaults (runtime/zero/config.py), in values of float32 here.
-REDUCE_BUCKET = 500_000_000
+# In values, of four bytes each here. DeepSpeed's own bucket of gradients, 5e8 values, is meant for two bytes each: it
+# would hold 2 GB of every GPU. The rest are its defaults (runtime/zero/config.py).
+REDUCE_BUCKET = 100_000_000
 PREFETCH_BUCKET = 50_000_000
 REUSE_DISTANCE = 1_000_000_000
 
@@ -149,7 +150,7 @@ def rank_memory(
       (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always).
     - `buffers`: none for DDP, whose gradients lie in what it exchanges (`gradient_as_bucket_view`). ZeRO copies
       gradients into a bucket that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it
-      in another order before they send it.
+      in another order before they send it, and a gradient that is longer, too.
     - `host`: what offload moves there, and what the exchange with the device needs.
 
     Args:
@@ -201,7 +202,7 @@ def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bo
     exchanged = 0.0  # what is taken for a while when a bucket is full; all gradients may fit in one
     if engine == "zero2":
         gradients, sums = part, part if accumulates else 0.0
-        exchanged = min(whole, bucket)
+        exchanged = min(whole, max(bucket, sizes.largest))
         # By then the backward pass is over for what is in the bucket, and its casts are gone.
         casts = max(casts - exchanged, casts * (1 - exchanged / whole))
     if offload != "none":
@@ -219,7 +220,7 @@ def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
     """Stage 3 (ZeRO, section 5.3; offload: ZeRO-Infinity, Rajbhandari et al. 2021, section 5)."""
     part, bucket = sizes.part, 4.0 * REDUCE_BUCKET
     gathered = min(sizes.whole, 4.0 * (REUSE_DISTANCE / 2 + PREFETCH_BUCKET) + sizes.largest + sizes.small)
-    buffers = bucket + min(sizes.whole, bucket)
+    buffers = bucket + min(sizes.whole, max(bucket, sizes.largest))
     if offload == "none":
         return RankMemory(part, part, part, sizes.state, gathered=gathered, buffers=buffers)
     # On the host: masters, their gradients, and the sums of gradients that become them.

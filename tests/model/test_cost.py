@@ -78,7 +78,7 @@ MEASURED: list[tuple[EngineName, Offload, str, str, int]] = [
 def test_two_real_processes_hold_what_the_formulas_say(
     case: tuple[EngineName, Offload, str, str, int], tmp_path: Path
 ) -> None:
-    """Within 4 % of the most that was ever held, DeepSpeed's bucket of 2 GB aside: the formulas leave out activations
+    """Within 4 % of the most that was ever held, DeepSpeed's bucket of 0.4 GB aside: the formulas leave out activations
     and the gradient that is being made, here of 8 tokens and matrices of a few percent of the model."""
     engine, offload, optimizer, precision, micro_batches = case
     ranks = 1 if engine == "single" else 2
