@@ -148,9 +148,10 @@ def rank_memory(
       backward pass instead (deepspeed runtime/zero/linear.py).
     - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those needed again within REUSE_DISTANCE
       (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always).
-    - `buffers`: none for DDP, whose gradients lie in what it exchanges (`gradient_as_bucket_view`). ZeRO copies
-      gradients into a bucket that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it
-      in another order before they send it, and a gradient that is longer, too.
+    - `buffers`: DDP has buckets for all gradients. Those of a step's only micro-batch lie in them from the start
+      (`gradient_as_bucket_view`), sums of several only when they are exchanged. ZeRO copies gradients into a bucket
+      that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it in another order before
+      they send it, and a gradient that is longer, too.
     - `host`: what offload moves there, and what the exchange with the device needs.
 
     Args:
@@ -180,7 +181,8 @@ def rank_memory(
         return _zero3(sizes, offload)
     if engine in ("zero1", "zero2"):
         return _zero12(engine, sizes, offload, accumulates)
-    return RankMemory(whole, 0, whole, sizes.state, casts)
+    buffers = whole if engine == "ddp" and accumulates else 0.0
+    return RankMemory(whole, 0, whole, sizes.state, sizes.casts, buffers=buffers)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ def measure(engine: Engine, raw: dict[str, Any]) -> int:
 def step(engine: Engine, seq_len: int, accumulation: int) -> None:
     ids = torch.arange(seq_len).view(1, -1)
     for micro_batch in range(accumulation):
-        loss = engine.loss(ids, ids)
-        engine.backward(loss, global_targets=ids.numel(), sync=micro_batch == accumulation - 1)
+        engine.forward_backward(ids, ids, global_targets=ids.numel(), sync=micro_batch == accumulation - 1)
     engine.step(lr=1e-3)
 
 

@@ -62,6 +62,7 @@ def test_zero_cuts_what_its_paper_says() -> None:
 
 MEASURED: list[tuple[EngineName, Offload, str, str, int]] = [
     ("single", "none", "adamw", "fp32", 1),
+    ("ddp", "none", "adamw", "fp32", 1),
     ("ddp", "none", "adamw", "bf16", 2),
     ("zero1", "none", "adamw", "fp32", 2),
     ("zero2", "none", "adamw", "fp32", 1),
