@@ -47,7 +47,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     Raises:
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
-    data, config, train, val = together(engine, lambda: _open(config, engine.world_size))
+    data, config, train, val = together(engine, lambda: _open(config, engine))
     warnings = require_agreement(engine, config, data.manifest.fingerprint())
     layout = Layout(
         windows=len(train),
@@ -65,10 +65,12 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     return Assembly(config, data, train, val, layout, engine, warnings)
 
 
-def _open(config: RunConfig, world_size: int) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
+def _open(config: RunConfig, engine: Engine) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
     data = TokenDataset(config.data.path)
     stream = data.split("train")
-    config = resolve_here(config, data.manifest.tokenizer.vocab_size, len(stream), world_size)
+    config = resolve_here(
+        config, data.manifest.tokenizer.vocab_size, len(stream), engine.world_size, engine.compiles_well
+    )
     refuse_contradictions(config.training)
     train = Windows(stream, config.data.seq_len, config.data.stride or config.data.seq_len)
     val = None
@@ -85,7 +87,9 @@ def _open(config: RunConfig, world_size: int) -> tuple[TokenDataset, RunConfig, 
     return data, config, train, val
 
 
-def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int, world_size: int = 1) -> RunConfig:
+def resolve_here(
+    config: RunConfig, vocab_size: int, train_tokens: int, world_size: int = 1, compiles_well: bool = False
+) -> RunConfig:
     """Resolve the config against the data and this machine.
 
     Raises:
@@ -98,7 +102,7 @@ def resolve_here(config: RunConfig, vocab_size: int, train_tokens: int, world_si
         train_tokens=train_tokens,
         world_size=world_size,
         bf16_native=computes_bf16_natively(device),
-        compile_auto=device.type == "cuda",
+        compile_auto=compiles_well,
     )
 
 

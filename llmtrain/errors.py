@@ -85,6 +85,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             # abort with a code of their own.
             sys.stdout.flush()
             sys.stderr.flush()
+            _leave_exit_code(error.exit_code)
             os._exit(error.exit_code)
         return error.exit_code
     except BrokenPipeError:

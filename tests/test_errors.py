@@ -77,3 +77,15 @@ def test_the_real_command_leaves_it(code_file: Path) -> None:
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, check=False, timeout=60)
     assert done.returncode == 2
     assert code_file.read_text() == "2\n"
+
+
+def test_a_lost_peer_leaves_its_exit_code_too_though_it_leaves_at_once(tmp_path: Path) -> None:
+    program = (
+        "from llmtrain.errors import PeerLostError, run_main\n"
+        "def main(_): raise PeerLostError('rank 1 is gone')\n"
+        "run_main(main, [])"
+    )
+    environment = {**os.environ, "LLMTRAIN_EXIT_CODE_FILE": str(tmp_path / "code")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True)
+    assert done.returncode == 5
+    assert (tmp_path / "code").read_text() == "5\n"

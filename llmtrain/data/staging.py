@@ -110,7 +110,10 @@ def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
     ours = f"{target.name}.partial-{platform.node()}-"
     for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
         owner = folder.name.removeprefix(ours)
-        if alone or (owner.isdecimal() and not _is_alive(int(owner))):
+        # A lock may hold on one machine only, so what another one makes is left alone for a day.
+        is_old = time.time() - folder.stat().st_mtime > 86_400
+        is_dead = owner.isdecimal() and not _is_alive(int(owner))
+        if is_dead or (alone and (is_old or folder.name.startswith(ours))):
             shutil.rmtree(folder, ignore_errors=True)
             say(f"removed {folder}, which a killed process left unfinished")
 

@@ -3,7 +3,7 @@
 The loop, checkpoints and metrics know `Engine` only; nothing outside this folder imports accelerate or deepspeed.
 """
 
-from llmtrain.engine.choose import make_engine, refuse_contradictions
+from llmtrain.engine.choose import launch_settings, make_engine, refuse_contradictions
 from llmtrain.engine.protocol import Engine, Fragment
 
-__all__ = ["Engine", "Fragment", "make_engine", "refuse_contradictions"]
+__all__ = ["Engine", "Fragment", "launch_settings", "make_engine", "refuse_contradictions"]

@@ -11,6 +11,8 @@ from llmtrain.engine.processes import launched_with_deepspeed
 from llmtrain.engine.protocol import Engine
 from llmtrain.errors import UserError
 
+_LAUNCH_VARIABLES = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_GRADIENT_", "ACCELERATE_DYNAMO_")
+
 
 def make_engine(timeout_s: float) -> Engine:
     """Join the other processes with the engine that the launch environment asks for; `build` it next.
@@ -36,6 +38,11 @@ def make_engine(timeout_s: float) -> Engine:
     from llmtrain.engine.accelerate import AccelerateEngine
 
     return AccelerateEngine(timeout_s)
+
+
+def launch_settings() -> dict[str, str]:
+    """What the launch file decided, as `accelerate launch` hands it on; the same on every machine, or they hang."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCH_VARIABLES)}
 
 
 def refuse_contradictions(training: TrainingSection) -> None:

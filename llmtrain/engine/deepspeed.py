@@ -1,8 +1,10 @@
 """ZeRO stages 1 to 3 (Rajbhandari et al. 2020) through DeepSpeed, with or without offload.
 
 Weights are float32 here too, so that `precision: bf16` means one thing: matrix products in bf16 under autocast; master
-weights, gradients and their sums in float32. Stage 3 gathers the blocks' matrices in bf16 then, which loses nothing:
+weights, gradients and their sums in float32. Stage 3 sends the blocks' matrices in bf16 then, which loses nothing:
 autocast would round them next.
+
+DeepSpeed looks at the gradient's norm on the host, and so waits for the device once in every step.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class DeepSpeedEngine(Processes):
         # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().__init__(timeout_s)
+        # Stage 3 gathers in hooks inside the blocks: torch compiled a small one again and again, and gave up.
+        self.compiles_well &= self._accelerator.state.deepspeed_plugin.zero_stage != 3
 
     def build(
         self,

@@ -46,6 +46,7 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        self.compiles_well: bool = self.device.type == "cuda"
 
     def sum(self, values: Tensor) -> Tensor:
         """See `Engine`."""

@@ -40,6 +40,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    compiles_well: bool  # what `training.compile: auto` means here
 
     def build(
         self,

@@ -35,6 +35,8 @@ def zero_config(
     accumulation = training.global_batch_size // (training.micro_batch_size * world_size)
     _refuse_contradictions(launch, training, clip, accumulation)
     for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            raise UserError(f"the launch file sets {part} to nvme, from which no checkpoint can be made here; use cpu")
         if zero.get(part, {}).get("device", "none") == "none":
             zero.pop(part, None)
     if zero["stage"] not in (1, 2, 3):
@@ -58,6 +60,8 @@ def zero_config(
         # torch's own fused optimizers run on the CPU too, and give the numbers of every other engine.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        # It would wait for the device at every micro-batch; the meter measures over logging steps.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

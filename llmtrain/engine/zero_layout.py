@@ -78,6 +78,7 @@ class ZeroLayout:
         if self._stage != 3:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # or what a forward pass left whole would stay as it was
         for group in range(len(self.flats)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         persistent = self._zero.persistent_parameters  # small ones, which stage 3 keeps whole everywhere

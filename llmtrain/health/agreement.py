@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.config import RunConfig
-from llmtrain.engine import Engine
+from llmtrain.engine import Engine, launch_settings
 from llmtrain.errors import LlmtrainError, UserError
 from llmtrain.observe.provenance import package_versions
 
@@ -25,13 +25,17 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     Raises:
         LlmtrainError: of the kind that the first failing rank met.
     """
-    failure: LlmtrainError | None = None
+    failure: Exception | None = None
     result = None
     try:
         result = work()
-    except LlmtrainError as error:
+    except Exception as error:  # of whatever kind: the others must hear of it
         failure = error
-    failures = engine.gather(failure and (type(failure), str(failure), platform.node()))
+    failed_as: type[LlmtrainError] = type(failure) if isinstance(failure, LlmtrainError) else LlmtrainError
+    text = str(failure) if isinstance(failure, LlmtrainError) else repr(failure)
+    failures = engine.gather((failed_as, text, platform.node()) if failure else None)
+    if failure and not isinstance(failure, LlmtrainError):
+        raise failure  # a bug of ours keeps its traceback
     met = [(rank, *met) for rank, met in enumerate(failures) if met]
     if not met:
         return result  # type: ignore[return-value]  # nothing failed, so there is one
@@ -52,6 +56,7 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
     settings = {
         f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()
     }
+    settings |= {"engine": engine.name, **launch_settings()}
     own = (platform.node(), _digest(repr(settings)), facts)
     everybody = engine.gather(own)
     if len({digest for _, digest, _ in everybody}) > 1:  # rare, so the whole is exchanged only now
@@ -80,10 +85,10 @@ def _first_difference(settings: list[dict[str, Any]]) -> tuple[int, str, Any, An
     """Rank, key, its value there and on rank 0, of ranks that are known to differ."""
     reference = settings[0]
     return next(
-        (rank, key, value, reference[key])
+        (rank, key, own.get(key, "(unknown)"), reference.get(key, "(unknown)"))
         for rank, own in enumerate(settings)
-        for key, value in own.items()
-        if value != reference[key]
+        for key in sorted({*reference, *own})
+        if own.get(key, "(unknown)") != reference.get(key, "(unknown)")
     )
 
 

@@ -76,7 +76,7 @@ def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seed
     cache = KVCache(model.seq_len)
     pending_BS = context_BS
     while True:
-        logits_BSV = model.head(model.hidden(pending_BS, cache)[:, -1:])
+        logits_BSV = model(pending_BS, cache=cache, last_only=True)
         ids_B = choose(logits_BSV[:, -1], options, generators)
         yield ids_B
         pending_BS = ids_B[:, None]

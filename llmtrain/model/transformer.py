@@ -159,18 +159,27 @@ class Transformer(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         self.rotation: Tensor | None
 
-    def forward(self, ids_BS: Tensor, targets_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Predict the next token at every position.
 
         Args:
             ids_BS: int64 ids.
             targets_BS: int64 ids, -100 where there is no target; None asks for logits.
             cache: positions already seen; extended in place.
+            last_only: logits of the last position only, (B, 1, V).
 
         Returns:
             the loss summed over the targets, in nats (scalar float32), or the logits (B, S, V).
         """
         hidden_BSD = self.hidden(ids_BS, cache)
+        if last_only:
+            hidden_BSD = hidden_BSD[:, -1:]
         if targets_BS is None:
             logits_BSV: Tensor = self.head(hidden_BSD)
             return logits_BSV

@@ -24,16 +24,16 @@ def free_port() -> int:
         return port
 
 
-def launch(name: str, processes: int, config: Config, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Train in `processes` processes with launch/NAME.yaml."""
+def launch(name: str, processes: int, config: Config, folder: Path = LAUNCH) -> subprocess.CompletedProcess[str]:
+    """Train in `processes` processes with the launch file NAME.yaml."""
     run_dir = Path(config["run"]["dir"])
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     file = run_dir.with_suffix(".yaml")
     file.write_text(json.dumps(config))
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{name}.yaml"),
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{name}.yaml"),
         "--num_processes", str(processes), "--main_process_port", str(free_port()),
-        "-m", "llmtrain.train", "--config", str(file), *arguments,
+        "-m", "llmtrain.train", "--config", str(file),
     ]  # fmt: skip
     return subprocess.run(
         command, capture_output=True, text=True, timeout=280, check=False, cwd=run_dir.parent, env=environment()
@@ -56,8 +56,8 @@ def start_ranks(configs: list[Path], folders: list[Path], **variables: str) -> l
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This one, with a thread for each process and nothing of a launch around us."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    """This one, with a thread for each process, and no GPU even where there are some."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

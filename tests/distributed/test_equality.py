@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from llmtrain.checkpoint.store import committed_steps
 from tests.conftest import small_config
-from tests.distributed.launching import assert_equal_numbers, launch, metrics
+from tests.distributed.launching import LAUNCH, assert_equal_numbers, launch, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +103,26 @@ def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, proces
     assert_equal_numbers(
         trained(name, processes, micro, optimizer="muon"), trained("single", 1, 4, optimizer="muon"), BF16
     )
+
+
+def test_zero3_that_keeps_nothing_whole_evaluates_and_samples(data: Path, tmp_path: Path) -> None:
+    """By default small models stay whole on every rank; large ones do not, so here no size is small."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero | {"stage3_max_reuse_distance": 0}}))
+    by_default = (LAUNCH / "cpu-zero3.yaml").read_text()
+    (tmp_path / "cut.yaml").write_text(
+        by_default.replace("zero_stage: 3", f"deepspeed_config_file: {tmp_path}/zero.json")
+    )
+    outputs = []
+    for name, folder, processes in (("single", LAUNCH, 1), ("cut", tmp_path, 2)):
+        config = config_of(data, tmp_path / f"run-{name}", 2)
+        config["model"]["positions"] = "learned"
+        config["training"] |= {"max_steps": 6, "eval_every": 3, "sample_every": 3, "sample_tokens": 8}
+        done = launch(name, processes, config, folder=folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+        outputs.append(done.stdout[done.stdout.index("sample at step 6") :].split("saved")[0])
+    assert_equal_numbers(tmp_path / "run-cut", tmp_path / "run-single", FLOAT32)
+    assert outputs[0] == outputs[1]
 
 
 def ledger(run_dir: Path, processes: int, micro: int) -> list[list[int]]:
