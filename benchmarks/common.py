@@ -7,18 +7,23 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """The machine: CPU model, cores this process may use, operating system, Python."""
+    """The machine: CPU model, cores this process may use, GPUs with driver, operating system, Python."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_model(), "cores": cores, "system": platform.platform(), "python": platform.python_version()}
+    found = {"cpu": _cpu_model(), "cores": cores, "system": platform.platform(), "python": platform.python_version()}
+    gpus = _gpus()
+    return {**found, "gpus": gpus} if gpus else found
 
 
 def versions(*distributions: str) -> dict[str, str | None]:
@@ -85,6 +90,15 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _cell(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _gpus() -> list[str]:
+    """Name, memory and driver version of each NVIDIA GPU; empty where the driver's tool is missing or finds none."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
 
 
 def _cpu_model() -> str:

@@ -13,13 +13,15 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.common import alternate, print_table, spread, write_result
 from benchmarks.synthetic import write_random_data
-from llmtrain.assemble import assemble
+from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import make_config
 from llmtrain.data.batches import batches, inputs_and_targets
@@ -59,10 +61,11 @@ def main() -> None:
                 "logging": {"plots": False},
             }
         )
+        parts = assemble(config, make_engine(config.health.timeout_s))
         contenders = {
-            "bare PyTorch": bare_loop(config, args.steps),
-            "llmtrain": the_loop(config, args.steps),
-            "bare again": bare_loop(config, args.steps),
+            "bare PyTorch": bare_loop(parts, args.steps),
+            "llmtrain": the_loop(parts, args.steps),
+            "bare again": bare_loop(parts, args.steps),
         }
         measures = alternate(contenders, args.rounds)
     rows = [
@@ -79,10 +82,9 @@ def main() -> None:
     write_result(f"loop-{args.preset}", [*rows, {**ratios, "arguments": vars(args)}], ["llmtrain", "torch"])
 
 
-def the_loop(config, steps):  # type: ignore[no-untyped-def]
+def the_loop(parts: Assembly, steps: int) -> Callable[[], float]:
     """A function that takes `steps` steps of the real loop and returns the seconds."""
-    engine = make_engine(config.health.timeout_s)
-    run = Run(assemble(config, engine), "never", Peers(engine))
+    run = Run(parts, "never", Peers(parts.engine))
     run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
@@ -96,13 +98,16 @@ def the_loop(config, steps):  # type: ignore[no-untyped-def]
     return turn
 
 
-def bare_loop(config, steps):  # type: ignore[no-untyped-def]
-    """The same arithmetic with nothing around it."""
-    parts = assemble(config, make_engine(config.health.timeout_s))
+def bare_loop(
+    parts: Assembly, steps: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Callable[[], float]:
+    """The same arithmetic with nothing around it, or nothing but what `wrap` puts there."""
+    config = parts.config
     torch.manual_seed(config.run.seed)
-    model = Transformer(parts.config.model, config.data.seq_len)
+    model = Transformer(config.model, config.data.seq_len)
     model.init_weights()
     optimizer = make_optimizer(model, config.optimizer)
+    wrapped = wrap(model)
     rows = config.training.micro_batch_size
     stream = batches(parts.train, parts.layout, seed=1, position=0)
     ready = [
@@ -115,7 +120,7 @@ def bare_loop(config, steps):  # type: ignore[no-untyped-def]
     def turn() -> float:
         began = time.perf_counter()
         for inputs, labels in ready:
-            loss = model(inputs, labels) / targets
+            loss = wrapped(inputs, labels) / targets
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
