@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -137,7 +138,8 @@ def compare(line: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     if "losses" not in line or same[0]["engine"] != "single":
         return
     pairs = zip(line["losses"], same[0]["losses"], strict=True)
-    difference = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+    differences = [abs(ours - theirs) / theirs for ours, theirs in pairs]
+    difference = math.nan if any(map(math.isnan, differences)) else max(differences)
     allowed = VARIANTS[line["variant"]][2]
     line["difference"] = f"{difference:.1e}"
     if not difference <= allowed:  # so that NaN fails

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-FITTING = ["startup", "batches", "prepare", "loop"]
+import torch
+
+FITTING = ["startup", "batches", "prepare", "loop", "traffic", "scaling"]
 
 
 def main() -> None:
-    for name in FITTING:
+    for name in [*FITTING, *(["gpu_smoke"] if torch.cuda.is_available() else [])]:
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
 

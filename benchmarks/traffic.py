@@ -208,8 +208,9 @@ def work(settings: dict[str, Any], out: str) -> None:
     """One of the two processes: take steps, and read the counters between their phases."""
     from llmtrain.assemble import assemble
     from llmtrain.config import make_config
-    from llmtrain.data.batches import batches, inputs_and_targets
+    from llmtrain.data.batches import batches
     from llmtrain.engine import make_engine
+    from llmtrain.train import accumulate
 
     engine = make_engine(60)
     parts = assemble(make_config(settings), engine)
@@ -221,20 +222,26 @@ def work(settings: dict[str, Any], out: str) -> None:
         engine.barrier()
         return sent
 
+    marks: list[float] = []
+    backward = engine.backward
+
+    def backward_and_read(*args: Any, **kwargs: Any) -> None:
+        backward(*args, **kwargs)
+        marks.append(read_sent())
+
+    engine.backward = backward_and_read  # type: ignore[method-assign]  # the loop's own accumulation is measured
     asked = AskedBytes()
     readings = []
     idle = -read_sent() + read_sent()
     for step in range(WARM_STEPS + STEPS):
         batch = next(stream)
-        marks = [read_sent()]
+        marks.append(read_sent())
         with asked if step == WARM_STEPS else nullcontext():
-            for tokens, is_last in batch.micro_batches():
-                loss = engine.loss(*inputs_and_targets(tokens, 1, engine.device))
-                engine.backward(loss, global_targets=batch.target_count, sync=is_last)
-                marks.append(read_sent())
+            accumulate(engine, batch, rows=1)
             engine.step(1e-4)
         marks.append(read_sent())
         readings.append([after - before for before, after in itertools.pairwise(marks)])
+        marks.clear()
     if engine.rank == 0:
         from llmtrain.model.cost import parameter_count
 
