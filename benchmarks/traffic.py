@@ -43,6 +43,7 @@ CABLE = "cable0"  # its end has this name on both hosts
 PORT = 29531  # in namespaces of our own every port is free
 WARM_STEPS, STEPS = 2, 3
 # ZeRO-3's own limits (10^9 parameters live at once; matrices below 10^5 always whole) leave small models nothing to do.
+# Large presets do not tie the head to the embedding either, which would be gathered for each of its uses.
 AS_IF_LARGE = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
 # By default ZeRO-1 and 2 reduce all gradients to all ranks, and each keeps its part.
 ONE_REDUCE_A_RANK = {"use_multi_rank_bucket_allreduce": False}
@@ -100,10 +101,11 @@ def main() -> None:
             if args.only in str(case) and (case.launch == "cpu-ddp" or importlib.util.find_spec("deepspeed")):
                 rows.append(measure(case, args.preset, folder, prefix))
                 print_table([rows[-1]["table"]])
+                sys.stdout.flush()
+                if not args.only:  # after each, so that what is known is on disk, however this ends
+                    write_result("traffic", rows, ["llmtrain", "torch", "accelerate", "deepspeed"])
     print()
     print_table([row["table"] for row in rows])
-    if not args.only:
-        write_result("traffic", rows, ["llmtrain", "torch", "accelerate", "deepspeed"])
 
 
 def enter_a_namespace() -> None:
@@ -148,7 +150,7 @@ def measure(case: Case, preset: str, folder: Path, second: list[str]) -> dict[st
     settings = {
         "run": {"dir": str(folder / "run")},
         "data": {"path": str(folder / "data"), "seq_len": 32},
-        "model": {"preset": preset},
+        "model": {"preset": preset, "tie_embeddings": case.zero is not AS_IF_LARGE},
         "optimizer": {"name": case.optimizer},
         "training": {
             "micro_batch_size": 1, "global_batch_size": 2 * case.accumulation, "max_steps": 100, "eval_every": None,
