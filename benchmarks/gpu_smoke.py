@@ -190,9 +190,9 @@ def work(variant: str, sizes: dict[str, Any], out: str) -> None:
     for step, (first, second) in enumerate(tokens):
         loss_sum = torch.zeros((), device=engine.device)
         for micro, is_last in ((first, False), (second, True)):
-            loss = engine.loss(micro[:, :-1], micro[:, 1:])
-            engine.backward(loss, global_targets=2 * rows * seq_len, sync=is_last)
-            loss_sum += loss.detach()
+            loss_sum += engine.forward_backward(
+                micro[:, :-1], micro[:, 1:], global_targets=2 * rows * seq_len, sync=is_last
+            )
         norms.append(engine.step(1e-3).clone())
         losses.append(loss_sum / (2 * rows * seq_len))
         if step + 1 in (1, sizes["warm_steps"], len(tokens)):

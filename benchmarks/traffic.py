@@ -225,13 +225,14 @@ def work(settings: dict[str, Any], out: str) -> None:
         return sent
 
     marks: list[float] = []
-    backward = engine.backward
+    backward = engine.forward_backward
 
-    def backward_and_read(*args: Any, **kwargs: Any) -> None:
-        backward(*args, **kwargs)
+    def backward_and_read(*args: Any, **kwargs: Any) -> Any:
+        loss_sum = backward(*args, **kwargs)
         marks.append(read_sent())
+        return loss_sum
 
-    engine.backward = backward_and_read  # type: ignore[method-assign]  # the loop's own accumulation is measured
+    engine.forward_backward = backward_and_read  # type: ignore[method-assign]  # the loop's own accumulation is measured
     asked = AskedBytes()
     readings = []
     idle = -read_sent() + read_sent()
