@@ -8,6 +8,9 @@ none is, those that are behind in the loop; and counts those that are fine.
 
 A rank that ends by an error says so to its peers first (`farewell`), with the ranks that it lost itself: those that
 fail next, because this one has left, then name the first cause and not the chain.
+
+This is for exchanges that fail in Python, as gloo's do. Over NCCL torch's own watchdog aborts the process instead,
+after the same time, and nobody is named.
 """
 
 from __future__ import annotations

@@ -369,6 +369,12 @@ def held_by_another_process(lock: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+def two_days_ago(folder: Path) -> None:
+    """Make it look abandoned."""
+    then = time.time() - 2 * 86_400
+    os.utime(folder, (then, then))
+
+
 @pytest.mark.slow
 def test_a_part_killed_in_the_middle_is_redone_alone(tmp_path):
     (tmp_path / "texts").mkdir()
@@ -385,6 +391,7 @@ def test_a_part_killed_in_the_middle_is_redone_alone(tmp_path):
     # As if it had run on another machine, which is all the same to whoever holds the lock of the part.
     abandoned = left.with_name("part-00002-of-00003.partial-elsewhere-1")
     left.rename(abandoned)
+    two_days_ago(abandoned)
     assert PartsFolder(tmp_path / "out").missing(3) == [2, 3]
     again = start(tmp_path, *flags, "--part", "2/3")
     out, err = again.communicate()
@@ -413,7 +420,10 @@ def test_parts_that_start_at_once_fit_one_tokenizer_and_join_once(texts, tmp_pat
 @pytest.mark.slow
 def test_who_waits_for_the_tokenizer_says_so_and_takes_over_when_the_fitter_dies(texts, tmp_path):
     with held_by_another_process(tmp_path / "out.parts" / "plan.lock") as holder:
-        (tmp_path / "out.parts" / "plan.partial-elsewhere-1").mkdir()
+        abandoned, recent = (tmp_path / "out.parts" / f"plan.partial-elsewhere-{number}" for number in (1, 2))
+        abandoned.mkdir()
+        recent.mkdir()
+        two_days_ago(abandoned)
         process = start(tmp_path, "--tokenizer", "char", "--part", "1/2")
         assert line_of(process).startswith(f"llmtrain: waiting: process {holder.pid} on ")
         assert not (tmp_path / "out.parts" / "plan").exists()
@@ -421,6 +431,7 @@ def test_who_waits_for_the_tokenizer_says_so_and_takes_over_when_the_fitter_dies
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.startswith("part 1/2 done")
     assert "removed" in err and "plan.partial-elsewhere-1, which a killed process left unfinished" in err
+    assert recent.exists()  # a lock may reach one machine only, so the work of another one may be under way
 
 
 @pytest.mark.slow
@@ -448,6 +459,7 @@ def test_two_that_race_for_the_join_make_one_result(texts, tmp_path):
         shutil.copytree(tmp_path / "killed.parts", tmp_path / "out.parts")
         shutil.move(tmp_path / "out", tmp_path / "out.parts" / left)
         (tmp_path / "out.parts" / left / "mark").touch()
+        two_days_ago(tmp_path / "out.parts" / left)
         said: list[str] = []
         prepare_part(options, number, number and 2, say=said.append)
         assert ((tmp_path / "out" / "mark").exists(), len(said)) == ((True, 0) if left == "joined" else (False, 1))
