@@ -104,7 +104,7 @@ def _say(error: LlmtrainError, rank: int) -> None:
     prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
     # What we quote (a library, a file name) may have lines of its own.
     message = " ".join(line.strip() for line in str(error).splitlines())
-    print(f"{prefix}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    print(f"{prefix}: {message}", file=sys.stderr)
 
 
 def _leave_exit_code(code: int) -> None:
