@@ -61,7 +61,9 @@ fi
 if (( code != 75 )); then
     if (( code != 0 )); then
         say "failed with exit code $code; not requeued"
-        if read -r failure < <(find "$LLMTRAIN_LOGS" -path '*/node-*/failure' -exec sort {} +); then
+        # Code 5 says that another rank was lost: the first cause is one that ended in another way, if there is one.
+        failures=$(find "$LLMTRAIN_LOGS" -path '*/node-*/failure' -exec sort {} +)
+        if read -r failure < <(grep -v 'exit code 5$' <<< "$failures" || head -n 1 <<< "$failures"); then
             say "first to fail: $failure"
         fi
     fi
