@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, print_table, write_result
+from llmtrain.errors import run_main
 
 ENGINES = ["single", "zero1", "zero2", "zero3", "zero3-offload", "single again"]
 # By variant: precision, compiled, how far losses may be from those of `single`, relative.
@@ -59,8 +60,7 @@ def main() -> int:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(**args.worker)
-        return 0
+        sys.exit(run_main(lambda _: work(**args.worker), []))
     on_cpu = args.cpu or not torch.cuda.is_available()
     given = {"preset": args.preset, "micro_batch": args.micro_batch}
     sizes = (SMALL if on_cpu else LARGE) | {key: value for key, value in given.items() if value}

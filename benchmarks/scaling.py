@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import ROOT, alternate, print_table, spread, write_result
 from benchmarks.synthetic import write_random_data
+from llmtrain.errors import run_main
 
 SEQ_LEN, ROWS, VOCABULARY = 256, 2, 8192
 BARE, BARE_AGAIN = "2 × bare DDP", "2 × bare DDP again"
@@ -136,8 +137,7 @@ def main() -> None:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(**args.worker)
-        return
+        sys.exit(run_main(lambda _: work(**args.worker), []))
     if args.options:
         plan = {"cpu-ddp": list(OPTIONS)}
     else:

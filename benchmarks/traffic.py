@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import ROOT, print_table, write_result
 from benchmarks.synthetic import write_random_data
+from llmtrain.errors import run_main
 
 ADDRESSES = ("10.231.0.1", "10.231.0.2")
 CABLE = "cable0"  # its end has this name on both hosts
@@ -89,8 +90,7 @@ def main() -> None:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(**args.worker)
-        return
+        sys.exit(run_main(lambda _: work(**args.worker), []))
     if "LLMTRAIN_TRAFFIC_HOST" not in os.environ:
         enter_a_namespace()
     rows = []

@@ -16,11 +16,12 @@ from pathlib import Path
 class LlmtrainError(Exception):
     """An end of the program that we foresaw: its message is for the user, its exit code for scripts.
 
-    Where all ranks of a launch end by the same one, `is_everywhere` lets only the first of them say so.
+    Where all ranks of a launch end by the same one, `is_everywhere` says so; see `end_everywhere`.
     """
 
     exit_code = 1
     is_everywhere = False
+    is_said = False  # to the user
 
 
 class UserError(LlmtrainError):
@@ -60,6 +61,10 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
 
     Where the environment has LLMTRAIN_EXIT_CODE_FILE, the first process of each machine leaves its exit code there too:
     the launcher between us and a script does not hand it on.
+
+    A process that a launcher started does not come back from here, but ends at once. The usual way out passes through
+    libraries with threads of their own, which may wait for half an exchange, or not survive the interpreter: with all
+    work done, one launch of two processes in 25 aborted there (torch 2.13, gloo, a busy machine).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -72,6 +77,10 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
         raise
     finally:
         _leave_exit_code(code)
+    if "LOCAL_RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -79,14 +88,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
     except LlmtrainError as error:
-        _say(error, int(os.environ.get("RANK", "0")))
-        if isinstance(error, PeerLostError):
-            # The usual way out passes through libraries that still hold half an exchange: they may wait for it, or
-            # abort with a code of their own.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            _leave_exit_code(error.exit_code)
-            os._exit(error.exit_code)
+        if not error.is_said:
+            _say(error)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
@@ -98,13 +101,23 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
-def _say(error: LlmtrainError, rank: int) -> None:
-    if rank and error.is_everywhere:
-        return
+def end_everywhere(error: LlmtrainError, rank: int, barrier: Callable[[], None]) -> None:
+    """All ranks end by this error: rank 0 says it, once for all.
+
+    A launcher ends the others as soon as it sees one end, so none may before it is said, and the exit code left.
+    """
+    if rank == 0:
+        _say(error)
+    _leave_exit_code(error.exit_code)
+    error.is_said = True
+    barrier()
+
+
+def _say(error: LlmtrainError) -> None:
     prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
     # What we quote (a library, a file name) may have lines of its own.
     message = " ".join(line.strip() for line in str(error).splitlines())
-    print(f"{prefix}: {message}", file=sys.stderr)
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
 
 
 def _leave_exit_code(code: int) -> None:

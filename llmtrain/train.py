@@ -18,7 +18,7 @@ from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine, make_engine
-from llmtrain.errors import PeerLostError, run_main
+from llmtrain.errors import LlmtrainError, PeerLostError, end_everywhere, run_main
 from llmtrain.health.agreement import together
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         lock = RunLock(Path(config.run.dir))
         at_the_end.callback(lock.release)
         engine = make_engine(config.health.timeout_s)
-        at_the_end.push(lambda kind, *_: close(engine, kind))
+        at_the_end.push(lambda _, error, __: close(engine, error))
         peers = at_the_end.enter_context(Peers(engine))
         at_the_end.enter_context(peers.watched())
         if not args.dry_run:
@@ -130,10 +130,13 @@ def main(argv: list[str]) -> None:
                 train(run, signals)
 
 
-def close(engine: Engine, error: type[BaseException] | None) -> None:
+def close(engine: Engine, error: BaseException | None) -> None:
     """End the engine; not where a rank is lost, for closing is an exchange too and may wait for it."""
-    if error is not PeerLostError:
-        engine.close()
+    if isinstance(error, PeerLostError):
+        return
+    if isinstance(error, LlmtrainError) and error.is_everywhere:
+        end_everywhere(error, engine.rank, engine.barrier)
+    engine.close()
 
 
 if __name__ == "__main__":

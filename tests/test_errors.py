@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, run_main
+from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, end_everywhere, run_main
 
 Main = Callable[[list[str]], None]
 
@@ -54,16 +54,6 @@ def test_what_is_not_foreseen_is_left_in_the_file_too(code_file: Path, error: Ba
     assert code_file.read_text() == f"{code}\n"
 
 
-def test_only_the_first_process_of_a_machine_writes(code_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run_main(raising(Stopped("x")), []) == 75
-    assert not code_file.exists()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("RANK", "8")
-    run_main(raising(Stopped("x")), [])
-    assert code_file.read_text() == "75\n"
-
-
 def test_a_file_that_cannot_be_written_changes_no_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,13 +69,44 @@ def test_the_real_command_leaves_it(code_file: Path) -> None:
     assert code_file.read_text() == "2\n"
 
 
-def test_a_lost_peer_leaves_its_exit_code_too_though_it_leaves_at_once(tmp_path: Path) -> None:
+def ended(raised: str, code_file: Path, **place: str) -> subprocess.CompletedProcess[str]:
+    """A process that a launcher started, with a library that does not survive the interpreter's end."""
     program = (
-        "from llmtrain.errors import PeerLostError, run_main\n"
-        "def main(_): raise PeerLostError('rank 1 is gone')\n"
+        "import atexit, os\n"
+        "from llmtrain.errors import *\n"
+        "atexit.register(os.abort)\n"
+        f"def main(_): {raised}\n"
+        "print('its output')\n"
         "run_main(main, [])"
     )
-    environment = {**os.environ, "LLMTRAIN_EXIT_CODE_FILE": str(tmp_path / "code")}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True)
-    assert done.returncode == 5
-    assert (tmp_path / "code").read_text() == "5\n"
+    environment = {**os.environ, "LLMTRAIN_EXIT_CODE_FILE": str(code_file), **place}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("raised", "code"), [
+    ("pass", 0), ("raise UserError('x')", 2), ("raise PeerLostError('rank 1 is gone')", 5), ("raise Stopped('x')", 75),
+])  # fmt: skip
+def test_a_launched_process_ends_with_its_exit_code_whatever_its_libraries_do(
+    code_file: Path, raised: str, code: int
+) -> None:
+    done = ended(raised, code_file, RANK="8", LOCAL_RANK="0")
+    assert (done.returncode, code_file.read_text(), done.stdout) == (code, f"{code}\n", "its output\n")
+    assert len(done.stderr.splitlines()) == (code != 0)
+
+
+def test_only_the_first_process_of_a_machine_writes(code_file: Path) -> None:
+    assert ended("raise Stopped('x')", code_file, RANK="1", LOCAL_RANK="1").returncode == 75
+    assert not code_file.exists()
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "llmtrain: saved\n"), (1, "")])
+def test_what_ends_all_ranks_is_said_and_left_before_any_of_them_goes(
+    code_file: Path, capsys: pytest.CaptureFixture[str], rank: int, said: str
+) -> None:
+    before: list[str] = []
+    error = Stopped("saved")
+    end_everywhere(error, rank, lambda: before.extend([capsys.readouterr().err, code_file.read_text()]))
+    assert before == [said, "75\n"]
+    assert run_main(raising(error), []) == 75
+    assert capsys.readouterr().err == ""  # once

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmtrain.config import make_config, resolve
 from llmtrain.engine import Engine, make_engine
+from llmtrain.errors import run_main
 from llmtrain.model.transformer import Transformer
 
 FIRST_STEPS = 2  # in which ZeRO-3 learns the order of modules
@@ -58,14 +59,14 @@ def step(engine: Engine, seq_len: int, accumulation: int) -> None:
     engine.step(lr=1e-3)
 
 
-def main(raw: dict[str, Any]) -> None:
+def main(argv: list[str]) -> None:
     count_tensors()
     engine = make_engine(timeout_s=120)
-    told = engine.gather(measure(engine, raw))
+    told = engine.gather(measure(engine, json.loads(argv[0])))
     if engine.rank == 0:
         print("MEASURED " + json.dumps(told), flush=True)
     engine.close()
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    sys.exit(run_main(main))
