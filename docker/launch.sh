@@ -28,6 +28,8 @@ if [ "$NNODES" -gt 1 ]; then
     rendezvous=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
                 --deepspeed_multinode_launcher standard)
 fi
+# When told to stop, torchrun would kill its ranks after 30 s; saving a large model takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 exec accelerate launch --config_file "launch/$LAUNCH.yaml" \
     --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * PROCESSES_PER_NODE))" \
     "${rendezvous[@]}" -m llmtrain.train "$@"

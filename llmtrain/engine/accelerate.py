@@ -1,13 +1,13 @@
 """One device, or data parallel over several processes (DDP), through Hugging Face Accelerate.
 
-Accelerate's own scaling of the loss and its gradient accumulation stay out of it: `backward` below is the one place
-that scales.
+Accelerate's own scaling of the loss and its gradient accumulation stay out of it: `forward_backward`
+below is the one place that scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +46,6 @@ class AccelerateEngine(Processes):
         self._model = self._accelerator.prepare_model(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require_float32(self._parameters)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[Transformer]:
-        """See `Engine`."""
-        self._bare.eval()
-        try:
-            with torch.no_grad():
-                yield self._bare
-        finally:
-            self._bare.train()
 
     def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
         """See `Engine`. DDP averages over ranks, so the sum over ranks needs the factor world_size.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -31,10 +31,6 @@ from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer
 
-deepspeed.utils.logger.setLevel(logging.WARNING)
-# DeepSpeed calls torch by names that torch is about to change, several times in each step.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-
 
 class DeepSpeedEngine(Processes):
     """See `Engine`."""
@@ -43,6 +39,9 @@ class DeepSpeedEngine(Processes):
     _model: Any = None  # until it is built
 
     def __init__(self, timeout_s: float):
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # DeepSpeed calls torch by names that torch is about to change, several times in each step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().__init__(timeout_s)
@@ -85,16 +84,6 @@ class DeepSpeedEngine(Processes):
         if isinstance(flat, FlatMuon):
             flat.bind(self._layout)
         require_float32(self._layout.flats)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[Transformer]:
-        """See `Engine`. Under stage 3 the model's own hooks gather its weights, so all ranks must call it alike."""
-        self._bare.eval()
-        try:
-            with torch.no_grad():
-                yield self._bare
-        finally:
-            self._bare.train()
 
     def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages over ranks, so the sum over ranks needs the factor world_size.

@@ -1,8 +1,10 @@
-"""What every engine has: its place among the processes, and what they tell each other."""
+"""What every engine has: its place among the processes, what they tell each other, and a model to look at."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
+from llmtrain.model.transformer import Transformer
 
 Value = TypeVar("Value")
 
@@ -27,6 +30,8 @@ class Processes:
     Raises:
         UserError: more processes on this machine than GPUs, or the other processes cannot be reached.
     """
+
+    _bare: Transformer  # since `build`: as it was made, without what the library wraps around it
 
     def __init__(self, timeout_s: float):
         on_gpu = torch.cuda.is_available()
@@ -69,6 +74,16 @@ class Processes:
         values: list[Value | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every place is filled now
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Transformer]:
+        """See `Engine`. Under ZeRO-3 the model's own hooks gather its weights, so all ranks must call it alike."""
+        self._bare.eval()
+        try:
+            with torch.no_grad():
+                yield self._bare
+        finally:
+            self._bare.train()
 
     def barrier(self) -> None:
         """See `Engine`."""

@@ -18,7 +18,7 @@ from llmtrain.config import OptimizerSection
 _ADJUST_LR = "match_rms_adamw"
 
 
-class Together(torch.optim.Optimizer):
+class Combined(torch.optim.Optimizer):
     """Several optimizers over disjoint parameters that look like one."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
@@ -74,7 +74,7 @@ def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Op
     """
     if config.name == "muon":
         muon, rest = muon_groups(model, config)
-        return Together([torch.optim.Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
+        return Combined([torch.optim.Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
     groups = parameter_groups(model)
     decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
     undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}

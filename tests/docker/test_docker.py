@@ -151,7 +151,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 def launch(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     recorder = tmp_path / "accelerate"
-    recorder.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    recorder.write_text('#!/bin/sh\nprintf "%s\\n" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"\n', encoding="utf-8")
     recorder.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     kept = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
@@ -167,7 +167,8 @@ def test_launch_on_several_nodes_counts_all_processes(tmp_path: Path) -> None:
         LAUNCH="single", NNODES="3", NODE_RANK="2", MASTER_ADDR="node0", PROCESSES_PER_NODE="4",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    words = result.stdout.splitlines()
+    patience_s, *words = result.stdout.splitlines()
+    assert patience_s == "300"
     options = dict(zip(words[1::2], words[2::2], strict=False))
     assert options["--num_processes"] == "12"
     assert (options["--num_machines"], options["--machine_rank"]) == ("3", "2")
