@@ -8,7 +8,7 @@ from torch import nn
 
 from llmtrain.config import make_config
 from llmtrain.model.transformer import Transformer
-from llmtrain.optim.optimizers import Together, make_optimizer
+from llmtrain.optim.optimizers import Combined, make_optimizer
 from tests.model.test_transformer import build
 
 
@@ -65,7 +65,7 @@ def test_muon_steps_matrices_like_torchs_muon_and_the_rest_like_adamw() -> None:
 def test_together_is_one_optimizer_to_whoever_looks() -> None:
     model = build()
     optimizer, _ = stepped(model, name="muon")
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, Combined)
     assert set(optimizer.state) == set(model.parameters())
     assert all(optimizer.state[p] for p in model.parameters())
     for group in optimizer.param_groups:
