@@ -203,6 +203,10 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).split()
         return Job(job_id, dict(word.split("=", 1) for word in words if "=" in word))
 
+    def is_idle(self) -> bool:
+        """Whether every node has ended what it was given, and has reported so."""
+        return set(self.run("sinfo", "--noheader", "--Node", "--format=%T").split()) == {"idle"}
+
     def wait(self, job_id: str, *states: str, timeout_s: float = 120) -> Job:
         """Wait until the job is in one of the states (default: any in which it is over)."""
         over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
