@@ -20,6 +20,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
 from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way
+from llmtrain.checkpoint.verifying import Choose, choose_together
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
@@ -46,7 +47,7 @@ class Run:
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
             self._early_warning(warning)
-        self.resumed_from = self._choose(resume)
+        self.resumed_from = self._choose(lambda check: choose_checkpoint(self.dir, resume, self._early_warning, check))
         self.progress = Progress()
         self._changes: list[str] = []
         self._restore(resume)
@@ -61,14 +62,9 @@ class Run:
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
-    def _choose(self, resume: str) -> CheckpointReader | None:
-        """Open the checkpoint to go on from: rank 0 chooses and verifies, the others take the same one."""
-        chosen = together(
-            self.engine,
-            lambda: choose_checkpoint(self.dir, resume, self._early_warning) if self.engine.rank == 0 else None,
-        )
-        folder = self.engine.gather(chosen and chosen.folder)[0]
-        return together(self.engine, lambda: chosen or (CheckpointReader(folder) if folder else None))
+    def _choose(self, choose: Choose) -> CheckpointReader | None:
+        """Open a checkpoint that rank 0 chooses; every rank checks a share of its hashes."""
+        return together(self.engine, lambda: choose_together(self.engine, choose, self.config.health.timeout_s))
 
     def _restore(self, resume: str) -> None:
         """Fill the engine from the checkpoint, or from the weights that the run is to start with."""
@@ -80,9 +76,9 @@ class Run:
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
         elif start:
-            self.engine.load(
-                together(self.engine, lambda: initial_weights(start, self.config, data)).read, optimizer=False
-            )
+            weights = self._choose(lambda check: initial_weights(start, self.config, data, check))
+            assert weights is not None
+            self.engine.load(weights.read, optimizer=False)
 
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""

@@ -158,7 +158,8 @@ class CheckpointReader:
     def __init__(self, folder: Path):
         self.folder = folder
         text = _read_text(folder / MANIFEST)
-        if hashlib.sha256(text.encode()).hexdigest() != _read_text(folder / MARKER).strip():
+        self.digest = hashlib.sha256(text.encode()).hexdigest()  # of the manifest, and so of the whole checkpoint
+        if self.digest != _read_text(folder / MARKER).strip():
             raise CorruptError(f"{folder / MANIFEST}: differs from the hash in {MARKER}")
         self.manifest = _parse(CheckpointManifest, folder / MANIFEST, text)
         for file in self.manifest.files:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtrain.checkpoint.format import CONFIG, CheckpointReader
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.store import committed_steps, find_checkpoint, newest_good, open_verified
+from llmtrain.checkpoint.store import OpenVerified, committed_steps, find_checkpoint, newest_good, open_verified
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import CorruptError, UserError
@@ -27,8 +27,10 @@ _FIXED = {
 _SILENT = {"run.dir", "run.name", "training.stop_after", "model.init_from", "data.workers", "data.path"}
 
 
-def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -> CheckpointReader | None:
-    """Open (and verify) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
+def choose_checkpoint(
+    run_dir: Path, resume: str, warn: Callable[[str], None], open_one: OpenVerified = open_verified
+) -> CheckpointReader | None:
+    """Open (by `open_one`) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
 
     With PATH the run branches off from another run, or goes back within this one. Once it has saved for itself, the
     same command goes on from there: a requeued job does not begin again and again.
@@ -43,9 +45,9 @@ def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -
         return None
     path = Path(resume)
     if resume == "auto" or path.resolve() == run_dir.resolve():
-        return newest_good(run_dir, warn)
+        return newest_good(run_dir, warn, open_one)
     if committed_steps(run_dir):
-        own = newest_good(run_dir, warn)
+        own = newest_good(run_dir, warn, open_one)
         if own and own.state().get("started_from") == str(path.resolve()):
             return own
         if path.resolve().parent != run_dir.resolve():
@@ -54,7 +56,7 @@ def choose_checkpoint(run_dir: Path, resume: str, warn: Callable[[str], None]) -
                 "--resume auto"
             )
     # A run folder means where it got to; its best, which the other verbs take, would throw steps away.
-    return newest_good(path, warn) if committed_steps(path) else open_verified(find_checkpoint(path))
+    return newest_good(path, warn, open_one) if committed_steps(path) else open_one(find_checkpoint(path))
 
 
 def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> Progress:
@@ -112,13 +114,15 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def initial_weights(path: str, config: RunConfig, data: Manifest) -> CheckpointReader:
+def initial_weights(
+    path: str, config: RunConfig, data: Manifest, open_one: OpenVerified = open_verified
+) -> CheckpointReader:
     """Open another run or checkpoint whose weights (only) start this run: `model.init_from`.
 
     Raises:
         UserError: its tokenizer or model is another one.
     """
-    reader = open_verified(find_checkpoint(Path(path)))
+    reader = open_one(find_checkpoint(Path(path)))
     check_tokenizer(reader, data)
     saved, now = saved_config(reader).model, config.model
     for key in _FIXED["model"]:

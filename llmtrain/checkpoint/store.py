@@ -24,6 +24,7 @@ from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, UserError
 
 LATEST, BEST, FINAL = "latest", "best", "final"
+OpenVerified = Callable[[Path], fmt.CheckpointReader]  # opens a checkpoint, every hash checked; else CorruptError
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 _RECORDS_GRACE_S = (
     10.0  # the same once a rank is lost: who is still there has nothing else to do than to write its file
@@ -102,7 +103,9 @@ def open_verified(folder: Path) -> fmt.CheckpointReader:
     return reader
 
 
-def newest_good(run_dir: Path, warn: Callable[[str], None]) -> fmt.CheckpointReader | None:
+def newest_good(
+    run_dir: Path, warn: Callable[[str], None], open_one: OpenVerified = open_verified
+) -> fmt.CheckpointReader | None:
     """The newest checkpoint whose every hash is right; damaged ones are passed over with a warning.
 
     Raises:
@@ -111,7 +114,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> fmt.CheckpointRea
     steps = committed_steps(run_dir)
     for step in reversed(steps):
         try:
-            return open_verified(step_folder(run_dir, step))
+            return open_one(step_folder(run_dir, step))
         except CorruptError as error:
             warn(f"{error}; going back to an older checkpoint")
     if steps:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
+from llmtrain.engine.rendezvous import is_exchange_failure
 from llmtrain.errors import LlmtrainError, UserError
 from llmtrain.observe.provenance import package_versions
 
@@ -30,6 +31,8 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except Exception as error:  # of whatever kind: the others must hear of it
+        if is_exchange_failure(error):
+            raise  # they cannot: it is them who are not heard
         failure = error
     failed_as: type[LlmtrainError] = type(failure) if isinstance(failure, LlmtrainError) else LlmtrainError
     text = str(failure) if isinstance(failure, LlmtrainError) else repr(failure)
