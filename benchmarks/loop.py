@@ -84,15 +84,14 @@ def main() -> None:
 
 def the_loop(parts: Assembly, steps: int) -> Callable[[], float]:
     """A function that takes `steps` steps of the real loop and returns the seconds."""
-    run = Run(parts, "never", Peers(parts.engine))
+    run = Run(parts, "never", Peers(parts.engine), StopSignals())
     run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
     def turn() -> float:
         run.total_steps = run.progress.step + steps
         began = time.perf_counter()
-        with StopSignals() as signals:
-            train(run, signals)
+        train(run)
         return time.perf_counter() - began
 
     return turn

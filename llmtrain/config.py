@@ -186,6 +186,7 @@ class HealthSection(Section):
     """How long to be patient."""
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0  # of an exchange between processes
+    grace_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 120.0  # from a signal to the end; null: any
 
 
 class RunConfig(Section):

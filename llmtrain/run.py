@@ -19,6 +19,7 @@ from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
+from llmtrain.checkpoint.saving import Saving
 from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way
 from llmtrain.checkpoint.verifying import Choose, choose_together
 from llmtrain.data.batches import Batch, batches, validation_batches
@@ -28,6 +29,7 @@ from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import together
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
+from llmtrain.health.stopping import StopDuringEvaluation, Stopping
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.files import replacing
 from llmtrain.observe.ledger import SampleLedger
@@ -42,7 +44,7 @@ from llmtrain.optim.schedule import make_schedule
 class Run:
     """Everything the loop talks to. Making one checks and writes nothing; `opened` claims the run folder."""
 
-    def __init__(self, parts: Assembly, resume: str, peers: Peers):
+    def __init__(self, parts: Assembly, resume: str, peers: Peers, signals: StopSignals):
         self.parts, self.config, self.engine, self.peers = parts, parts.config, parts.engine, peers
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
@@ -58,6 +60,8 @@ class Run:
         self.store = CheckpointStore(
             self.dir, self.config.checkpoint, self.config.to_yaml(), parts.data.manifest, parts.data.path
         )
+        self.saving = Saving(self.store, self.engine)
+        self.stopping = Stopping(self.engine, signals, self.config.health.grace_s)
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
@@ -130,7 +134,7 @@ class Run:
         return Observer(
             self.config,
             run_dir=self.dir,
-            resume_step=self.progress.step,
+            resume_step=self.progress.step - (self.progress.unfinished is not None),
             total_steps=self.total_steps,
             steps_per_epoch=self.parts.layout.steps_per_epoch(),
             header=describe(self.parts, self.total_steps),
@@ -155,22 +159,55 @@ class Run:
         """Whether something that happens every so many steps happens now; at the last step everything does."""
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.total_steps)
 
-    def validate(self) -> Validation | None:
-        """Evaluate on the validation split."""
+    def validate(self, epoch: int, grad_norm: torch.Tensor) -> Validation | None:
+        """Evaluate on the validation split.
+
+        Args:
+            epoch: of the last step; like the next, it is kept where a signal cuts the evaluation short.
+            grad_norm: of the last step.
+
+        Raises:
+            Stopped: told to stop; saved. The resumed run evaluates first.
+        """
         if self.parts.val is None:
             return None
         self.peers.progress(self.progress.step, "validation")
         layout, limit = self.parts.layout, self.config.training.eval_batches
         windows = validation_batches(self.parts.val, layout, limit and limit * layout.global_batch)
-        with self.meter.paused():
-            return validate(self.engine, windows, layout.micro_batch)
+        try:
+            with self.meter.paused():
+                return validate(self.engine, self._until_told(windows), layout.micro_batch)
+        except StopDuringEvaluation:
+            self.progress.unfinished = {"epoch": epoch, "grad_norm": grad_norm.item()}
+            raise self._stopped(str(self.stopping.reason)) from None
 
-    def log(self, batch: Batch, lr: float, grad_norm: torch.Tensor, val: Validation | None) -> None:
+    def unfinished(self) -> tuple[int, float, torch.Tensor]:
+        """Epoch, learning rate and gradient norm of the last step, which a signal kept from its evaluation."""
+        kept = self.progress.unfinished or {}
+        return (
+            kept["epoch"],
+            self.schedule(self.progress.step),
+            torch.tensor(kept["grad_norm"], device=self.engine.device),
+        )
+
+    def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for tokens in windows:
+            self.stopping.hear(self.store.has_failed)
+            if self.stopping.reason:
+                raise StopDuringEvaluation
+            self.ask()
+            yield tokens
+
+    def ask(self) -> None:
+        """Begin to ask all ranks whether one was told to stop or failed to save; `stop_if_told` takes the answer."""
+        self.stopping.ask(self.store.has_failed)
+
+    def log(self, epoch: int, lr: float, grad_norm: torch.Tensor, val: Validation | None) -> None:
         """Make the record of this step: the only place where the host waits for the device."""
         self.peers.progress(self.progress.step, "logging")
         record = self.meter.record(
             step=self.progress.step,
-            epoch=batch.epoch,
+            epoch=epoch,
             tokens=self.progress.tokens,
             lr=lr,
             grad_norm=grad_norm,
@@ -203,10 +240,18 @@ class Run:
         if not self.meter.is_finite():
             raise self._diverged("a loss or a gradient norm since the last record is not a number")
         self.peers.progress(self.progress.step, "saving")
+        self._settle()
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links)
+            if not self.config.checkpoint.async_save:
+                self._settle()
+
+    def _settle(self) -> None:
+        with self.meter.paused():
+            self.saving.settle(self.observer.warn)
+        self.stopping.has_save_failed = False
 
     def _report_saves(self) -> None:
         committed, warnings = self.store.news()
@@ -216,34 +261,39 @@ class Run:
         for warning in warnings:
             self.observer.warn(warning)
 
-    def _wait_for_saves(self) -> None:
-        self.store.wait()
+    def _save_for_good(self, *links: str) -> None:
+        with self.meter.paused():
+            self.saving.until_saved(lambda: self.save(*links), self.observer.warn)
         self._report_saves()
 
-    def stop_if_told(self, signals: StopSignals) -> None:
+    def stop_if_told(self) -> None:
         """Between two steps: obey a signal or `stop_after`, and notice a failed save.
 
         Raises:
             Stopped: told to stop; everything is saved.
-            UserError: a save behind the loop's back failed.
+            UserError: saving failed twice.
         """
         self._report_saves()
+        self.stopping.hear(self.store.has_failed)
         step, stop_after = self.progress.step, self.config.training.stop_after
-        # Ranks must agree; asking costs a sync, so several of them ask only where they wait for each other anyway.
-        asks = self.engine.world_size == 1 or step % self.config.logging.every == 0
-        if asks and self.engine.any(signals.received is not None):
-            reason = signals.received or "a signal on another rank"
-        elif stop_after and step >= stop_after:
-            reason = f"training.stop_after={stop_after}"
-        else:
-            return
+        if reason := self.stopping.reason:
+            raise self._stopped(reason)
+        if stop_after and step >= stop_after:
+            raise self._stopped(f"training.stop_after={stop_after}")
+        if self.stopping.has_save_failed:
+            self._settle()
+
+    def _stopped(self, reason: str) -> Stopped:
+        """Save; return what to raise."""
+        step = self.progress.step
         if not step:
-            raise Stopped(f"stopped by {reason} before the first step: nothing to save; the same command begins again")
-        self.save()
-        self._wait_for_saves()
+            return Stopped(f"stopped by {reason} before the first step: nothing to save; the same command begins again")
+        if warning := self.stopping.too_short_for(self.store.last_save_s):
+            self.observer.warn(warning)
+        self._save_for_good()
         # The launcher ends all ranks of a machine soon after the first one left; rank 0 must have committed by then.
         self.engine.barrier()
-        raise Stopped(f"stopped after step {step:,} by {reason}; saved; the same command goes on from there")
+        return Stopped(f"stopped after step {step:,} by {reason}; saved; the same command goes on from there")
 
     def has_stopped_improving(self) -> bool:
         """Whether early stopping ends the run."""
@@ -252,8 +302,8 @@ class Run:
 
     def finish(self) -> None:
         """Save as `final`, wait until it is on disk, and say how it went."""
-        self.save(FINAL)
-        self._wait_for_saves()
+        self.stopping.hear(self.store.has_failed)  # a signal changes nothing any more
+        self._save_for_good(FINAL)
         outcome = f"done: {self.progress.step:,} of {self.total_steps:,} steps"
         if self.has_stopped_improving():
             outcome += f", validation no better for {self.progress.evaluations_since_best} evaluations"
@@ -273,4 +323,5 @@ class Run:
             raise
         finally:
             self.store.join()  # the folder is ours until nothing writes in it
-            self.observer.close(f"ended after step {self.progress.step:,} of {self.total_steps:,}")
+            outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
+            self.observer.close(outcome, draws=self.stopping.has_time)

@@ -18,50 +18,59 @@ from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine, make_engine
-from llmtrain.errors import LlmtrainError, PeerLostError, end_everywhere, run_main
-from llmtrain.health.agreement import together
+from llmtrain.errors import run_main
+from llmtrain.health.agreement import leave, together
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
 
 
-def train(run: Run, signals: StopSignals) -> None:
+def train(run: Run) -> None:
     """Take optimizer steps until the run is done.
 
     Raises:
         Stopped: told to stop; saved.
         DivergedError: the loss is no longer a number.
         PeerLostError: another rank is gone, cut off or stuck.
-        UserError: a checkpoint could not be written.
+        UserError: checkpoints could not be written.
     """
     engine, progress, training = run.engine, run.progress, run.config.training
     stream = run.batches()
+    if progress.unfinished:  # a signal came while the last step was evaluated
+        conclude(run, *run.unfinished())
     while progress.step < run.total_steps and not run.has_stopped_improving():
         run.peers.progress(progress.step + 1, "data")
-        run.stop_if_told(signals)
+        run.stop_if_told()
         batch = next(stream)
         run.peers.progress(progress.step + 1, "forward, backward and update")
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
         loss_sum = accumulate(engine, batch, training.micro_batch_size)
+        run.ask()
         grad_norm = engine.step(lr)
         progress.advance(batch.end, batch.target_count)
         run.meter.add(loss_sum, grad_norm, batch.target_count)
         if run.ledger:
             run.ledger.write(progress.step, batch)
-
-        validation = run.validate() if run.due(training.eval_every) else None
-        is_best = validation is not None and progress.validated(validation.loss)
-        if validation or run.due(run.config.logging.every):
-            run.log(batch, lr, grad_norm, validation)
-        if run.due(training.sample_every):
-            run.sample()
-        if is_best:
-            run.save(BEST)
-        elif run.due(run.config.checkpoint.save_every):
-            run.save()
+        conclude(run, batch.epoch, lr, grad_norm)
     run.finish()
+
+
+def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
+    """Whatever is due after a step."""
+    training = run.config.training
+    validation = run.validate(epoch, grad_norm) if run.due(training.eval_every) else None
+    run.progress.unfinished = None
+    is_best = validation is not None and run.progress.validated(validation.loss)
+    if validation or run.due(run.config.logging.every):
+        run.log(epoch, lr, grad_norm, validation)
+    if run.due(training.sample_every):
+        run.sample()
+    if is_best:
+        run.save(BEST)
+    elif run.due(run.config.checkpoint.save_every):
+        run.save()
 
 
 def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
@@ -117,26 +126,17 @@ def main(argv: list[str]) -> None:
         lock = RunLock(Path(config.run.dir))
         at_the_end.callback(lock.release)
         engine = make_engine(config.health.timeout_s)
-        at_the_end.push(lambda _, error, __: close(engine, error))
+        at_the_end.push(lambda _, error, __: leave(engine, error))
         peers = at_the_end.enter_context(Peers(engine))
         at_the_end.enter_context(peers.watched())
         if not args.dry_run:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
-        run = Run(assemble(config, engine), args.resume, peers)
+        run = Run(assemble(config, engine), args.resume, peers, signals)
         if args.dry_run:
             dry_run(run)
         else:
             with run.opened(lock):
-                train(run, signals)
-
-
-def close(engine: Engine, error: BaseException | None) -> None:
-    """End the engine; not where a rank is lost, for closing is an exchange too and may wait for it."""
-    if isinstance(error, PeerLostError):
-        return
-    if isinstance(error, LlmtrainError) and error.is_everywhere:
-        end_everywhere(error, engine.rank, engine.barrier)
-    engine.close()
+                train(run)
 
 
 if __name__ == "__main__":

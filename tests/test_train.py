@@ -29,6 +29,7 @@ from llmtrain.config import load_config, make_config
 from llmtrain.engine import make_engine
 from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError
 from llmtrain.health.peers import Peers
+from llmtrain.health.signals import StopSignals
 from llmtrain.observe.validation import Validation
 from llmtrain.run import Run
 from llmtrain.train import main
@@ -229,7 +230,7 @@ def test_the_host_reads_nothing_between_logging_steps(
     reads: list[int] = []
     with HostReads() as reading:
 
-        def step_begins(launch: Run, _signals: object) -> None:
+        def step_begins(_launch: Run) -> None:
             reads.append(reading.count)
 
         monkeypatch.setattr(Run, "stop_if_told", step_begins)
@@ -321,7 +322,8 @@ def test_every_validation_window_counts_once(config_dict: Config) -> None:
     """1,500 tokens, windows of 64: 23 windows, also when training windows overlap and the last batch is short."""
     config = merged(config_dict, training={"micro_batch_size": 4}, data={"stride": 10})
     with closing(make_engine(60.0)) as engine, Peers(engine) as peers:
-        validation = Run(assemble(make_config(config), engine), "never", peers).validate()
+        launch = Run(assemble(make_config(config), engine), "never", peers, StopSignals())
+        validation = launch.validate(0, torch.zeros(()))
     assert validation is not None
     assert validation.tokens == 23 * 64
     assert validation.loss == pytest.approx(math.log(29), abs=0.1)

@@ -19,7 +19,8 @@ class Progress:
     evaluations_since_best: int = 0
     launches: int = 0  # how often the run was started or resumed
     started_from: str | None = None  # what `--resume PATH` named, where the run branched off or was rewound
-    meter: dict[str, float] = field(default_factory=dict)  # sums since the last record
+    meter: dict[str, Any] = field(default_factory=dict)  # sums since the last record
+    unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
 
     def advance(self, position: int, targets: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import platform
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
-from llmtrain.errors import CorruptError, UserError
+from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
 LATEST, BEST, FINAL = "latest", "best", "final"
 OpenVerified = Callable[[Path], fmt.CheckpointReader]  # opens a checkpoint, every hash checked; else CorruptError
@@ -149,8 +151,22 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             leftover.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a rank tells the others of its part in a save."""
+
+    is_over: bool
+    failure: str | None = None
+    is_bug: bool = False  # not of the file system: nobody foresaw it
+    is_consequence: bool = False  # of another rank's failure
+
+
+class _GivenUpError(OSError):
+    """A save that waited in vain for another rank's part."""
+
+
 class CheckpointStore:
-    """Saves checkpoints of one run. All ranks call `save` at the same step; rank 0 commits."""
+    """Saves checkpoints of one run. All ranks call `save` and `settle` at the same steps; rank 0 commits."""
 
     def __init__(self, run_dir: Path, config: CheckpointSection, config_yaml: str, data: Manifest, data_path: Path):
         self.run_dir = run_dir
@@ -164,63 +180,106 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._give_up_at = math.inf
+        self._is_given_up = threading.Event()
         self._committed: list[Path] = []
         self._warnings: list[str] = []
+        self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
     def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
-        """Copy the training state to host memory and write it, behind the loop's back where `async_save` is on.
+        """Copy the training state to host memory and begin to write it; the save before must be settled.
 
         Args:
             engine: whose fragments are saved.
             state: everything else, JSON-ready; `state["step"]` names the folder.
             links: pointers (`best`, `final`) to set beside `latest` once the checkpoint is committed.
-
-        Raises:
-            UserError: this or the previous save failed (disk full, folder not writable).
         """
-        self.wait()
+        assert self._thread is None, "the save before is not settled"
+        began = time.monotonic()
         step = int(state["step"])
         folder = step_folder(self.run_dir, step)
         # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so what this
         # launch saved is remembered and not looked up.
         is_new = step != self._saved_step and not fmt.is_committed(folder)
         self._saved_step = step
+        self._is_given_up.clear()
         fragments = [_to_host(fragment) for fragment in engine.fragments()] if is_new else None
-        job = threading.Thread(target=self._write, args=(engine, folder, fragments, state, links), name=f"save-{step}")
-        self._thread = job
-        job.start()
-        if not self._config.async_save:
-            self.wait()
+        arguments = (engine, fragments, state, links, began)
+        self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
+        self._thread.start()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save was begun and is not settled; alike on all ranks."""
+        return self._thread is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows already that the save under way failed."""
+        return self._error is not None
+
+    def settle(self, engine: Engine) -> str | None:
+        """Wait, with all ranks, until the save under way is over, however long it takes.
+
+        A rank that failed makes the others give up: rank 0 would wait in vain for its file.
+
+        Returns:
+            why it failed, alike on all ranks; None: it did not, or there was none.
+
+        Raises:
+            Exception: a bug in saving, on the rank that has it; LlmtrainError on the others.
+        """
+        if self._thread is None:
+            return None
+        wait_s = 0.0
+        while True:  # in rounds, each of which is far shorter than the timeout of an exchange
+            self._thread.join(wait_s)
+            told = engine.gather(self._tell(engine.rank))
+            failed = [one for one in told if one.failure]
+            if failed:
+                self._is_given_up.set()
+            if all(one.is_over for one in told):
+                break
+            wait_s = min(2 * wait_s + 0.01, 1.0)
+        error, self._error, self._thread = self._error, None, None
+        if not failed:
+            return None
+        self._saved_step = self._clean_up(engine)
+        if any(one.is_bug for one in failed):
+            if error and not isinstance(error, OSError):
+                raise error
+            raise LlmtrainError(next(one.failure for one in failed if one.is_bug))
+        return min(failed, key=lambda one: one.is_consequence).failure
+
+    def _tell(self, rank: int) -> _Told:
+        assert self._thread is not None
+        is_over, error = not self._thread.is_alive(), self._error  # in this order
+        if error is None:
+            return _Told(is_over)
+        is_bug = not isinstance(error, OSError)
+        reason = repr(error) if is_bug else getattr(error, "strerror", None) or str(error)
+        place = f" (rank {rank} on {platform.node()})" if rank else ""
+        text = f"{self.run_dir}: {self._thread.name} failed: {reason}{place}"
+        return _Told(is_over, text, is_bug, isinstance(error, _GivenUpError))
+
+    def _clean_up(self, engine: Engine) -> int | None:
+        """Make room for the next try, now that no rank writes any more; return the step if it was committed."""
+        folder = step_folder(self.run_dir, self._saved_step or 0)
+        is_saved = fmt.is_committed(folder)
+        if engine.rank == 0 and not is_saved:
+            shutil.rmtree(folder, ignore_errors=True)
+        return self._saved_step if engine.gather(is_saved)[0] else None
 
     def hurry(self) -> None:
         """A rank is lost: a save that is under way waits for the others' files for a short while only."""
         self._give_up_at = time.monotonic() + _RECORDS_GRACE_S
 
     def join(self) -> None:
-        """Wait for a save that is under way, however it ends."""
+        """Wait for this rank's part of a save that is under way, however it ends."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-
-    def wait(self) -> None:
-        """Wait for a save that is under way; raise what went wrong in it."""
-        self.join()
-        error, self._error = self._error, None
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.run_dir}: saving failed: {error.strerror or error}; earlier checkpoints are intact"
-            ) from error
-        if error is not None:
-            raise error
 
     def news(self) -> tuple[list[Path], list[str]]:
-        """The checkpoints that were committed since this was last asked, and what to warn of.
-
-        Raises:
-            UserError: a save behind the loop's back failed.
-        """
-        if self._error:
-            self.wait()
+        """The checkpoints that were committed since this was last asked, and what to warn of."""
         committed, self._committed = self._committed, []
         warnings, self._warnings = self._warnings, []
         return committed, warnings
@@ -228,25 +287,26 @@ class CheckpointStore:
     def _write(
         self,
         engine: Engine,
-        folder: Path,
         fragments: list[Fragment] | None,
         state: dict[str, Any],
         links: tuple[str, ...],
+        began: float,
     ) -> None:
         """What the thread does: write this rank's part; on rank 0 also commit, link, and delete what is not kept."""
+        folder = step_folder(self.run_dir, int(state["step"]))
         try:
             if fragments is not None:
                 folder.mkdir(parents=True, exist_ok=True)
+                require_room(folder, sum(fragment.values.nbytes for fragment in fragments) * engine.world_size)
                 fmt.write_rank(folder, engine.rank, fragments)
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
                     self._committed.append(folder)
+                self.last_save_s = time.monotonic() - began
             if engine.rank == 0:
                 self._link(folder, links)
-        except Exception as error:  # of whatever kind: it is raised in the loop, by `wait`
+        except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
-            if engine.rank == 0 and not fmt.is_committed(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # room for the next try
             return
         if engine.rank == 0:
             self._retain()
@@ -280,8 +340,9 @@ class CheckpointStore:
         """Wait until other ranks' files are there; the file system is all that a background thread may share."""
         began = time.monotonic()
         while missing := [path for path in paths if not path.exists()]:
-            if time.monotonic() > min(began + _RECORDS_TIMEOUT_S, self._give_up_at):
-                raise TimeoutError(0, f"{missing[0]} did not appear within {time.monotonic() - began:.0f} s")
+            too_late = time.monotonic() > min(began + _RECORDS_TIMEOUT_S, self._give_up_at)
+            if too_late or self._is_given_up.is_set():
+                raise _GivenUpError(0, f"{missing[0]} did not appear within {time.monotonic() - began:.0f} s")
             time.sleep(0.01)
 
     def _link(self, folder: Path, links: tuple[str, ...]) -> None:
@@ -307,6 +368,18 @@ class CheckpointStore:
                     shutil.rmtree(folder)
                 except OSError as error:
                     self._warnings.append(f"{folder}: no longer kept, but cannot be deleted: {error.strerror or error}")
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what does not fit: a disk that is full even for a moment would fail the run's other files.
+
+    Raises:
+        OSError: less than `needed` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:,.1f} MB are free, a checkpoint takes {needed / 1e6:,.1f}"
+        raise OSError(errno.ENOSPC, reason)
 
 
 def _to_host(fragment: Fragment) -> Fragment:

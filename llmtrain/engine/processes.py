@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
@@ -48,10 +49,12 @@ class Processes:
             # Precision is ours: `Engine.build` sets it, the same for all engines.
             self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
             self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
+            self._side = SideChannel(timeout_s) if self._accelerator.num_processes > 1 else None
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.compiles_well: bool = self.device.type == "cuda"
+        self._asked: tuple[bool, ...] = ()
 
     def sum(self, values: Tensor) -> Tensor:
         """See `Engine`."""
@@ -66,6 +69,16 @@ class Processes:
         if self.world_size == 1:
             return flag  # without waiting for the device
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def ask(self, *flags: bool) -> None:
+        """See `Engine`."""
+        self._asked = flags
+        if self._side:
+            self._side.ask(flags)
+
+    def hear(self) -> tuple[bool, ...]:
+        """See `Engine`."""
+        return self._side.hear() if self._side else self._asked
 
     def gather(self, value: Value) -> list[Value]:
         """See `Engine`."""

@@ -84,6 +84,12 @@ class Engine(Protocol):
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: a decision that all ranks share."""
 
+    def ask(self, *flags: bool) -> None:
+        """Begin to find out whether any rank has each of the flags set; neither the host nor the device waits."""
+
+    def hear(self) -> tuple[bool, ...]:
+        """The answer to the last `ask`, alike on all ranks; the host waits for ranks that have not asked yet."""
+
     def gather(self, value: Value) -> list[Value]:
         """The small picklable values of all ranks, in their order, on every rank."""
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import LlmtrainError, UserError
+from llmtrain.errors import LlmtrainError, PeerLostError, UserError, end_everywhere
 from llmtrain.observe.provenance import package_versions
 
 Result = TypeVar("Result")
@@ -47,6 +47,15 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
         ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
         message += f" ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)"
     raise _everywhere(kind(message))
+
+
+def leave(engine: Engine, error: BaseException | None) -> None:
+    """End the engine; not where a rank is lost, for closing is an exchange too and may wait for it."""
+    if isinstance(error, PeerLostError):
+        return
+    if isinstance(error, LlmtrainError) and error.is_everywhere:
+        end_everywhere(error, engine.rank, engine.barrier)
+    engine.close()
 
 
 def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.received_at: float | None = None  # time.monotonic()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,4 +31,5 @@ class StopSignals:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.received_at = self.received_at or time.monotonic()
         self.received = signal.Signals(number).name

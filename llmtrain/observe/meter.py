@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -78,14 +79,16 @@ class Meter:
         """Whether every loss since the last record and every gradient norm of this launch was a number."""
         return math.isfinite(self._engine.sum(self._loss_sum + self._gradient_fault).item())
 
-    def state(self) -> dict[str, float]:
-        """The sums of an unfinished interval, over all ranks, exact in JSON."""
-        return {"loss_sum": self._engine.sum(self._loss_sum).item(), "targets": self._targets}
+    def state(self) -> dict[str, Any]:
+        """The sums of an unfinished interval, exact in JSON; one for each rank, for float32 sums know an order."""
+        return {"loss_sums": self._engine.gather(self._loss_sum.item()), "targets": self._targets}
 
-    def load_state(self, state: dict[str, float]) -> None:
-        """Go on with an unfinished interval; rank 0 carries the sum of all."""
-        if state and self._engine.rank == 0:
-            self._loss_sum.fill_(state["loss_sum"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with an unfinished interval; on another number of ranks, rank 0 carries the sum of all."""
+        sums = state.get("loss_sums", [state.get("loss_sum", 0.0)])
+        if len(sums) != self._engine.world_size:
+            sums = [sum(sums)] + [0.0] * (self._engine.world_size - 1)
+        self._loss_sum.fill_(sums[self._engine.rank])
         self._targets = int(state.get("targets", 0))
 
 

@@ -48,7 +48,7 @@ class NullObserver:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Have nothing to go on from."""
 
-    def close(self, outcome: str) -> None:
+    def close(self, outcome: str, draws: bool = True) -> None:
         """Have nothing to close."""
 
 
@@ -148,8 +148,8 @@ class Observer(NullObserver):
         """Go on from a `state()`."""
         self._watch.load(state.get("watch", {}))
 
-    def close(self, outcome: str) -> None:
-        """Finish all files, draw the last plots, and say how the run ended and where its curves are.
+    def close(self, outcome: str, draws: bool = True) -> None:
+        """Finish all files, draw the last plots where there is time, say how the run ended and where its curves are.
 
         To be called however the run ends. Never raises, so that a full disk cannot hide why the run ended; a second
         call does nothing.
@@ -160,7 +160,7 @@ class Observer(NullObserver):
         self._attempt("the last records could not be written", self._metrics.close)
         if self._samples:
             self._attempt("the last samples could not be written", self._samples.close)
-        if self._plotter:
+        if self._plotter and draws:
             self._attempt("the plots could not be drawn", self._plotter.draw)
         self._to_sinks(lambda sink: sink.close())
         curves = "".join(f"\ncurves: {path}" for path in self._plotter.pictures) if self._plotter else ""

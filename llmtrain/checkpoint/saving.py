@@ -1,0 +1,57 @@
+"""What happens when a save fails: once, the run goes on and tries again; twice in a row, it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.engine import Engine
+from llmtrain.errors import UserError
+
+
+class Saving:
+    """Counts failures in a row, alike on all ranks, which call each method at the same step."""
+
+    def __init__(self, store: CheckpointStore, engine: Engine):
+        self._store, self._engine = store, engine
+        self._failures = 0
+
+    def settle(self, warn: Callable[[str], None], forgiven: int = 1) -> bool:
+        """Wait for the save under way, if there is one; return whether all is well.
+
+        Args:
+            warn: tells the user.
+            forgiven: so many failures in a row cost only a warning.
+
+        Raises:
+            UserError: one more save in a row failed.
+        """
+        if not self._store.is_under_way:
+            return True
+        failure = self._store.settle(self._engine)
+        if failure is None:
+            self._failures = 0
+            return True
+        self._failures += 1
+        if self._failures > forgiven:
+            error = UserError(
+                f"{failure}; the second save in a row that failed; earlier checkpoints are intact: mend it, and the "
+                "same command goes on from the last of them"
+            )
+            error.is_everywhere = True
+            raise error
+        warn(f"{failure}; earlier checkpoints are intact; the run tries again at the next save")
+        return False
+
+    def until_saved(self, save: Callable[[], None], warn: Callable[[str], None]) -> None:
+        """Save and wait until it is on disk; where that fails, try once more.
+
+        Raises:
+            UserError: that failed too.
+        """
+        self.settle(warn, forgiven=2)  # whatever became of the one before, this one has its two tries
+        self._failures = 0
+        for _ in range(2):
+            save()
+            if self.settle(warn):
+                return

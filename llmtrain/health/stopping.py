@@ -1,0 +1,64 @@
+"""All ranks stop at the same place, though the signal may reach only one of them.
+
+A rank asks all others by an exchange of two bytes over the CPU. It is begun at one place of the loop (before the
+update; between two micro-batches of an evaluation) and its answer is taken at the next (before the next step or
+micro-batch), so nobody waits for a device and hardly for each other, and every rank takes the same answers in the same
+order.
+"""
+
+from __future__ import annotations
+
+import time
+
+from llmtrain.engine import Engine
+from llmtrain.health.signals import StopSignals
+
+
+class StopDuringEvaluation(Exception):  # noqa: N818 -- not an error; never leaves the run
+    """Told to stop between two micro-batches of an evaluation; raised on all ranks at the same one."""
+
+
+class Stopping:
+    """What all ranks have agreed on so far. All call `ask` and `hear` at the same places."""
+
+    def __init__(self, engine: Engine, signals: StopSignals, grace_s: float | None):
+        self._engine, self._signals, self._grace_s = engine, signals, grace_s
+        self._is_asked = False
+        self._heard_at = 0.0
+        self.reason: str | None = None  # told to stop, by this signal
+        self.has_save_failed = False  # on some rank; whoever deals with it sets it back
+
+    def ask(self, save_failed: bool) -> None:
+        """Begin to ask whether any rank was told to stop, or knows of a failed save."""
+        self._engine.ask(self._signals.received is not None, save_failed)
+        self._is_asked = True
+
+    def hear(self, save_failed: bool) -> None:
+        """Take the answer; where nothing was asked, ask now."""
+        if not self._is_asked or self._engine.world_size == 1:  # one rank need not be content with an older answer
+            self.ask(save_failed)
+        self._is_asked = False
+        is_told, has_failed = self._engine.hear()
+        self.has_save_failed |= has_failed
+        if is_told and self.reason is None:
+            self.reason = self._signals.received or "a signal on another rank"
+            self._heard_at = self._signals.received_at or time.monotonic()
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there is time for what may as well be left undone: no signal yet, or most of the grace is left."""
+        if self.reason is None or self._grace_s is None:
+            return True
+        return time.monotonic() - self._heard_at < self._grace_s / 2
+
+    def too_short_for(self, save_s: float) -> str | None:
+        """What to warn of, where a save that takes `save_s` will probably not fit into what is left of the grace."""
+        if self.reason is None or self._grace_s is None:
+            return None
+        left_s = self._grace_s - (time.monotonic() - self._heard_at)
+        if save_s <= left_s:
+            return None
+        return (
+            f"the last save took {save_s:.1f} s, and {max(left_s, 0):.1f} s are left of health.grace_s="
+            f"{self._grace_s:g}; what sent {self.reason} may end this process before it has saved"
+        )
