@@ -1,0 +1,114 @@
+"""kill -9 at every moment of a launch: the same command goes on by itself, from the last commit, to the same files.
+
+LLMTRAIN_LONG_TESTS=1 tries every deed of a whole launch on its run folder (torn writes included) and 200 random
+moments, without it a part of them that is spread evenly.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from llmtrain.checkpoint.store import committed_steps
+from llmtrain.health.peers import PHASES
+from tests.faults.conftest import (
+    Config,
+    Launcher,
+    assert_as_undisturbed,
+    config_of,
+    contents,
+    copied,
+    last_commit,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
+DIED = -9
+
+
+def distinct(events: list[str]) -> list[int]:
+    """The numbers, from 1, of the deeds worth a try: of the many writes of tensors into one file, three."""
+    runs: list[list[int]] = []
+    for number, event in enumerate(events, start=1):
+        if runs and event.startswith("write") and events[runs[-1][0] - 1] == event:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return sorted({number for run in runs for number in (run[0], run[len(run) // 2], run[-1])})
+
+
+def spread(numbers: list[int], count: int) -> list[int]:
+    """All in the long form, otherwise `count` of them."""
+    return numbers if LONG else [numbers[i * len(numbers) // count] for i in range(count)]
+
+
+def goes_on(launcher: Launcher, config: Config, committed: int, undisturbed: Path) -> None:
+    """The same command goes on from what was committed when the process was killed, and ends as if nothing had been."""
+    run_dir = Path(config["run"]["dir"])
+    found = last_commit(run_dir)
+    assert found >= committed
+    ended = launcher.train(config)
+    assert ended.code == 0, ended.err
+    assert (f"after step {found}\n" in ended.out) == bool(found), ended.out
+    assert "Traceback" not in ended.err
+    assert_as_undisturbed(run_dir, undisturbed)
+
+
+def test_at_every_change_of_the_run_folder(
+    launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path, begun: Path
+) -> None:
+    """Opening a run that goes on, logging, saving (each file of it), linking, deleting, ending."""
+    config = config_of(data, tmp_path / "run")
+    events = launcher.events(config_of(data, copied(begun, tmp_path / "counted")))
+    assert sum("COMMITTED" in event for event in events) == 8  # two saves: opened, written, synced; two deletions
+    tries = spread(distinct(events), 26)
+    for number in tries:
+        copied(begun, tmp_path / "run")
+        assert launcher.train(config, event=number).code == DIED, events[number - 1]
+        goes_on(launcher, config, 4, undisturbed)
+    assert len(tries) >= (150 if LONG else 20)
+
+
+def test_before_the_first_checkpoint(launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """From an empty folder to the end of the first save: there is nothing to lose, and nothing in the way."""
+    events = launcher.events(config_of(data, tmp_path / "counted"))
+    first = next(index for index, event in enumerate(events) if event.startswith("write") and "COMMITTED" in event)
+    for number in spread(distinct(events[: first + 1]), 6):
+        config = config_of(data, tmp_path / str(number))
+        assert launcher.train(config, event=number).code == DIED, events[number - 1]
+        goes_on(launcher, config, 0, undisturbed)
+
+
+def test_at_random_moments_of_every_phase_again_and_again(
+    launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Each launch is killed where the one before left off, until one gets to the end; saves are in the background."""
+    dice, moments = random.Random(0), 200 if LONG else 12
+    killed = ended = launches = 0
+    while killed < moments:
+        launches += 1
+        assert launches <= 4 * moments, "most launches got to the end before their moment came"
+        config = config_of(data, tmp_path / f"run-{ended}", async_save=True)
+        run_dir = Path(config["run"]["dir"])
+        before = committed_steps(run_dir)
+        phase = dice.choice(PHASES)
+        delay_s = dice.random() * (0.3 if phase == PHASES[0] else 0.03)
+        launch = launcher.train(config, phase=phase, nth=dice.randint(1, 2), delay_s=delay_s)
+        assert launch.code in (DIED, 0), launch.err
+        assert last_commit(run_dir) >= max(before, default=0)
+        if launch.code == DIED:
+            killed += 1
+        else:
+            assert_as_undisturbed(run_dir, undisturbed)
+            ended += 1
+    goes_on(launcher, config, 0, undisturbed)
+
+
+def test_the_run_that_is_compared_with_is_a_whole_one(undisturbed: Path, begun: Path) -> None:
+    """What the others compare with has all that a run writes, and going on from the half is not the whole."""
+    assert committed_steps(undisturbed) == [8] and committed_steps(begun) == [4]
+    names = set(contents(undisturbed))
+    assert names >= {"metrics.jsonl", "samples.jsonl", "samples-rank00000.jsonl", "best", "latest", "final"}
