@@ -20,8 +20,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +51,16 @@ class TensorInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     shape: tuple[int, ...]
     fragments: tuple[tuple[str, int, int], ...]  # (file, start, numel) in the flattened tensor
+
+    def check(self, where: str) -> None:
+        """Raise CorruptError unless the fragments hold every value exactly once: a gap would be read as any number."""
+        reached = 0
+        for _, start, numel in sorted(self.fragments, key=itemgetter(1, 2)):
+            if start != reached or numel < 0:
+                raise CorruptError(f"{where} has a gap or an overlap at value {min(start, reached)}")
+            reached += numel
+        if reached != math.prod(self.shape):
+            raise CorruptError(f"{where} has {reached} of {math.prod(self.shape)} values")
 
 
 class RankRecord(BaseModel):
@@ -189,6 +201,8 @@ class CheckpointReader:
                 for name, info in _parse(RankRecord, path, _read_text(path)).tensors.items():
                     before = joined[name].fragments if name in joined else ()
                     joined[name] = TensorInfo(shape=info.shape, fragments=before + info.fragments)
+            for name, info in joined.items():
+                info.check(f"{self.folder}: '{name}'")
             self._tensors = joined
         return self._tensors
 
@@ -201,16 +215,25 @@ class CheckpointReader:
             raise UserError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
         begin, end = wanted.start, wanted.start + wanted.values.numel()
         values = torch.empty(end - begin, dtype=wanted.values.dtype)
-        filled = 0
         for file, start, numel in info.fragments:
             low, high = max(begin, start), min(end, start + numel)
             if low < high:
-                saved = self._mapped(file).get_slice(f"{wanted.name}@{start}")
+                saved = self._saved(file, f"{wanted.name}@{start}", numel)
                 values[low - begin : high - begin] = saved[low - start : high - start]
-                filled += high - low
-        if filled != end - begin:
-            raise CorruptError(f"{self.folder}: '{wanted.name}' has gaps: {filled} of {end - begin} values found")
         return values
+
+    def _saved(self, file: str, key: str, numel: int) -> Any:
+        """One fragment, to be sliced before it is read."""
+        from safetensors import SafetensorError
+
+        try:
+            saved = self._mapped(file).get_slice(key)
+        except SafetensorError as error:
+            raise CorruptError(f"{self.folder / file}: is not what its record says: {error}") from error
+        if saved.get_shape() != [numel]:
+            shape = saved.get_shape()
+            raise CorruptError(f"{self.folder / file}: '{key}' has shape {shape}, its record says [{numel}]")
+        return saved
 
     def _mapped(self, file: str) -> Any:
         """The memory-mapped safetensors file, opened once."""

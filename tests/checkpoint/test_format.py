@@ -115,9 +115,19 @@ def test_what_does_not_fit_is_refused_with_a_reason(tmp_path: Path) -> None:
         reader.read(Fragment("model/none", (1,), 0, torch.empty(1)))
     with pytest.raises(UserError, match=r"has shape \(3, 5\), the run wants \(5, 3\)"):
         reader.read(Fragment("model/a", (5, 3), 0, torch.empty(15)))
-    gap = [Fragment("model/w", (10,), 0, torch.zeros(4)), Fragment("model/w", (10,), 6, torch.zeros(4))]
-    reader = fmt.CheckpointReader(write(tmp_path / "b", [[fragment] for fragment in gap]))
-    with pytest.raises(CorruptError, match="gaps: 8 of 10"):
+
+
+@pytest.mark.parametrize(("slices", "reason"), [
+    ([(0, 4), (6, 4)], "gap or an overlap at value 4"), ([(0, 5), (0, 5)], "gap or an overlap at value 0"),
+    ([(0, 4), (4, 4)], "has 8 of 10 values"), ([(0, 10), (0, 10)], "gap or an overlap"), ([(2, 8)], "at value 0"),
+])  # fmt: skip
+def test_fragments_that_are_not_the_whole_tensor_are_refused(
+    tmp_path: Path, slices: list[tuple[int, int]], reason: str
+) -> None:
+    """Also where they have as many values as it: what is in none of them would be whatever lay in memory."""
+    ranks = [[Fragment("model/w", (10,), start, torch.zeros(numel))] for start, numel in slices]
+    reader = fmt.CheckpointReader(write(tmp_path / "c", ranks))
+    with pytest.raises(CorruptError, match=reason):
         reader.read(Fragment("model/w", (10,), 0, torch.empty(10)))
 
 
