@@ -103,7 +103,7 @@ class Run:
         together(self.engine, self._require_shared_folder)
         self.observer.load_state(self.progress.observer)
         if self.config.logging.sample_ledger:
-            self.ledger = SampleLedger(self.dir, self.engine.rank, self.progress.step, self.config.run.seed)
+            self.ledger = SampleLedger(self.dir, self.engine, self.progress.step, self.config.run.seed)
         if self.resumed_from:
             self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
         for line in self._changes:
