@@ -86,6 +86,7 @@ class Run:
 
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
+        self.parts.data.check_tokenizer()  # or the damage would go into every checkpoint, under a right hash
         self._tokenizer = load_tokenizer(self.parts.data.path / TOKENIZER_FOLDER)
         prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
         self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]

@@ -264,6 +264,11 @@ class TokenDataset:
             self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.tokenizer.vocab_size
         )
 
+    def check_tokenizer(self) -> None:
+        """Raise CorruptError if the tokenizer's files, which are small, are not those that the ids were made with."""
+        for problem in verify_files(self.path, list(self.manifest.tokenizer.files)):
+            raise CorruptError(f"{problem}; prepare the data again")
+
     def check(self) -> None:
         """Raise CorruptError for any damage that can be seen without reading the files."""
         for file in self.manifest.files():
