@@ -6,6 +6,8 @@ table) and `training_metrics.json` (five arrays for a quick plot) are views of i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,30 +28,46 @@ class MetricsLog:
         Raises:
             UserError: the disk is full or the folder read-only, here and in every method.
         """
+        self.was_there = (run_dir / RECORDS).exists()
+        self._digest = hashlib.sha256()
         self._arrays = _ArraysFile(run_dir / ARRAYS)
+
+        def take(row: Mapping[str, Number]) -> None:
+            self._count(row)
+            self._arrays.append(row)
+
         if csv:
             with replacing(run_dir / TABLE) as table:
 
                 def keep(row: Mapping[str, Number]) -> None:
-                    self._arrays.append(row)
+                    take(row)
                     table.write(f"{_table_line(row)}\n".encode())
 
                 table.write(f"{','.join(COLUMNS)}\n".encode())
                 rewind(run_dir / RECORDS, resume_step, keep)
         else:
-            rewind(run_dir / RECORDS, resume_step, self._arrays.append)
+            rewind(run_dir / RECORDS, resume_step, take)
         self._arrays.write()
         self._records = LineAppender(run_dir / RECORDS)
         self._table = LineAppender(run_dir / TABLE) if csv else None
 
     def log(self, record: Record) -> None:
         """Append one record; `training_metrics.json` follows at once or a little later, see `_ArraysFile`."""
-        self._records.append(record.to_json())
+        line = record.to_json()
+        self._records.append(line)
+        self._count(json.loads(line))
         row = record.row()
         if self._table:
             self._table.append(_table_line(row))
         self._arrays.append(row)
         self._arrays.write_if_grown()
+
+    def digest(self) -> str:
+        """SHA-256 over all records so far: what a checkpoint remembers of the file, which has no hash of its own."""
+        return self._digest.hexdigest()
+
+    def _count(self, row: Mapping[str, Number]) -> None:
+        self._digest.update(json.dumps(row).encode())
 
     def flush(self) -> None:
         """Bring `training_metrics.json` up to the last record, and the records safely to the device.

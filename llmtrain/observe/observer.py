@@ -12,7 +12,7 @@ from typing import Any
 from llmtrain.config import RunConfig
 from llmtrain.observe.console import open_console
 from llmtrain.observe.files import LineAppender, rewind
-from llmtrain.observe.metrics import MetricsLog
+from llmtrain.observe.metrics import RECORDS, MetricsLog
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import Sink, open_sinks
 from llmtrain.observe.watch import Watch
@@ -83,6 +83,7 @@ class Observer(NullObserver):
         Raises:
             UserError: the folder cannot be written, or a sink that is switched on cannot start.
         """
+        self._records_path, self._resume_step = run_dir / RECORDS, resume_step
         self._metrics = MetricsLog(run_dir, csv=config.logging.csv, resume_step=resume_step)
         rewind(run_dir / SAMPLES, resume_step)
         self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
@@ -142,11 +143,17 @@ class Observer(NullObserver):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must remember of the records so far; plain JSON values."""
-        return {"watch": self._watch.state()}
+        return {"watch": self._watch.state(), "records": self._metrics.digest()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state()`."""
+        """Go on from a `state()`; warn if the records are others than then."""
         self._watch.load(state.get("watch", {}))
+        expected = state.get("records")
+        if expected and self._metrics.was_there and expected != self._metrics.digest():
+            self.warn(
+                f"{self._records_path}: not what was written up to step {self._resume_step:,}; lines were damaged, "
+                "lost or edited, and the curves with them; the weights are not concerned"
+            )
 
     def close(self, outcome: str, draws: bool = True) -> None:
         """Finish all files, draw the last plots where there is time, say how the run ended and where its curves are.
