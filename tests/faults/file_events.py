@@ -26,6 +26,11 @@ def die() -> NoReturn:
     raise AssertionError("unreachable")
 
 
+def path_of(descriptor: int) -> str:
+    """Where an open file lies."""
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
 class FileEvents:
     """From now on; `seen` names what was done, in order."""
 
@@ -68,10 +73,10 @@ class FileEvents:
                 die()
 
     def _is_file_of_ours(self, descriptor: object) -> bool:
-        return isinstance(descriptor, int) and os.readlink(f"/proc/self/fd/{descriptor}").startswith(self._folder)
+        return isinstance(descriptor, int) and path_of(descriptor).startswith(self._folder)
 
     def _counted_fsync(self, descriptor: int) -> None:
-        if self._is_file_of_ours(descriptor) and self.count("fsync", os.readlink(f"/proc/self/fd/{descriptor}")):
+        if self._is_file_of_ours(descriptor) and self.count("fsync", path_of(descriptor)):
             die()
         self._fsync(descriptor)
 

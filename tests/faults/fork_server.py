@@ -1,8 +1,8 @@
-"""A process that has imported everything and forks one that trains for each request: a launch takes a third of a second.
+"""A process that has imported everything and forks one that trains for each request: a launch takes half a second.
 
-Requests and answers are lines of JSON on stdin and stdout; see `Launcher` in `tests/faults/conftest.py`. A request names
-the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`), or some seconds
-after the n-th time that the loop enters a phase (`phase`).
+Requests and answers are lines of JSON on stdin and stdout; see `Launcher` in `tests/faults/conftest.py`. A request
+names the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`), or some
+seconds after the n-th time that the loop enters a phase (`phase`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import accelerate.optimizer
 import accelerate.utils.deepspeed  # noqa: F401 -- what a launch would import late
 import safetensors.torch  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401 -- with torch's optimizers
+import torch._dynamo
 
 import llmtrain.engine.accelerate  # noqa: F401
 from llmtrain.errors import run_main
