@@ -30,14 +30,18 @@ def launch(name: str, processes: int, config: Config, folder: Path = LAUNCH) -> 
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     file = run_dir.with_suffix(".yaml")
     file.write_text(json.dumps(config))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{name}.yaml"),
-        "--num_processes", str(processes), "--main_process_port", str(free_port()),
-        "-m", "llmtrain.train", "--config", str(file),
-    ]  # fmt: skip
+    command = launch_command(name, processes, "-m", "llmtrain.train", "--config", file, folder=folder)
     return subprocess.run(
         command, capture_output=True, text=True, timeout=280, check=False, cwd=run_dir.parent, env=environment()
     )
+
+
+def launch_command(name: str, processes: int, *what: object, folder: Path = LAUNCH) -> list[str]:
+    """How a user starts `what`, a script or a module with its arguments, with the launch file NAME.yaml."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / f"{name}.yaml"),
+        "--num_processes", str(processes), "--main_process_port", str(free_port()), *map(str, what),
+    ]  # fmt: skip
 
 
 def start_ranks(configs: list[Path], folders: list[Path], **variables: str) -> list[subprocess.Popen[str]]:
