@@ -54,7 +54,7 @@ def test_warm_restarts_begin_again_and_grow() -> None:
     name=st.sampled_from(NAMES), step=st.integers(0, 10**12), total=st.integers(1, 10**7), warmup=st.integers(0, 10**5),
     mult=st.floats(1, 4), cycle=st.integers(1, 10**5),
 )  # fmt: skip
-def test_every_schedule_is_total_and_stays_in_bounds(  # noqa: PLR0917 -- hypothesis passes them by name
+def test_every_schedule_is_total_and_stays_in_bounds(
     name: str, step: int, total: int, warmup: int, mult: float, cycle: int
 ) -> None:
     lr = schedule(1e-3, total, name=name, warmup_steps=warmup, cycle_mult=mult, cycle_steps=cycle, min_lr=1e-5)
