@@ -112,7 +112,9 @@ def row(engine: str, variant: str, sizes: dict[str, Any], on_cpu: bool, until: f
 
 
 def last_words(log: str) -> str:
-    """The lines of a log that say what went wrong: the end of the first traceback, without the launcher's own."""
+    """The lines of a log that say what went wrong: ours, or the end of the first traceback; not the launcher's own."""
+    if foreseen := re.search(r"^llmtrain: error: .*", log, re.MULTILINE):
+        return foreseen[0]
     traceback = log.split("Traceback (most recent call last):")[1:2]
     lines = [line for line in (traceback[0] if traceback else log).splitlines() if line.strip()]
     said = [line for line in lines if not re.match(r"[EWI]\d{4} ", line)]  # torch's launcher begins its lines so

@@ -62,9 +62,9 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     Where the environment has LLMTRAIN_EXIT_CODE_FILE, the first process of each machine leaves its exit code there too:
     the launcher between us and a script does not hand it on.
 
-    A process that a launcher started does not come back from here, but ends at once. The usual way out passes through
-    libraries with threads of their own, which may wait for half an exchange, or not survive the interpreter: with all
-    work done, one launch of two processes in 25 aborted there (torch 2.13, gloo, a busy machine).
+    A process that a launcher started, or whose peer is lost, does not come back from here, but ends at once. The usual
+    way out passes through libraries with threads of their own, which may wait for half an exchange, or not survive the
+    interpreter: with all work done, one launch of two processes in 25 aborted there (torch 2.13, gloo, a busy machine).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -77,7 +77,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
         raise
     finally:
         _leave_exit_code(code)
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ or code == PeerLostError.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

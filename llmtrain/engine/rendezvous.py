@@ -143,8 +143,15 @@ def _choose_gloo_interface() -> None:
 
 
 def is_exchange_failure(error: BaseException) -> bool:
-    """Whether an exchange between processes failed: gloo raises a bare RuntimeError that quotes its source file."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    """Whether an exchange between processes failed.
+
+    gloo raises a bare RuntimeError, which quotes its source file, but for one that a connection's end after a timeout
+    gives to whoever comes to it next.
+    """
+    said = str(error).lower()
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in said or "timeout caused pair closure" in said)
+    )
 
 
 def brief(error: BaseException) -> str:
