@@ -195,7 +195,7 @@ def work(variant: str, sizes: dict[str, Any], out: str) -> None:
             loss_sum += engine.forward_backward(
                 micro[:, :-1], micro[:, 1:], global_targets=2 * rows * seq_len, sync=is_last
             )
-        norms.append(engine.step(1e-3).clone())
+        norms.append(engine.step(1e-3).grad_norm.clone())
         losses.append(loss_sum / (2 * rows * seq_len))
         if step + 1 in (1, sizes["warm_steps"], len(tokens)):
             wait_for_device(engine.device)

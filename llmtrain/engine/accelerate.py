@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import Fragment, ReadFragment
+from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, ReadFragment
 from llmtrain.model.transformer import Transformer
-from llmtrain.optim.optimizers import make_optimizer
+from llmtrain.optim.optimizers import make_optimizer, step_unless
 
 
 class AccelerateEngine(Processes):
@@ -58,14 +58,15 @@ class AccelerateEngine(Processes):
             (loss_sum * (self.world_size / global_targets)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
-    def step(self, lr: float) -> Tensor:
-        """See `Engine`."""
+    def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
+        """See `Engine`. The flag goes from the device to the optimizer's kernels, on a CPU too: one way for all."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        seen = self.judge(loss, norm, limits)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        step_unless(self._optimizer, seen[2])
         self._optimizer.zero_grad(set_to_none=True)
-        return norm
+        return Outcome(norm, seen)
 
     def parameter_norm(self) -> Tensor:
         """See `Engine`."""
@@ -99,5 +100,5 @@ class AccelerateEngine(Processes):
             parameter.grad = torch.zeros_like(parameter)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
-        self._optimizer.step()
+        step_unless(self._optimizer, torch.zeros((), device=self.device))
         self._optimizer.zero_grad(set_to_none=True)

@@ -4,7 +4,8 @@ Weights are float32 here too, so that `precision: bf16` means one thing: matrix 
 weights, gradients and their sums in float32. Stage 3 sends the blocks' matrices in bf16 then, which loses nothing:
 autocast would round them next.
 
-DeepSpeed looks at the gradient's norm on the host, and so waits for the device once in every step.
+DeepSpeed looks at the gradient's norm on the host, and so waits for the device once in every step; there the step is
+judged too (`zero_gate`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import Fragment, ReadFragment
+from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, ReadFragment
 from llmtrain.engine.zero_config import zero_config
+from llmtrain.engine.zero_gate import ZeroGate
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
 from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
@@ -80,6 +82,7 @@ class DeepSpeedEngine(Processes):
         self._model, self._zero, *_ = deepspeed.initialize(
             model=model, optimizer=flat, config=config, dist_init_required=False
         )
+        self._gate = ZeroGate(self._zero, stage, self)
         self._layout = ZeroLayout(self._zero, stage, self.rank)
         if isinstance(flat, FlatMuon):
             flat.bind(self._layout)
@@ -95,12 +98,15 @@ class DeepSpeedEngine(Processes):
         self._model.backward(loss_sum * (self.world_size / global_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def step(self, lr: float) -> Tensor:
-        """See `Engine`. DeepSpeed skips an update whose gradient is not finite; the norm is infinite then."""
+    def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
+        """See `Engine`. A gradient that is not finite has an infinite norm here."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
+        self._gate.next = (loss, limits)
         self._model.step()
-        return torch.as_tensor(self._model.get_global_grad_norm(), device=self.device)
+        seen = self._gate.seen
+        norm = seen[1] if seen[2] else self._model.get_global_grad_norm()
+        return Outcome(torch.as_tensor(norm, device=self.device), seen)
 
     def parameter_norm(self) -> Tensor:
         """See `Engine`. Of the owned slices, not of the flat tensors: what pads those may be anything."""

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from llmtrain.engine.asking import SideChannel
+from llmtrain.engine.protocol import Limits
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
@@ -63,6 +64,16 @@ class Processes:
         total = values.clone()
         dist.all_reduce(total)
         return total
+
+    def judge(self, loss: Tensor | None, norm: Tensor, limits: Limits) -> Tensor:
+        """`Outcome.seen` of a step, where `norm` lies; the same bits on all ranks, whatever their norms differ by.
+
+        Costs one exchange of two numbers, and no wait for the device: the limits go to it as arguments of a kernel.
+        """
+        share = torch.zeros_like(norm) if loss is None else loss.to(norm)
+        both = self.sum(torch.stack([share, norm / self.world_size]).float())
+        is_fine = both.isfinite().all() & (both[0] < limits.loss) & (both[1] < limits.grad_norm)
+        return torch.cat([both, (~is_fine).float().view(1)])
 
     def any(self, flag: bool) -> bool:
         """See `Engine`."""

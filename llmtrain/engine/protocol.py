@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,6 +30,25 @@ class Fragment:
     values: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A step whose loss or gradient norm is not below its limit, or not finite, is refused."""
+
+    loss: float = math.inf  # nats per target
+    grad_norm: float = math.inf  # global, before clipping
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step showed."""
+
+    grad_norm: Tensor  # global, before clipping; on the device
+    # float32 (3,): loss and gradient norm as all ranks together saw them, and 1 where the step was refused, else 0.
+    # It lies on the host where the engine knows it there anyway; on a device nobody has waited for it.
+    seen: Tensor
+
+
+NO_LIMITS = Limits()
 Value = TypeVar("Value")
 ReadFragment = Callable[[Fragment], Tensor]  # the saved values of a fragment: its name and place say which
 
@@ -72,8 +92,17 @@ class Engine(Protocol):
             the loss summed over these targets (float32 scalar, without a graph), computed in the run's precision.
         """
 
-    def step(self, lr: float) -> Tensor:
-        """Clip by global norm, update, clear the gradients; return the norm before clipping, on the device."""
+    def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
+        """Clip by global norm, update unless that is refused, clear the gradients.
+
+        All ranks decide alike, before anything is changed: a refused step leaves weights and optimizer state as they
+        were, bit for bit. No host waits for a device on which the engine can decide.
+
+        Args:
+            lr: learning rate of this update.
+            loss: this rank's share of the mean loss of the global batch, on the device; None: not judged.
+            limits: what to refuse; a norm or loss that is not finite always is.
+        """
 
     def parameter_norm(self) -> Tensor:
         """L2 norm of all parameters (on the device)."""

@@ -131,7 +131,7 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
     for _ in range(STEPS):
         losses.append(_backward(parts.engine, batch))
         reached |= {name for name, p in parameters.items() if p.grad is not None and bool((p.grad != 0).any())}
-        norms.append(parts.engine.step(lr).item())
+        norms.append(parts.engine.step(lr).grad_norm.item())
     told = f"{len(parameters)} parameter tensors"
     if not all(map(math.isfinite, losses + norms)):
         yield fail("gradients", f"not finite: losses {losses}, norms {norms}; lower optimizer.lr")

@@ -34,7 +34,44 @@ class Combined(torch.optim.Optimizer):
         """Step each of them."""
         assert closure is None, "a closure would run once for each optimizer"
         for optimizer in self.optimizers:
-            optimizer.step()
+            step_unless(optimizer, getattr(self, "found_inf", None))
+
+
+class Muon(torch.optim.Muon):
+    """torch's, which also honours `found_inf`, as torch's fused optimizers do: 1 leaves everything as it is.
+
+    Without a wait for the device: each matrix is stepped, and put back where the flag says so. That costs room for one
+    matrix and its momentum, and a few passes over them, beside five rounds of matrix products.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step each matrix, unless `found_inf` is 1."""
+        assert closure is None, "a closure would run once for each matrix"
+        refused: Tensor | None = getattr(self, "found_inf", None)
+        if refused is None:
+            super().step()
+            return
+        groups = self.param_groups
+        for group in groups:
+            for matrix in group["params"]:
+                self._step_matrix(matrix, group, refused != 0)
+        self.param_groups = groups
+
+    def _step_matrix(self, matrix: Tensor, group: dict[str, Any], refused: Tensor) -> None:
+        momentum = self.state[matrix].get("momentum_buffer")
+        before = matrix.clone(), torch.zeros_like(matrix) if momentum is None else momentum.clone()
+        self.param_groups = [{**group, "params": [matrix]}]
+        super().step()
+        for now, old in zip((matrix, self.state[matrix]["momentum_buffer"]), before, strict=True):
+            now.copy_(torch.where(refused, old, now))
+
+
+def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor | None) -> None:
+    """Step an optimizer of `make_optimizer`; where `refused` (float32 scalar, on its device) is 1, nothing changes."""
+    # What torch's own gradient scaler sets; fused kernels look at it on the device.
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def orthogonal_update(momentum: Tensor, lr: float) -> Tensor:
@@ -74,7 +111,7 @@ def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Op
     """
     if config.name == "muon":
         muon, rest = muon_groups(model, config)
-        return Combined([torch.optim.Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
+        return Combined([Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
     groups = parameter_groups(model)
     decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
     undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
@@ -98,6 +135,16 @@ def make_elementwise(config: OptimizerSection, groups: ParamsT) -> torch.optim.O
     # fused: one kernel for all parameters, on every device we run on
     common: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, **common)
+        sgd = torch.optim.SGD(groups, momentum=config.momentum, **common)
+        sgd.register_step_pre_hook(_begin_momentum)
+        return sgd
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, betas=config.betas, eps=config.eps, **common)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Momentum begins at zero, which gives the same numbers; a refused first step would leave torch's unwritten."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmtrain.config import RunConfig, make_config, resolve
-from llmtrain.engine import Engine, make_engine
+from llmtrain.engine import Engine, Limits, make_engine
 from llmtrain.model.transformer import Transformer
 
 ROWS, SEQ_LEN, VOCAB = 6, 16, 50
@@ -90,14 +91,14 @@ def test_cutting_the_batch_unevenly_changes_no_gradient(engines: Any, cuts: list
 def test_the_norm_is_that_before_clipping_and_the_update_is_clipped(engines: Any) -> None:
     engine, model = engines(clip_norm=None)
     expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients(engine, model, [])]))
-    assert torch.allclose(engine.step(0.0), expected)
+    assert torch.allclose(engine.step(0.0).grad_norm, expected)
     clipped_engine, clipped_model = engines(clip_norm=0.01)
     gradients(clipped_engine, clipped_model, [])
     seen: list[torch.Tensor] = []
     clipped_engine._optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in clipped_model.parameters()]).norm())
     )
-    assert torch.allclose(clipped_engine.step(0.0), expected)
+    assert torch.allclose(clipped_engine.step(0.0).grad_norm, expected)
     assert seen[0].item() == pytest.approx(0.01, rel=1e-3)
     assert all(p.grad is None for p in clipped_model.parameters())
 
@@ -150,7 +151,30 @@ def test_one_process_can_close_an_engine_and_make_another_precision(engines: Any
     for precision in ("bf16", "fp32", "bf16"):
         engine, model = engines(precision=precision)
         gradients(engine, model, [])
-        assert engine.step(1e-3).isfinite()
+        assert engine.step(1e-3).grad_norm.isfinite()
         assert engine.any(True) is True
         assert engine.any(False) is False
         assert engine.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("refused_by", ["norm", "loss", "nan loss", "nan gradient"])
+def test_a_refused_step_leaves_everything_as_it_was_also_the_first(engines: Any, name: str, refused_by: str) -> None:
+    limits = {"norm": Limits(grad_norm=1e-6), "loss": Limits(loss=1.0)}.get(refused_by, Limits())
+    loss = torch.tensor(math.nan if refused_by == "nan loss" else 2.0)
+    engine, model = engines(optimizer=name)
+    plain_engine, plain_model = engines(optimizer=name)
+    plain_model.load_state_dict(model.state_dict())
+    for is_refused in (True, False, True, True, False):
+        gradients(engine, model, [])
+        if is_refused and refused_by == "nan gradient":
+            next(model.parameters()).grad[0] = math.nan  # type: ignore[index]
+        outcome = engine.step(1e-2, loss if is_refused else None, limits if is_refused else Limits())
+        assert bool(outcome.seen[2]) == is_refused
+        assert all(p.grad is None for p in model.parameters())
+        if not is_refused:
+            gradients(plain_engine, plain_model, [])
+            plain_engine.step(1e-2)
+    states = [{f.name: f.values for f in one.fragments()} for one in (engine, plain_engine)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
