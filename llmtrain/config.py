@@ -183,10 +183,21 @@ class LoggingSection(Section):
 
 
 class HealthSection(Section):
-    """How long to be patient."""
+    """How long to be patient, and what to do when training diverges; see llmtrain/health/divergence.py."""
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0  # of an exchange between processes
     grace_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 120.0  # from a signal to the end; null: any
+    # Robust standard deviations above the median at which a step is not applied; null: only what is not finite.
+    spike_z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    spike_window: Annotated[int, Field(ge=2)] = 128  # steps that the median is of; none is a spike before they are full
+    max_skips: PositiveInt = 5  # skipped steps within spike_window steps at which the run goes back
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2  # of the whole run; after these it ends with exit code 3
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.max_skips > self.spike_window:
+            raise ValueError(f"max_skips {self.max_skips} is above spike_window {self.spike_window}, so is never met")
+        return self
 
 
 class RunConfig(Section):

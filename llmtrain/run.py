@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,13 +21,16 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
-from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way
+from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way, newest_good
 from llmtrain.checkpoint.verifying import Choose, choose_together
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.engine import Outcome
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import together
+from llmtrain.health.divergence import Stretch
+from llmtrain.health.guard import Guard
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
@@ -36,6 +40,7 @@ from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
 from llmtrain.observe.observer import NullObserver, Observer
 from llmtrain.observe.provenance import append_launch, provenance
+from llmtrain.observe.record import finite
 from llmtrain.observe.sinks import require_sinks
 from llmtrain.observe.validation import Validation, validate
 from llmtrain.optim.schedule import make_schedule
@@ -53,14 +58,13 @@ class Run:
         self.progress = Progress()
         self._changes: list[str] = []
         self._restore(resume)
-        self.total_steps = parts.total_steps(self.progress.step, self.progress.position)
-        self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
+        self.guard = Guard(self.config, self.dir, self.engine.rank)
+        self.guard.load_state(self.progress.guard)
+        self._find_rollback()
+        self._plan()
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
-        self.store = CheckpointStore(
-            self.dir, self.config.checkpoint, self.config.to_yaml(), parts.data.manifest, parts.data.path
-        )
-        self.saving = Saving(self.store, self.engine)
+        self._make_store()
         self.stopping = Stopping(self.engine, signals, self.config.health.grace_s)
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
@@ -84,6 +88,29 @@ class Run:
             assert weights is not None
             self.engine.load(weights.read, optimizer=False)
 
+    def _find_rollback(self) -> None:
+        """A run that went back and ended before it saved goes on as if it had just gone back."""
+        reader = self.resumed_from
+        if reader is None or reader.folder.resolve().parent != self.dir.resolve():
+            return
+        found = together(
+            self.engine, lambda: self.guard.find_rollback(self.progress.step) if self.engine.rank == 0 else None
+        )
+        if positions := self.engine.gather(found)[0]:
+            self.guard.policy.leave_out(*positions, self.guard.policy.rollbacks + 1)
+
+    def _plan(self) -> None:
+        """What follows from how far the run is, and from the data that it leaves out."""
+        left_out = tuple(self.guard.policy.left_out)
+        self.parts = replace(self.parts, layout=replace(self.parts.layout, left_out=left_out))
+        self.total_steps = self.parts.total_steps(self.progress.step, self.progress.position)
+        self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
+
+    def _make_store(self) -> None:
+        data, config = self.parts.data, self.config
+        self.store = CheckpointStore(self.dir, config.checkpoint, config.to_yaml(), data.manifest, data.path)
+        self.saving = Saving(self.store, self.engine)
+
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
         self.parts.data.check_tokenizer()  # or the damage would go into every checkpoint, under a right hash
@@ -102,9 +129,7 @@ class Run:
         self.progress.launches += 1
         self.observer = together(self.engine, lambda: self._open_folder(lock))
         together(self.engine, self._require_shared_folder)
-        self.observer.load_state(self.progress.observer)
-        if self.config.logging.sample_ledger:
-            self.ledger = SampleLedger(self.dir, self.engine, self.progress.step, self.config.run.seed)
+        self._go_on_recording()
         if self.resumed_from:
             self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
         for line in self._changes:
@@ -115,6 +140,11 @@ class Run:
                 f"{self.config.data.seq_len + 1} tokens; prepare with a larger --val-split"
             )
 
+    def _go_on_recording(self) -> None:
+        self.observer.load_state(self.progress.observer)
+        if self.config.logging.sample_ledger:
+            self.ledger = SampleLedger(self.dir, self.engine, self.progress.step, self.config.run.seed)
+
     def _open_folder(self, lock: RunLock) -> Observer | NullObserver:
         """On rank 0: put the folder in order, and say in it what is run."""
         if self.engine.rank != 0:
@@ -124,6 +154,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+            self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())
             launch = provenance(manifest, self.parts.data.path, device, self.engine.world_size)
@@ -132,13 +163,16 @@ class Run:
             raise UserError(
                 f"{self.dir}: cannot be written: {error.strerror or error}; choose another run.dir"
             ) from error
+        return self._make_observer(describe(self.parts, self.total_steps))
+
+    def _make_observer(self, header: dict[str, str]) -> Observer:
         return Observer(
             self.config,
             run_dir=self.dir,
             resume_step=self.progress.step - (self.progress.unfinished is not None),
             total_steps=self.total_steps,
             steps_per_epoch=self.parts.layout.steps_per_epoch(),
-            header=describe(self.parts, self.total_steps),
+            header=header,
         )
 
     def _require_shared_folder(self) -> None:
@@ -179,7 +213,7 @@ class Run:
             with self.meter.paused():
                 return validate(self.engine, self._until_told(windows), layout.micro_batch)
         except StopDuringEvaluation:
-            self.progress.unfinished = {"epoch": epoch, "grad_norm": grad_norm.item()}
+            self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
 
     def unfinished(self) -> tuple[int, float, torch.Tensor]:
@@ -188,7 +222,7 @@ class Run:
         return (
             kept["epoch"],
             self.schedule(self.progress.step),
-            torch.tensor(kept["grad_norm"], device=self.engine.device),
+            torch.tensor(math.nan if kept["grad_norm"] is None else kept["grad_norm"], device=self.engine.device),
         )
 
     def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -215,15 +249,56 @@ class Run:
             val=val,
         )
         self.observer.log(record)
-        found = {"loss": record.train_loss, "validation loss": record.val_loss, "gradient norm": record.grad_norm}
-        if not all(value is None or math.isfinite(value) for value in found.values()):
-            raise self._diverged(", ".join(f"{name} {value}" for name, value in found.items()))
+        if record.val_loss is not None and not math.isfinite(record.val_loss):
+            raise DivergedError(self.guard.diagnosis(f"validation loss {record.val_loss} at step {record.step:,}"))
 
-    def _diverged(self, what: str) -> DivergedError:
-        return DivergedError(
-            f"training diverged by step {self.progress.step:,}: {what}; lower optimizer.lr or raise "
-            f"schedule.warmup_steps; the checkpoints in {self.dir} are from before"
+    def rolled_back(self, batch: Batch, lr: float, outcome: Outcome) -> bool:
+        """Judge the step as soon as that costs no wait; return whether the run went back to an earlier one for it.
+
+        Raises:
+            DivergedError: going back is not possible, or has been tried often enough.
+        """
+        is_known = self.guard.add(self.progress.step, batch, lr, outcome)
+        if not (is_known or self.due(self.config.logging.every) or self.due(self.config.training.eval_every)):
+            return False
+        stretch = self.guard.judge(batch, self.observer)
+        if stretch:
+            self._roll_back(stretch)
+        return stretch is not None
+
+    def _roll_back(self, stretch: Stretch) -> None:
+        """In place, to the newest good checkpoint from before the stretch, whose data is left out from now on."""
+        if self.guard.policy.rollbacks >= self.config.health.max_rollbacks:
+            tried = f"after {self.guard.policy.rollbacks} times going back (health.max_rollbacks) the run gives up"
+            raise DivergedError(self.guard.diagnosis(tried))
+        self._settle()
+        self._report_saves()
+        reader = self._choose(lambda check: newest_good(self.dir, self.observer.warn, check, before=stretch.step))
+        if reader is None:
+            raise DivergedError(self.guard.diagnosis(f"there is no checkpoint from before step {stretch.step:,}"))
+        left, launches = self.progress.step, self.progress.launches
+        self.progress = together(self.engine, lambda: progress_of(reader, self.config, self.parts.data.manifest))
+        self.progress.launches = launches
+        self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
+        self.engine.load(reader.read)
+        self._plan()
+        self.meter.load_state(self.progress.meter)
+        told = (
+            f"at step {left:,} going back to {reader.folder}, to leave out samples {stretch.begin:,} to {stretch.end:,}"
         )
+        self.observer.warn(
+            f"{told}: {self.config.health.max_skips} steps had to be skipped since step {stretch.step:,}"
+        )
+        self.observer.close(f"rolled back to step {self.progress.step:,}")
+        self.observer = together(self.engine, self._reopen_folder)
+        self._go_on_recording()
+        self._make_store()
+
+    def _reopen_folder(self) -> Observer | NullObserver:
+        if self.engine.rank != 0:
+            return NullObserver()
+        clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+        return self._make_observer({"going on": f"after step {self.progress.step:,} of {self.total_steps:,}"})
 
     def sample(self) -> None:
         """Let the model write, from each of the configured prompts."""
@@ -238,11 +313,10 @@ class Run:
 
     def save(self, *links: str) -> None:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
-        if not self.meter.is_finite():
-            raise self._diverged("a loss or a gradient norm since the last record is not a number")
         self.peers.progress(self.progress.step, "saving")
         self._settle()
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
+        self.progress.guard = self.guard.state()
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links)

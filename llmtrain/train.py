@@ -31,7 +31,7 @@ def train(run: Run) -> None:
 
     Raises:
         Stopped: told to stop; saved.
-        DivergedError: the loss is no longer a number.
+        DivergedError: steps had to be skipped again and again; going back did not help.
         PeerLostError: another rank is gone, cut off or stuck.
         UserError: checkpoints could not be written.
     """
@@ -48,12 +48,17 @@ def train(run: Run) -> None:
         seed_dropout(run.config, progress.step + 1, engine.rank)
         loss_sum = accumulate(engine, batch, training.micro_batch_size)
         run.ask()
-        grad_norm = engine.step(lr)
+        outcome = engine.step(lr, loss_sum / batch.target_count, run.guard.limits(batch))
         progress.advance(batch.end, batch.target_count)
-        run.meter.add(loss_sum, grad_norm, batch.target_count)
+        run.meter.add(loss_sum, outcome, batch.target_count)
         if run.ledger:
             run.ledger.write(progress.step, batch)
-        conclude(run, batch.epoch, lr, grad_norm)
+        if run.rolled_back(batch, lr, outcome):
+            stream, progress = run.batches(), run.progress
+            if progress.unfinished:
+                conclude(run, *run.unfinished())
+        else:
+            conclude(run, batch.epoch, lr, outcome.grad_norm)
     run.finish()
 
 
@@ -94,7 +99,7 @@ def dry_run(run: Run) -> None:
     batch = next(run.batches())
     began = time.perf_counter()
     loss = engine.sum(accumulate(engine, batch, config.training.micro_batch_size)).item() / batch.target_count
-    grad_norm = engine.step(run.schedule(run.progress.step + 1)).item()
+    grad_norm = engine.step(run.schedule(run.progress.step + 1)).grad_norm.item()
     seconds = time.perf_counter() - began
     start = f"after step {run.progress.step:,} of {run.resumed_from.folder}" if run.resumed_from else "the beginning"
     plan = {

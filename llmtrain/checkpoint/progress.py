@@ -13,7 +13,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     position: int = 0  # samples consumed since the start of the run, over all epochs and ranks
-    tokens: int = 0  # target tokens trained on
+    tokens: int = 0  # target tokens consumed, those of skipped steps too
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -22,6 +22,7 @@ class Progress:
     meter: dict[str, Any] = field(default_factory=dict)  # sums since the last record
     unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
+    guard: dict[str, Any] = field(default_factory=dict)  # what the divergence policy remembers
 
     def advance(self, position: int, targets: int) -> None:
         """Count one optimizer step."""

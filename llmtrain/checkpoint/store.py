@@ -106,14 +106,14 @@ def open_verified(folder: Path) -> fmt.CheckpointReader:
 
 
 def newest_good(
-    run_dir: Path, warn: Callable[[str], None], open_one: OpenVerified = open_verified
+    run_dir: Path, warn: Callable[[str], None], open_one: OpenVerified = open_verified, before: int | None = None
 ) -> fmt.CheckpointReader | None:
-    """The newest checkpoint whose every hash is right; damaged ones are passed over with a warning.
+    """The newest checkpoint (of a step below `before`) whose every hash is right; damaged ones cost a warning.
 
     Raises:
         CorruptError: there are checkpoints, and none is good.
     """
-    steps = committed_steps(run_dir)
+    steps = [step for step in committed_steps(run_dir) if before is None or step < before]
     for step in reversed(steps):
         try:
             return open_one(step_folder(run_dir, step))

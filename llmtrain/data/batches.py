@@ -44,13 +44,21 @@ class Windows:
 
 @dataclass(frozen=True)
 class Layout:
-    """How positions become batches: a pure function of these five numbers."""
+    """How positions become batches: a pure function of these numbers."""
 
     windows: int
     global_batch: int
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    left_out: tuple[tuple[int, int], ...] = ()  # stretches (from, to before) that no batch has samples of, ascending
+
+    def begin_of_batch(self, position: int) -> int:
+        """Where the next batch begins once `position` samples are behind us: here, or after a stretch left out."""
+        for begin, end in self.left_out:
+            if begin <= position < end:
+                position = end
+        return position
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
@@ -59,10 +67,18 @@ class Layout:
     def end_of_batch(self, position: int) -> int:
         """Position after the global batch that begins at `position`."""
         epoch_end = (position // self.windows + 1) * self.windows
-        return min(position + self.global_batch, epoch_end)
+        return min(position + self.global_batch, epoch_end, *(begin for begin, _ in self.left_out if begin > position))
 
     def steps_to(self, position: int, end: int) -> int:
-        """Optimizer steps from `position` until `end` or more samples have been consumed."""
+        """Optimizer steps from `position` until `end` or more samples are behind us."""
+        steps = 0
+        for begin, after in self.left_out:
+            if begin < end and after > position:
+                steps += self._steps_between(position, max(begin, position))
+                position = after
+        return steps + self._steps_between(position, end)
+
+    def _steps_between(self, position: int, end: int) -> int:
         steps = 0
         if position % self.windows and position < end:  # the rest of a running epoch
             epoch_end = min(end, (position // self.windows + 1) * self.windows)
@@ -95,7 +111,7 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
         self.position = position
 
     def __iter__(self) -> Iterator[Int64s]:
-        position = self.position
+        position = self.layout.begin_of_batch(self.position)
         while True:
             micro_batches: list[Int64s] = []
             wanted = 0
@@ -103,7 +119,7 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
                 rows = self.layout.rank_positions(position)
                 micro_batches += rows
                 wanted += max(1, sum(map(len, rows)))
-                position = self.layout.end_of_batch(position)
+                position = self.layout.begin_of_batch(self.layout.end_of_batch(position))
             ids = sample_ids(np.concatenate(micro_batches), self.layout.windows, self.seed)
             yield from np.split(ids, np.cumsum([len(m) for m in micro_batches])[:-1])
 
@@ -178,6 +194,7 @@ def batches(windows: Windows, layout: Layout, *, seed: int, position: int, worke
     else:
         loader = map(windows.gather, sampler)
     while True:
+        position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)
         yield Batch(layout, position, (end - position) * windows.seq_len, loader)
         position = end

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmtrain.config import RunConfig
-from llmtrain.engine import Engine
+from llmtrain.engine import Engine, Outcome
 from llmtrain.model.cost import flops_per_token, model_flops_utilization
 from llmtrain.observe.record import Record
 from llmtrain.observe.validation import Validation
@@ -25,16 +25,20 @@ class Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self._loss_sum = torch.zeros((), device=engine.device)
-        self._gradient_fault = torch.zeros((), device=engine.device)
-        self._targets = 0
+        self._targets = torch.zeros((), dtype=torch.int64, device=engine.device)  # of applied steps
+        self._skipped = torch.zeros((), dtype=torch.int64, device=engine.device)
         self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
 
-    def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, targets: int) -> None:
-        """Add one optimizer step: this rank's loss sum, the gradient norm, the global batch's target tokens."""
-        self._loss_sum += loss_sum
-        self._gradient_fault += grad_norm * 0  # 0 as long as every norm is finite, NaN ever after
-        self._targets += targets
+    def add(self, loss_sum: torch.Tensor, outcome: Outcome, targets: int) -> None:
+        """Add one optimizer step: this rank's loss sum, what it showed, the global batch's target tokens.
+
+        Of a refused step only that it was one, and its time.
+        """
+        is_refused = outcome.seen[2].to(loss_sum.device) != 0
+        self._loss_sum += loss_sum.masked_fill(is_refused, 0.0)
+        self._targets += ~is_refused * targets
+        self._skipped += is_refused
         self._timed_targets += targets
         self._timed_steps += 1
 
@@ -49,7 +53,8 @@ class Meter:
         self, *, step: int, epoch: int, tokens: int, lr: float, grad_norm: torch.Tensor, val: Validation | None
     ) -> Record:
         """Ask the device, over all ranks, and start anew."""
-        loss = self._engine.sum(self._loss_sum).item() / self._targets
+        targets = int(self._targets.item())
+        loss = self._engine.sum(self._loss_sum).item() / targets if targets else math.nan
         seconds = time.perf_counter() - self._since
         tokens_per_sec = self._timed_targets / seconds
         record = Record(
@@ -69,27 +74,29 @@ class Meter:
             ),
             memory_gb=peak_memory_gb(self._engine.device),
             time=time.time(),
+            skipped=int(self._skipped.item()),
         )
-        self._loss_sum.zero_()
-        self._targets = self._timed_targets = self._timed_steps = 0
+        for counted in (self._loss_sum, self._targets, self._skipped):
+            counted.zero_()
+        self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
         return record
 
-    def is_finite(self) -> bool:
-        """Whether every loss since the last record and every gradient norm of this launch was a number."""
-        return math.isfinite(self._engine.sum(self._loss_sum + self._gradient_fault).item())
-
     def state(self) -> dict[str, Any]:
         """The sums of an unfinished interval, exact in JSON; one for each rank, for float32 sums know an order."""
-        return {"loss_sums": self._engine.gather(self._loss_sum.item()), "targets": self._targets}
+        counts = {"targets": int(self._targets.item()), "skipped": int(self._skipped.item())}
+        return {"loss_sums": self._engine.gather(self._loss_sum.item()), **counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on with an unfinished interval; on another number of ranks, rank 0 carries the sum of all."""
+        """Go on with an unfinished interval, whatever was counted; on another number of ranks, rank 0 has the sum."""
         sums = state.get("loss_sums", [state.get("loss_sum", 0.0)])
         if len(sums) != self._engine.world_size:
             sums = [sum(sums)] + [0.0] * (self._engine.world_size - 1)
         self._loss_sum.fill_(sums[self._engine.rank])
-        self._targets = int(state.get("targets", 0))
+        self._targets.fill_(int(state.get("targets", 0)))
+        self._skipped.fill_(int(state.get("skipped", 0)))
+        self._timed_targets = self._timed_steps = 0
+        self._since = time.perf_counter()
 
 
 def peak_memory_gb(device: torch.device) -> float:

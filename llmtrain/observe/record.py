@@ -28,6 +28,7 @@ class Record:
     mfu: float | None  # share of the peak FLOP/s, 0 to 1; None where the peak is unknown
     memory_gb: float  # peak of one device
     time: float  # Unix seconds
+    skipped: int = 0  # steps since the last record that were not applied; train_loss is without them
 
     @property
     def perplexity(self) -> float:
@@ -62,6 +63,8 @@ COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.i
 
 
 def _or_nan(name: str, value: Any) -> Any:
+    if name == "skipped":
+        return value or 0  # runs before there was a policy have none
     return math.nan if value is None and name not in _OPTIONAL else value
 
 

@@ -50,7 +50,7 @@ class Muon(torch.optim.Muon):
         assert closure is None, "a closure would run once for each matrix"
         refused: Tensor | None = getattr(self, "found_inf", None)
         if refused is None:
-            super().step()
+            super().step()  # type: ignore[no-untyped-call]
             return
         groups = self.param_groups
         for group in groups:
@@ -62,7 +62,7 @@ class Muon(torch.optim.Muon):
         momentum = self.state[matrix].get("momentum_buffer")
         before = matrix.clone(), torch.zeros_like(matrix) if momentum is None else momentum.clone()
         self.param_groups = [{**group, "params": [matrix]}]
-        super().step()
+        super().step()  # type: ignore[no-untyped-call]
         for now, old in zip((matrix, self.state[matrix]["momentum_buffer"]), before, strict=True):
             now.copy_(torch.where(refused, old, now))
 

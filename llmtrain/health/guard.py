@@ -1,0 +1,163 @@
+"""Between the loop and the divergence policy: hands limits to each step, takes in what it showed, writes it down.
+
+Where the host knows at once what a step showed (a CPU, DeepSpeed), the policy sees it at once. On a GPU it stays there
+until a step that waits for the device anyway, and limits are of what was known then. What the policy has not seen is
+part of the state, so that a run that was interrupted in between goes on with the limits of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtrain.config import RunConfig
+from llmtrain.data.batches import Batch
+from llmtrain.data.order import sample_ids
+from llmtrain.engine import Limits, Outcome
+from llmtrain.health.divergence import DivergencePolicy, Seen, Stretch
+from llmtrain.observe.files import LineAppender, read_steps, replacing
+from llmtrain.observe.observer import NullObserver
+from llmtrain.observe.record import finite
+
+SKIPPED = "skipped.jsonl"
+_Facts = tuple[int, int, int, float, float, float]  # step, begin, end, learning rate, limits of loss and norm
+
+
+class Guard:
+    """Judges the steps of one run. All ranks come to the same verdicts; rank 0 writes `skipped.jsonl`.
+
+    A line of that file is a refused step (its reason, numbers, positions in the data and sample ids, of all ranks), or
+    a going back. `rollbacks` says how often the run had gone back before: after that, steps come again.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, rank: int):
+        self._config, self._path, self._rank = config, run_dir / SKIPPED, rank
+        self.policy = DivergencePolicy(config.health)
+        self._facts: list[_Facts] = []  # of the steps that the policy has not seen
+        self._pending: list[torch.Tensor] = []  # and what they showed
+        self._limits = Limits()
+        self._last: Seen | None = None  # refused
+
+    def limits(self, batch: Batch) -> Limits:
+        """For the step on this batch."""
+        full = self._config.training.global_batch_size * self._config.data.seq_len
+        self._limits = self.policy.limits(batch.target_count / full)
+        return self._limits
+
+    def add(self, step: int, batch: Batch, lr: float, outcome: Outcome) -> bool:
+        """Take in a step; return whether it can be judged without waiting for a device."""
+        self._facts.append((step, batch.begin, batch.end, lr, self._limits.loss, self._limits.grad_norm))
+        self._pending.append(outcome.seen)
+        return outcome.seen.device.type == "cpu"
+
+    def judge(self, batch: Batch, observer: NullObserver) -> Stretch | None:
+        """Let the policy see what it has not seen; name refused steps, and the stretch where there are too many."""
+        for facts, (loss, norm, refused) in zip(self._facts, self._values(), strict=True):
+            step, begin, end, lr, *limits = facts
+            seen = Seen(step, begin, end, lr, Limits(*limits), loss, norm, bool(refused))
+            reason = self.policy.observe(seen)
+            if reason:
+                self._last = seen
+                observer.warn(f"step {step:,}: not applied: {reason}; its samples are in {self._path}")
+                self._write(self._entry(seen, reason, batch))
+        self._facts, self._pending = [], []
+        return self.policy.stretch()
+
+    def _values(self) -> list[list[float]]:
+        if not self._pending:
+            return []
+        device = self._pending[-1].device  # those of a resumed run lie on the host
+        values: list[list[float]] = torch.stack([seen.to(device) for seen in self._pending]).tolist()
+        return values
+
+    def _entry(self, seen: Seen, reason: str, batch: Batch) -> dict[str, Any]:
+        windows = batch.layout.windows
+        ids = sample_ids(np.arange(seen.begin, seen.end, dtype=np.int64), windows, self._config.run.seed)
+        return {
+            "step": seen.step,
+            "epoch": seen.begin // windows,
+            "rollbacks": self.policy.rollbacks,
+            "reason": reason,
+            "loss": finite(seen.loss),
+            "grad_norm": finite(seen.grad_norm),
+            "learning_rate": seen.lr,
+            "positions": [seen.begin, seen.end],
+            "ids": ids.tolist(),
+        }
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._rank == 0:
+            file = LineAppender(self._path)
+            file.append(json.dumps(entry, allow_nan=False))
+            file.sync()
+            file.close()
+
+    def go_back(self, stretch: Stretch, step: int, state: Mapping[str, Any], from_step: int) -> None:
+        """The run is rolled back from `from_step` to the checkpoint of `step`, whose state of the guard is `state`.
+
+        The line is written before anything else: a run that is killed before its next save finds it (`find_rollback`).
+        """
+        rollbacks, left_out = self.policy.rollbacks, self.policy.left_out
+        positions = [stretch.begin, stretch.end]
+        self._write({"step": from_step, "rollbacks": rollbacks, "back_to": step, "left_out": positions})
+        self.load_state(state)
+        self.policy.left_out = left_out
+        self.policy.leave_out(stretch.begin, stretch.end, rollbacks + 1)
+
+    def find_rollback(self, step: int) -> tuple[int, int] | None:
+        """The data that a run which is now at `step` again had gone back to leave out, and did not live to save."""
+        if not self._path.exists():
+            return None
+        for entry in read_steps(self._path):
+            if entry.get("back_to") == step and entry["rollbacks"] == self.policy.rollbacks:
+                begin, end = entry["left_out"]
+                return begin, end
+        return None
+
+    def rewind(self, step: int) -> None:
+        """On rank 0, at the start of a launch: drop the lines about steps that will come again."""
+        if not self._path.exists():
+            return
+        now = self.policy.rollbacks
+        kept = [
+            e for e in read_steps(self._path) if e["rollbacks"] < now or (e["rollbacks"] == now and e["step"] <= step)
+        ]
+        with replacing(self._path, durable=True) as file:
+            file.write("".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
+
+    def diagnosis(self, why_no_return: str) -> str:
+        """What a person is told where the run gives up."""
+        config, seen = self._config.health, self._last
+        stretch = self.policy.stretch()
+        what = "training diverged"
+        if stretch and seen:
+            numbers = f"loss {seen.loss:.4g}, gradient norm {seen.grad_norm:.4g}"
+            what += (
+                f" at step {seen.step:,}: {config.max_skips} of the last {config.spike_window} steps had to be skipped "
+                f"since step {stretch.step:,}, at last with {numbers} at lr {seen.lr:g}"
+            )
+        return (
+            f"{what}; {why_no_return}; the steps and their samples are in {self._path}: lower optimizer.lr or raise "
+            "schedule.warmup_steps, or look at that data; the checkpoints hold no skipped step"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; JSON-ready, so numbers that may not be finite are written as text."""
+        pending = [
+            [*map(repr, facts), *map(repr, seen)] for facts, seen in zip(self._facts, self._values(), strict=True)
+        ]
+        return {**self.policy.state(), "pending": pending}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`."""
+        self.policy.load_state(state)
+        self._facts, self._pending = [], []
+        for step, begin, end, *numbers in state.get("pending", ()):
+            lr, loss_limit, norm_limit, *seen = map(float, numbers)
+            self._facts.append((int(step), int(begin), int(end), lr, loss_limit, norm_limit))
+            self._pending.append(torch.tensor(seen))
