@@ -182,3 +182,22 @@ def test_validation_sees_all_windows_or_evenly_spread_ones(
         assert len({len(rank) for rank in per_rank}) == 1
         seen = sorted(int(row[0]) // 10 for rank in per_rank for tokens in rank for row in tokens)
         assert seen == expected
+
+
+@pytest.mark.parametrize(
+    "left_out", [((0, 8),), ((16, 40), (48, 56)), ((90, 110),), ((16, 40), (24, 32), (40, 100)), ((96, 104),)]
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_left_out_is_in_no_batch_and_everything_else_is(
+    left_out: tuple[tuple[int, int], ...], world_size: int
+) -> None:
+    """From any batch on, and counted right: 100 windows in batches of 8, three epochs."""
+    layouts = [Layout(100, 8, 2, rank, world_size, left_out) for rank in range(world_size)]
+    outside = [p for p in range(300) if not any(begin <= p < end for begin, end in left_out)]
+    position, seen, steps = layouts[0].begin_of_batch(0), [], 0
+    while position < 300:
+        assert layouts[0].steps_to(position, 300) == layouts[0].steps_to(0, 300) - steps
+        seen += sorted(int(p) for layout in layouts for micro in layout.rank_positions(position) for p in micro)
+        steps += 1
+        position = layouts[0].begin_of_batch(layouts[0].end_of_batch(position))
+    assert seen == outside and steps == layouts[0].steps_to(0, 300)

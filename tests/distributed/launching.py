@@ -24,16 +24,22 @@ def free_port() -> int:
         return port
 
 
-def launch(name: str, processes: int, config: Config, folder: Path = LAUNCH) -> subprocess.CompletedProcess[str]:
-    """Train in `processes` processes with the launch file NAME.yaml."""
+def launch(
+    name: str,
+    processes: int,
+    config: Config,
+    folder: Path = LAUNCH,
+    program: tuple[str, ...] = ("-m", "llmtrain.train"),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Train in `processes` processes with the launch file NAME.yaml; `variables` are added to the environment."""
     run_dir = Path(config["run"]["dir"])
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     file = run_dir.with_suffix(".yaml")
     file.write_text(json.dumps(config))
-    command = launch_command(name, processes, "-m", "llmtrain.train", "--config", file, folder=folder)
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, check=False, cwd=run_dir.parent, env=environment()
-    )
+    command = launch_command(name, processes, *program, "--config", file, folder=folder)
+    place = {"cwd": run_dir.parent, "env": environment(**variables)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **place)
 
 
 def launch_command(name: str, processes: int, *what: object, folder: Path = LAUNCH) -> list[str]:
