@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,9 +35,9 @@ def path_of(descriptor: int) -> str:
 class FileEvents:
     """From now on; `seen` names what was done, in order."""
 
-    def __init__(self, folder: Path, kill_at: int | None):
+    def __init__(self, folder: Path, at: int | None, end: Callable[[], None] = die):
         self.seen: list[str] = []
-        self._folder, self._kill_at = str(folder), kill_at
+        self._folder, self._at, self.end = str(folder), at, end
         self._is_on, self._lock = True, threading.Lock()
         sys.addaudithook(self._audit)
         self._fsync, os.fsync = os.fsync, self._counted_fsync
@@ -52,32 +53,32 @@ class FileEvents:
         return isinstance(path, (str, os.PathLike)) and str(path).startswith(self._folder)
 
     def count(self, what: str, path: object) -> bool:
-        """Note a deed; return whether the process is to die of it."""
+        """Note a deed; return whether this is the one."""
         with self._lock:
             if not self._is_on:
                 return False
             self.seen.append(f"{what} {path}")
-            return len(self.seen) == self._kill_at
+            return len(self.seen) == self._at
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = flags & _TO_WRITE if mode is None else set(mode) & set("wax+")
             if writes and self.is_ours(path) and self.count("open", path):
-                die()
+                self.end()
         elif event in _CHANGES:
             path = arguments[1] if event == "os.symlink" else arguments[0]
             # rmtree names what it deletes relative to the folder it is in.
             relative = event in ("os.remove", "os.rmdir") and not str(path).startswith("/")
             if (relative or self.is_ours(path) or self._is_file_of_ours(path)) and self.count(event, path):
-                die()
+                self.end()
 
     def _is_file_of_ours(self, descriptor: object) -> bool:
         return isinstance(descriptor, int) and path_of(descriptor).startswith(self._folder)
 
     def _counted_fsync(self, descriptor: int) -> None:
         if self._is_file_of_ours(descriptor) and self.count("fsync", path_of(descriptor)):
-            die()
+            self.end()
         self._fsync(descriptor)
 
     def _counted_open(self, file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
@@ -100,6 +101,7 @@ class _TornFile(io.FileIO):
     def write(self, data: Any, /) -> int:
         if self.events.count("write", self.name):
             view = memoryview(data).cast("B")
-            super().write(view[: len(view) // 2])
-            die()
+            half = super().write(view[: len(view) // 2])
+            self.events.end()
+            return half
         return super().write(data)

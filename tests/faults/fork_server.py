@@ -2,7 +2,8 @@
 
 Requests and answers are lines of JSON on stdin and stdout; see `Launcher` in `tests/faults/conftest.py`. A request
 names the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`), or some
-seconds after the n-th time that the loop enters a phase (`phase`).
+seconds after the n-th time that the loop enters a phase (`phase`). With `withdraws` the process is not killed at the
+event, but may no longer write where it could.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from llmtrain.errors import run_main
 from llmtrain.health.peers import PHASES, Peers
 from llmtrain.train import main
 from tests.faults.file_events import FileEvents, die
+
+NOBODY = 65534  # a user who may write nowhere here
 
 
 def serve() -> None:
@@ -54,7 +58,8 @@ def train(request: dict[str, Any]) -> None:
         sys.argv = ["llmtrain", "train", *request["arguments"]]
         if "phase" in request:
             kill_in_phase(request["phase"], request["nth"], request["delay_s"])
-        events = FileEvents(Path(request["run_dir"]), request.get("event"))
+        end = partial(os.seteuid, NOBODY) if request.get("withdraws") else die
+        events = FileEvents(Path(request["run_dir"]), request.get("event"), end)
         code = run_main(main, request["arguments"])
         events.stop()
         if "events" in request:
