@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llmtrain.errors import UserError, nearest
 
@@ -32,7 +41,7 @@ class Section(BaseModel):
     def _check_no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         values = value if isinstance(value, list | tuple) else [value]
-        if (int in kinds or float in kinds) and bool not in kinds and any(isinstance(item, bool) for item in values):
+        if {int, float, ByteSize} & {*kinds} and bool not in kinds and any(isinstance(item, bool) for item in values):
             raise ValueError("should be a number, not true or false")
         return value
 
@@ -167,6 +176,7 @@ class CheckpointSection(Section):
     save_every: PositiveInt | None = 500
     keep_last: PositiveInt = 3
     keep_every: PositiveInt | None = None  # steps whose checkpoints are never deleted
+    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None  # of all checkpoints of a run; such as 200GB or 1.5TiB
     async_save: bool = True
 
 

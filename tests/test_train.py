@@ -645,12 +645,40 @@ def test_a_full_disk_stops_the_run_cleanly(
     path.write_text(yaml.safe_dump(merged(config, training={"max_steps": 500, "eval_every": None})))
     result = llmtrain("train", "--config", path)
     assert result.returncode == 2, result
-    assert "No space left on device" in result.stderr
+    assert "No space left on device" in result.stderr and "the second save in a row that failed" in result.stderr
     assert "Traceback" not in result.stderr
     steps = committed_steps(folder)
     assert steps
     for step in steps:
         assert CheckpointReader(folder / f"step-{step:08d}").verify() == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_a_full_disk_has_room_again(config_dict: Config, small_disk: Path, tmp_path: Path) -> None:
+    """Full at one save: a warning. Room again: the next one is committed."""
+    training = {"max_steps": 100_000, "eval_every": None}
+    config = merged(
+        config_dict, run={"dir": str(small_disk / "run")}, checkpoint={"save_every": 200}, training=training
+    )
+    path, folder = tmp_path / "full.yaml", small_disk / "run"
+    path.write_text(yaml.safe_dump(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    wait_until(lambda: bool(committed_steps(folder)), process)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+    warning = next(line for line in process.stderr if "failed" in line)
+    assert "No space left on device" in warning and "earlier checkpoints are intact" in warning
+    (small_disk / "ballast").unlink()
+    failed = int(warning.split("saving step ")[1].split()[0])
+    wait_until(lambda: committed_steps(folder)[-1] > failed, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 75, said
+    assert failed not in committed_steps(folder) and not (folder / f"step-{failed:08d}").exists()
+    assert CheckpointReader(folder / f"step-{committed_steps(folder)[-1]:08d}").verify() == []
 
 
 @pytest.mark.slow

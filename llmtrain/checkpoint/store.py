@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: saving behind the loop's back, links, what is kept, finding the newest good one."""
+"""The checkpoints of a run folder: saving behind the loop's back, links, finding the newest good one."""
 
 from __future__ import annotations
 
@@ -19,53 +19,20 @@ import torch
 
 from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, point, pointed, step_folder
+from llmtrain.checkpoint.retention import Retention
 from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
-LATEST, BEST, FINAL = "latest", "best", "final"
+__all__ = ["BEST", "FINAL", "LATEST", "CheckpointStore", "committed_steps", "point", "pointed", "step_folder"]
 OpenVerified = Callable[[Path], fmt.CheckpointReader]  # opens a checkpoint, every hash checked; else CorruptError
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 _RECORDS_GRACE_S = (
     10.0  # the same once a rank is lost: who is still there has nothing else to do than to write its file
 )
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
-    return run_dir / f"step-{step:08d}"
-
-
-def committed_steps(run_dir: Path) -> list[int]:
-    """Steps with a finished checkpoint, ascending."""
-    folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and fmt.is_committed(path)]
-    return sorted(int(path.name[5:]) for path in folders)
-
-
-def point(run_dir: Path, name: str, target: str) -> None:
-    """Make `run_dir/name` lead to the step folder `target`, in one step: a link, or a small file where links fail."""
-    temporary = run_dir / f".{name}.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(target)
-    except OSError:  # a file system without links
-        fmt.write_file(temporary, target + "\n")
-    temporary.replace(run_dir / name)
-
-
-def pointed(run_dir: Path, name: str) -> Path | None:
-    """The committed step folder that `run_dir/name` leads to, if there is one."""
-    path = run_dir / name
-    if path.is_symlink():
-        target = str(path.readlink())
-    elif path.is_file():
-        target = path.read_text(encoding="utf-8").strip()
-    else:
-        return None
-    folder = run_dir / Path(target).name  # never outside the run folder
-    return folder if fmt.is_committed(folder) else None
 
 
 def check_writable(run_dir: Path) -> None:
@@ -170,7 +137,7 @@ class CheckpointStore:
 
     def __init__(self, run_dir: Path, config: CheckpointSection, config_yaml: str, data: Manifest, data_path: Path):
         self.run_dir = run_dir
-        self._config = config
+        self._retention = Retention(run_dir, config)
         self._config_yaml = config_yaml
         self._data = data
         # Read once: a data folder that is moved during the run cannot fail a save.
@@ -183,6 +150,7 @@ class CheckpointStore:
         self._is_given_up = threading.Event()
         self._committed: list[Path] = []
         self._warnings: list[str] = []
+        self._is_room_told = False
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
     def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
@@ -297,7 +265,7 @@ class CheckpointStore:
         try:
             if fragments is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                require_room(folder, sum(fragment.values.nbytes for fragment in fragments) * engine.world_size)
+                self._require_room(folder, sum(f.values.nbytes for f in fragments) * engine.world_size)
                 fmt.write_rank(folder, engine.rank, fragments)
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
@@ -309,7 +277,23 @@ class CheckpointStore:
             self._error = error
             return
         if engine.rank == 0:
-            self._retain()
+            self._warnings += self._retention.apply()
+
+    def _require_room(self, folder: Path, needed: int) -> None:
+        """Warn once where less than two more checkpoints fit, and refuse to begin one that does not.
+
+        A disk that is full only while a save fails would fail the run's other files, too.
+
+        Raises:
+            OSError: less than `needed` bytes are free.
+        """
+        free = shutil.disk_usage(folder).free
+        numbers = f"{free / 1e6:,.1f} MB are free, a checkpoint takes {needed / 1e6:,.1f} MB"
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {numbers}")
+        if free < 2 * needed and not self._is_room_told:
+            self._is_room_told = True
+            self._warnings.append(f"{self.run_dir}: the disk is nearly full: {numbers}; free some, or keep fewer")
 
     def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))
@@ -348,38 +332,6 @@ class CheckpointStore:
     def _link(self, folder: Path, links: tuple[str, ...]) -> None:
         for name in (LATEST, *links):
             point(self.run_dir, name, folder.name)
-
-    def _retain(self) -> None:
-        """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first.
-
-        What cannot be deleted (a file that another process has open, on some file systems) costs a warning: without its
-        marker it does not exist, and the next launch clears it away.
-        """
-        steps = committed_steps(self.run_dir)
-        keep = set(steps[-self._config.keep_last :])
-        if self._config.keep_every:
-            keep |= {step for step in steps if step % self._config.keep_every == 0}
-        linked = {pointed(self.run_dir, name) for name in (LATEST, BEST, FINAL)}
-        for step in steps:
-            folder = step_folder(self.run_dir, step)
-            if step not in keep and folder not in linked:
-                try:
-                    (folder / fmt.MARKER).unlink()
-                    shutil.rmtree(folder)
-                except OSError as error:
-                    self._warnings.append(f"{folder}: no longer kept, but cannot be deleted: {error.strerror or error}")
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Refuse to begin what does not fit: a disk that is full even for a moment would fail the run's other files.
-
-    Raises:
-        OSError: less than `needed` bytes are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:,.1f} MB are free, a checkpoint takes {needed / 1e6:,.1f}"
-        raise OSError(errno.ENOSPC, reason)
 
 
 def _to_host(fragment: Fragment) -> Fragment:
