@@ -51,6 +51,7 @@ class Run:
 
     def __init__(self, parts: Assembly, resume: str, peers: Peers, signals: StopSignals):
         self.parts, self.config, self.engine, self.peers = parts, parts.config, parts.engine, peers
+        self.stopping = Stopping(self.engine, signals, self.config.health.grace_s)
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
             self._early_warning(warning)
@@ -65,14 +66,14 @@ class Run:
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
         self._make_store()
-        self.stopping = Stopping(self.engine, signals, self.config.health.grace_s)
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
     def _choose(self, choose: Choose) -> CheckpointReader | None:
         """Open a checkpoint that rank 0 chooses; every rank checks a share of its hashes."""
-        return together(self.engine, lambda: choose_together(self.engine, choose, self.config.health.timeout_s))
+        timeout_s, is_told = self.config.health.timeout_s, self.stopping.is_told_here
+        return together(self.engine, lambda: choose_together(self.engine, choose, timeout_s, is_told))
 
     def _restore(self, resume: str) -> None:
         """Fill the engine from the checkpoint, or from the weights that the run is to start with."""

@@ -21,7 +21,7 @@ from llmtrain.checkpoint.store import OpenVerified
 from llmtrain.data.shards import FileInfo, verify_files
 from llmtrain.engine import Engine
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import CorruptError
+from llmtrain.errors import CorruptError, Stopped
 
 _ROUND_S = 1.0
 _MOST_TOLD = 3  # problems, of each rank and in all: a lost disk has thousands
@@ -34,25 +34,30 @@ class _Round:
 
     is_done: bool
     problems: tuple[str, ...]
+    is_told: bool  # to stop
 
 
-def choose_together(engine: Engine, choose: Choose, timeout_s: float) -> CheckpointReader | None:
+def choose_together(
+    engine: Engine, choose: Choose, timeout_s: float, is_told: Callable[[], bool]
+) -> CheckpointReader | None:
     """Let rank 0 choose a checkpoint, and every rank check its share of each that is looked at; open it on all ranks.
 
     Args:
         engine: joins the ranks; only what they tell each other is used.
         choose: called on rank 0, with what opens a checkpoint and checks it on all ranks.
         timeout_s: how long a rank may read nothing at all.
+        is_told: whether this rank was told to stop.
 
     Raises:
+        Stopped: a rank was told to stop; on rank 0 only.
         LlmtrainError: what `choose` raises, on rank 0 only; see `together`.
         CorruptError: the chosen one cannot be opened on this rank.
     """
     if engine.rank:
-        return _help(engine, timeout_s)
+        return _help(engine, timeout_s, is_told)
     chosen = None
     try:
-        chosen = choose(lambda folder: _open_verified(engine, folder, timeout_s))
+        chosen = choose(lambda folder: _open_verified(engine, folder, timeout_s, is_told))
     except Exception as error:
         if not is_exchange_failure(error):
             _call(engine, None, None)
@@ -61,7 +66,7 @@ def choose_together(engine: Engine, choose: Choose, timeout_s: float) -> Checkpo
     return chosen
 
 
-def _help(engine: Engine, timeout_s: float) -> CheckpointReader | None:
+def _help(engine: Engine, timeout_s: float, is_told: Callable[[], bool]) -> CheckpointReader | None:
     """What the other ranks do while rank 0 chooses."""
     while True:
         folder, digest, is_chosen = engine.gather(("", "", False))[0]
@@ -69,7 +74,7 @@ def _help(engine: Engine, timeout_s: float) -> CheckpointReader | None:
             return CheckpointReader(Path(folder))
         if not folder:
             return None
-        _check_share(engine, Path(folder), digest, timeout_s)
+        _check_share(engine, Path(folder), digest, timeout_s, is_told)
 
 
 def _call(engine: Engine, to_check: CheckpointReader | None, chosen: CheckpointReader | None) -> None:
@@ -78,27 +83,30 @@ def _call(engine: Engine, to_check: CheckpointReader | None, chosen: CheckpointR
     engine.gather((str(reader.folder), reader.digest, chosen is not None) if reader else ("", "", False))
 
 
-def _open_verified(engine: Engine, folder: Path, timeout_s: float) -> CheckpointReader:
+def _open_verified(engine: Engine, folder: Path, timeout_s: float, is_told: Callable[[], bool]) -> CheckpointReader:
     reader = CheckpointReader(folder)  # where this fails, the others need not hear of it
     _call(engine, reader, None)
-    problems = _check_share(engine, folder, reader.digest, timeout_s)
+    problems = _check_share(engine, folder, reader.digest, timeout_s, is_told)
+    if problems is None:
+        raise Stopped("stopped by a signal while the checkpoint was checked: nothing to save; the same command goes on")
     if problems:
         raise CorruptError("; ".join(problems[:_MOST_TOLD]))
     return reader
 
 
-def _check_share(engine: Engine, folder: Path, digest: str, timeout_s: float) -> list[str]:
-    """Check this rank's share of the files; return what any rank found wrong, the same on all of them."""
+def _check_share(
+    engine: Engine, folder: Path, digest: str, timeout_s: float, is_told: Callable[[], bool]
+) -> list[str] | None:
+    """Check this rank's share of the files; return what any rank found wrong, the same on all; None: told to stop."""
     work = _Work(lambda report: _problems(engine, folder, digest, report))
     while True:
         work.wait(min(_ROUND_S, timeout_s / 4))
-        stalled = work.idle_s > timeout_s
-        if stalled:
-            line = f"{folder}: nothing could be read from it for {timeout_s:g} s"
-            own = _Round(True, (f"{line} ({_place(engine)})",))
-        else:
-            own = _Round(work.is_done, tuple(work.problems[:_MOST_TOLD]))
-        rounds = engine.gather(own)
+        problems = tuple(work.problems[:_MOST_TOLD])
+        if is_stuck := work.idle_s > timeout_s:
+            problems = (f"{folder}: nothing could be read from it for {timeout_s:g} s ({_place(engine)})",)
+        rounds = engine.gather(_Round(work.is_done or is_stuck, problems, is_told()))
+        if any(told.is_told for told in rounds):
+            return None
         if all(told.is_done for told in rounds):
             work.raise_failure()
             return [line for told in rounds for line in told.problems]

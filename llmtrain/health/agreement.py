@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import LlmtrainError, PeerLostError, UserError, end_everywhere
+from llmtrain.errors import LlmtrainError, PeerLostError, Stopped, UserError, end_everywhere
 from llmtrain.observe.provenance import package_versions
 
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     if not met:
         return result  # type: ignore[return-value]  # nothing failed, so there is one
     rank, kind, message, host = met[0]
-    if any(other != message for _, _, other, _ in met) or len(met) < engine.world_size:
+    if kind is not Stopped and (any(other != message for _, _, other, _ in met) or len(met) < engine.world_size):
         ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
         message += f" ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)"
     raise _everywhere(kind(message))

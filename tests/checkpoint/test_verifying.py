@@ -33,12 +33,14 @@ def test_one_process_checks_everything_too(trained_run: Path, tmp_path: Path) ->
         file.truncate(10)
     said: list[str] = []
     with closing(make_engine(60.0)) as engine:
-        reader = choose_together(engine, lambda check: choose_checkpoint(folder, "auto", said.append, check), 60.0)
+        reader = choose_together(
+            engine, lambda check: choose_checkpoint(folder, "auto", said.append, check), 60.0, lambda: False
+        )
         assert reader is not None and reader.manifest.step == 20
         assert len(said) == 1 and "step-00000030/rank00000.safetensors" in said[0]
         (folder / "step-00000010" / "state.json").unlink()
         with pytest.raises(CorruptError, match=r"step-00000010/state\.json"):
             choose_together(
                 engine, lambda check: choose_checkpoint(tmp_path / "new", str(folder / "step-00000010"), print, check),
-                60.0,
+                60.0, lambda: False,
             )  # fmt: skip

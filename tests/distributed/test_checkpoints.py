@@ -45,7 +45,7 @@ def add_file(folder: Path, name: str, sha256: str) -> None:
     fmt.commit(folder, manifest.model_copy(update={"files": files}))
 
 
-def test_ranks_check_their_shares_walk_back_and_wait_for_a_slow_file_longer_than_the_timeout(
+def test_ranks_check_their_shares_walk_back_obey_a_signal_and_wait_for_a_slow_file_longer_than_the_timeout(
     trained_run: Path, data: Path, tmp_path: Path
 ) -> None:
     """The newest is damaged in a file that rank 1 reads; the one before has a pipe that is fed for 14 s."""
@@ -66,9 +66,26 @@ def test_ranks_check_their_shares_walk_back_and_wait_for_a_slow_file_longer_than
                 pipe.write(piece)
                 time.sleep(0.5)
 
-    threading.Thread(target=feed, daemon=True).start()
     config = small_config(data, run_dir)
     config["health"] = {"timeout_s": 10.0}
+    ranks = start(config, tmp_path)
+    opened: list[int] = []
+
+    def is_read() -> bool:
+        try:
+            opened.append(os.open(older / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads yet
+            return False
+        return True
+
+    wait_until(is_read, ranks)
+    ranks[1].send_signal(signal.SIGTERM)  # while the checkpoint is checked
+    (code, said), (other_code, other) = ended(ranks)
+    assert (code, other_code) == (75, 75), said + other
+    assert (said + other).count("stopped by a signal while the checkpoint was checked: nothing to save") == 1
+    os.close(opened[0])
+
+    threading.Thread(target=feed, daemon=True).start()
     (code, said), (other_code, other) = ended(start(config, tmp_path))
     assert (code, other_code) == (0, 0), said + other
     assert f"{damaged}: content differs from the hash in the manifest (rank 1 on " in said

@@ -10,7 +10,7 @@ import pytest
 
 from llmtrain.health.guard import SKIPPED, Guard
 from llmtrain.train import main
-from tests import faults
+from tests import faulty_steps
 from tests.conftest import small_config
 from tests.distributed.launching import LAUNCH, launch, metrics
 
@@ -36,8 +36,8 @@ def reference(data: Path, folder: Path, optimizer: str = "adamw") -> Path:
     path = folder / "reference.yaml"
     path.write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmtrain.train.accumulate", faults.faulty({32: "left out"}))
-        patch.setattr(Guard, "load_state", faults.leaving_out(STRETCH))
+        patch.setattr("llmtrain.train.accumulate", faulty_steps.faulty({32: "left out"}))
+        patch.setattr(Guard, "load_state", faulty_steps.leaving_out(STRETCH))
         main(["--config", str(path)])
     return folder / "reference"
 
@@ -49,9 +49,16 @@ def launch_with(wrong: dict[int, str], name: str, config: dict[str, Any], **vari
         text = (LAUNCH / "cpu-zero2.yaml").read_text()
         offload = "zero_stage: 2\n  offload_optimizer_device: cpu"
         (folder / f"{name}.yaml").write_text(text.replace("zero_stage: 2", offload))
-    path = str(Path(faults.__file__).parents[1])
+    path = str(Path(faulty_steps.__file__).parents[1])
     return launch(
-        name, 2, config, folder, program=("-m", "tests.faults"), FAULTS=json.dumps(wrong), PYTHONPATH=path, **variables
+        name,
+        2,
+        config,
+        folder,
+        program=("-m", "tests.faulty_steps"),
+        FAULTS=json.dumps(wrong),
+        PYTHONPATH=path,
+        **variables,
     )
 
 

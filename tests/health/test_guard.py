@@ -15,7 +15,7 @@ from llmtrain.errors import DivergedError, Stopped
 from llmtrain.health.guard import SKIPPED, Guard
 from llmtrain.train import main
 from tests.conftest import records
-from tests.faults import Faults, faulty, leaving_out
+from tests.faulty_steps import Faults, faulty, leaving_out
 from tests.test_train import Config, merged, numbers, weights
 
 # Steps 13, 14 and 16: more than the run bears, so it goes back to step 10 and leaves samples 96 to 128 out.
