@@ -3,8 +3,9 @@
 ::
 
     step-00000500/
-      rank00000.safetensors   float fragments of this rank: key "<name>@<start>", 1-D
-      rank00000.json          what that file holds: size, SHA-256, and for each tensor its shape, dtype and fragments
+      rank00000.safetensors   float fragments of this rank: key "<name>@<start>", 1-D; after 512 MiB
+      rank00000-1.safetensors …   they go on in further files, for these are written and verified in parallel
+      rank00000.json          what those files hold: size, SHA-256, and for each tensor its shape and fragments
       state.json              step, position in the data, best loss, meters: everything that is not a tensor
       config.yaml             the resolved config
       tokenizer/              so that the folder alone can generate
@@ -18,7 +19,6 @@ Nothing is pickled.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmtrain.checkpoint.tensor_files import write_files
 from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Fragment
@@ -40,9 +41,6 @@ MARKER = "COMMITTED"
 STATE = "state.json"
 CONFIG = "config.yaml"
 _Model = TypeVar("_Model", bound=BaseModel)
-_SAFETENSORS_DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
-}  # fmt: skip
 
 
 class TensorInfo(BaseModel):
@@ -64,10 +62,10 @@ class TensorInfo(BaseModel):
 
 
 class RankRecord(BaseModel):
-    """`rankNNNNN.json`: one rank's file and the fragments in it."""
+    """`rankNNNNN.json`: one rank's files and the fragments in them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: FileInfo
+    files: tuple[FileInfo, ...]
     tensors: dict[str, TensorInfo]
 
 
@@ -88,48 +86,18 @@ class CheckpointManifest(BaseModel):
 
 
 def write_rank(folder: Path, rank: int, fragments: Iterable[Fragment]) -> None:
-    """Write one rank's fragments (on the host, contiguous) and its record, hashed while written and flushed to disk."""
-    fragments = list(fragments)
-    path = folder / f"rank{rank:05d}.safetensors"
-    info = _write_safetensors(path, {f"{f.name}@{f.start}": f.values for f in fragments})
-    tensors = {
-        f.name: TensorInfo(shape=f.shape, fragments=((path.name, f.start, f.values.numel()),)) for f in fragments
-    }
+    """Write one rank's fragments and its record, hashed while written and flushed to disk."""
+    files = write_files(folder, f"rank{rank:05d}", fragments)
+    tensors: dict[str, TensorInfo] = {}
+    for info, part in files:
+        for f in part:
+            before = tensors[f.name].fragments if f.name in tensors else ()
+            here = (info.path, f.start, f.values.numel())
+            tensors[f.name] = TensorInfo(shape=f.shape, fragments=(*before, here))
     # Rank 0 takes the record for a sign that this rank is done, so it must appear whole.
     unfinished = folder / f".rank{rank:05d}.json"
-    write_file(unfinished, RankRecord(file=info, tensors=tensors).model_dump_json())
+    write_file(unfinished, RankRecord(files=tuple(info for info, _ in files), tensors=tensors).model_dump_json())
     unfinished.replace(folder / f"rank{rank:05d}.json")
-
-
-def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileInfo:
-    """Write the safetensors format (8-byte header length, JSON header, data) and hash it in the same pass."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for key, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        start = memoryview(len(encoded).to_bytes(8, "little") + encoded)
-        for view in itertools.chain([start], map(_bytes_of, tensors.values())):
-            digest.update(view)
-            written = 0
-            while written < len(view):
-                written += file.write(view[written:])
-        os.fsync(file.fileno())
-        return FileInfo(path=path.name, bytes=file.tell(), sha256=digest.hexdigest())
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat: memoryview = tensor.contiguous().view(torch.uint8).numpy().data
-    return flat
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -207,19 +175,28 @@ class CheckpointReader:
         return self._tensors
 
     def read(self, wanted: Fragment) -> torch.Tensor:
-        """Return the saved values (1-D, on the host) of the slice that `wanted` names, from however many files."""
+        """Return the saved values of the slice that `wanted` names, from however many files.
+
+        Returns:
+            1-D, on the host; perhaps a view of the mapped file, so to be copied while that is there, not kept.
+        """
         info = self.tensors().get(wanted.name)
         if info is None:
             raise UserError(f"{self.folder}: holds no '{wanted.name}'; it was saved with another model or optimizer")
         if info.shape != wanted.shape:
             raise UserError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
         begin, end = wanted.start, wanted.start + wanted.values.numel()
-        values = torch.empty(end - begin, dtype=wanted.values.dtype)
+        parts: list[tuple[int, int, torch.Tensor]] = []
         for file, start, numel in info.fragments:
             low, high = max(begin, start), min(end, start + numel)
             if low < high:
                 saved = self._saved(file, f"{wanted.name}@{start}", numel)
-                values[low - begin : high - begin] = saved[low - start : high - start]
+                parts.append((low, high, saved[low - start : high - start].to(wanted.values.dtype)))
+        if len(parts) == 1:
+            return parts[0][2]  # the mapped file itself: copied once, to where it belongs
+        values = torch.empty(end - begin, dtype=wanted.values.dtype)
+        for low, high, part in parts:
+            values[low - begin : high - begin] = part
         return values
 
     def _saved(self, file: str, key: str, numel: int) -> Any:

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, point, pointed, step_folder
 from llmtrain.checkpoint.retention import Retention
+from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
 from llmtrain.data.staging import sync_path
@@ -144,6 +145,7 @@ class CheckpointStore:
         tokenizer = data_path / TOKENIZER_FOLDER
         self._tokenizer = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         self._saved_step: int | None = None
+        self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._give_up_at = math.inf
@@ -154,7 +156,9 @@ class CheckpointStore:
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
     def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
-        """Copy the training state to host memory and begin to write it; the save before must be settled.
+        """Begin to write the training state; the save before must be settled.
+
+        Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once.
 
         Args:
             engine: whose fragments are saved.
@@ -170,7 +174,9 @@ class CheckpointStore:
         is_new = step != self._saved_step and not fmt.is_committed(folder)
         self._saved_step = step
         self._is_given_up.clear()
-        fragments = [_to_host(fragment) for fragment in engine.fragments()] if is_new else None
+        fragments = None
+        if is_new:  # where the loop waits anyway, what it holds is written itself
+            fragments = self._snapshot.take(engine.fragments()) if self._config.async_save else list(engine.fragments())
         arguments = (engine, fragments, state, links, began)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
@@ -307,7 +313,8 @@ class CheckpointStore:
         own = [fmt.STATE, fmt.CONFIG, *(record.name for record in records)]
         own += [f"{TOKENIZER_FOLDER}/{name}" for name in self._tokenizer]
         files = [fmt.describe_file(folder, folder / name) for name in own]
-        files += [fmt.RankRecord.model_validate_json(record.read_text()).file for record in records]
+        for record in records:
+            files += fmt.RankRecord.model_validate_json(record.read_text()).files
         manifest = fmt.CheckpointManifest(
             step=int(state["step"]),
             engine=engine.name,
@@ -332,9 +339,3 @@ class CheckpointStore:
     def _link(self, folder: Path, links: tuple[str, ...]) -> None:
         for name in (LATEST, *links):
             point(self.run_dir, name, folder.name)
-
-
-def _to_host(fragment: Fragment) -> Fragment:
-    values = fragment.values
-    host = values.clone() if values.device.type == "cpu" else values.to("cpu")
-    return replace(fragment, values=host)

@@ -144,7 +144,7 @@ def test_a_file_with_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
     (folder / "rank00000.safetensors").write_bytes(pickle.dumps(Bomb()))
     record = fmt.RankRecord.model_validate_json((folder / "rank00000.json").read_text())
     info = fmt.describe_file(folder, folder / "rank00000.safetensors")
-    fmt.write_file(folder / "rank00000.json", record.model_copy(update={"file": info}).model_dump_json())
+    fmt.write_file(folder / "rank00000.json", record.model_copy(update={"files": (info,)}).model_dump_json())
     paths = [p for p in sorted(folder.iterdir()) if p.name not in (fmt.MANIFEST, fmt.MARKER)]
     files = tuple(fmt.describe_file(folder, path) for path in paths)
     before = fmt.CheckpointReader(folder).manifest

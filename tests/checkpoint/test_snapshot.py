@@ -1,0 +1,22 @@
+"""A snapshot is of its moment, and its memory serves the next one too."""
+
+from __future__ import annotations
+
+import torch
+
+from llmtrain.checkpoint.snapshot import Snapshot
+from llmtrain.engine import Fragment
+
+
+def test_what_the_loop_changes_afterwards_is_not_in_it_and_the_memory_is_used_again() -> None:
+    state = torch.arange(6.0)
+    halves = [Fragment("model/w", (6,), start, state[start : start + 3]) for start in (0, 3)]
+    snapshot = Snapshot()
+    first = snapshot.take(halves)
+    state += 10
+    assert torch.cat([fragment.values for fragment in first]).tolist() == [0, 1, 2, 3, 4, 5]
+    second = snapshot.take(halves)
+    assert torch.cat([fragment.values for fragment in second]).tolist() == [10, 11, 12, 13, 14, 15]
+    assert [f.values.data_ptr() for f in first] == [f.values.data_ptr() for f in second]
+    (grown,) = snapshot.take([Fragment("model/w", (8,), 0, torch.ones(8))])  # an optimizer that got more state
+    assert grown.values.tolist() == [1] * 8
