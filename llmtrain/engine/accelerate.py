@@ -96,9 +96,10 @@ class AccelerateEngine(Processes):
                     tensor.copy_(saved.view(tensor.shape))
 
     def _make_optimizer_state(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
-        step_unless(self._optimizer, torch.zeros((), device=self.device))
-        self._optimizer.zero_grad(set_to_none=True)
+        applied = torch.zeros((), device=self.device)
+        for parameter in self._parameters:  # one at a time: the gradients of all would be a third of the state again
+            parameter.grad = torch.zeros_like(parameter)
+            step_unless(self._optimizer, applied)
+            parameter.grad = None
