@@ -65,8 +65,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def write_result(name: str, rows: Sequence[Mapping[str, Any]], distributions: Sequence[str] = ("llmtrain",)) -> Path:
-    """Write `results/NAME.json`: rows of measurements with machine, date and versions; return its path."""
+def write_result(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    distributions: Sequence[str] = ("llmtrain",),
+    path: Path | None = None,
+) -> Path:
+    """Write `results/NAME.json`, or `path`: rows of measurements with machine, date and versions; return its path."""
     content = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -74,8 +79,8 @@ def write_result(name: str, rows: Sequence[Mapping[str, Any]], distributions: Se
         "versions": versions(*distributions),
         "rows": list(rows),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

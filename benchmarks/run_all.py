@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-FITTING = ["startup", "batches", "prepare", "loop", "traffic", "scaling"]
+FITTING = ["startup", "batches", "prepare", "loop", "traffic", "scaling", "checkpoint"]
 
 
 def main() -> None:

@@ -1,0 +1,42 @@
+"""The benchmark of checkpoints in its small form: every contender saves and gets back the same state."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import ROOT
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_all_contenders_save_and_load_the_same_state(tmp_path: Path) -> None:
+    """That what was loaded is what was saved is checked by the benchmark itself, in each turn."""
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable, "-m", "benchmarks.checkpoint", "--preset", "1m", "--rounds", "1", "--folder", str(tmp_path),
+        "--out", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *rows, facts = json.loads(out.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["llmtrain", "llmtrain, async", "accelerate", "DeepSpeed", "DCP"]
+    for row in rows:
+        assert 0 < row["save s"] <= row["durable s"]
+        if row["contender"] == "llmtrain, async":
+            assert 0 < row["stall s"] < row["save s"] and row["load s"] is None
+        else:
+            assert row["load s"] > 0 and row["stall s"] is None
+    assert 0 < rows[0]["open s"] + rows[0]["verify s"] + rows[0]["read s"] <= rows[0]["load s"]
+    assert facts["state GB"] == pytest.approx(12 * 6.45e6 * 1e-9, rel=0.5)
+    assert all(len(turns) == 2 for turns in facts["turns, the first not counted"].values())
+    assert list(tmp_path.iterdir()) == [out], "what was written is deleted"
