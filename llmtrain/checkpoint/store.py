@@ -138,6 +138,7 @@ class CheckpointStore:
 
     def __init__(self, run_dir: Path, config: CheckpointSection, config_yaml: str, data: Manifest, data_path: Path):
         self.run_dir = run_dir
+        self._is_async = config.async_save
         self._retention = Retention(run_dir, config)
         self._config_yaml = config_yaml
         self._data = data
@@ -176,7 +177,7 @@ class CheckpointStore:
         self._is_given_up.clear()
         fragments = None
         if is_new:  # where the loop waits anyway, what it holds is written itself
-            fragments = self._snapshot.take(engine.fragments()) if self._config.async_save else list(engine.fragments())
+            fragments = self._snapshot.take(engine.fragments()) if self._is_async else list(engine.fragments())
         arguments = (engine, fragments, state, links, began)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
