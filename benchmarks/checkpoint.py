@@ -161,7 +161,8 @@ def llmtrain_contenders(bench: Bench) -> dict[str, tuple[Action, Action | None]]
             began = time.perf_counter()
             store.save(bench.engine, {"step": step}, ())
             stall = time.perf_counter() - began
-            store.wait()
+            if failure := store.settle(bench.engine):
+                raise RuntimeError(failure)
             step_folder(runs, step).rename(folder)
             return {"stall s": stall} if asynchronous else {}
 
