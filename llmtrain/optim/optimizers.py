@@ -55,7 +55,8 @@ class Muon(torch.optim.Muon):
         groups = self.param_groups
         for group in groups:
             for matrix in group["params"]:
-                self._step_matrix(matrix, group, refused != 0)
+                if matrix.grad is not None:
+                    self._step_matrix(matrix, group, refused != 0)
         self.param_groups = groups
 
     def _step_matrix(self, matrix: Tensor, group: dict[str, Any], refused: Tensor) -> None:
