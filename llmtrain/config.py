@@ -197,6 +197,8 @@ class HealthSection(Section):
 
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0  # of an exchange between processes
     grace_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 120.0  # from a signal to the end; null: any
+    # A rank that does not move on for so long hangs; null: learned for each phase from the run. 1e9 switches it off.
+    hang_after_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     # Robust standard deviations above the median at which a step is not applied; null: only what is not finite.
     spike_z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
     spike_window: Annotated[int, Field(ge=2)] = 128  # steps that the median is of; none is a spike before they are full

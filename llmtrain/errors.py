@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class LlmtrainError(Exception):
@@ -44,7 +45,7 @@ class CorruptError(LlmtrainError):
 
 
 class PeerLostError(LlmtrainError):
-    """Another rank is gone, cut off or stuck, and this one cannot go on without it."""
+    """Another rank is gone, cut off or stuck, and this one cannot go on without it; or this one itself is stuck."""
 
     exit_code = 5
 
@@ -111,6 +112,13 @@ def end_everywhere(error: LlmtrainError, rank: int, barrier: Callable[[], None])
     _leave_exit_code(error.exit_code)
     error.is_said = True
     barrier()
+
+
+def end_at_once(error: LlmtrainError) -> NoReturn:
+    """End the process from a thread beside the one that hangs: no clean-up can be waited for."""
+    _say(error)
+    _leave_exit_code(error.exit_code)
+    os._exit(error.exit_code)
 
 
 def _say(error: LlmtrainError) -> None:

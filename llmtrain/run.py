@@ -34,6 +34,7 @@ from llmtrain.health.guard import Guard
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
+from llmtrain.health.watchdog import Watchdog
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.files import replacing
 from llmtrain.observe.ledger import SampleLedger
@@ -212,7 +213,7 @@ class Run:
         windows = validation_batches(self.parts.val, layout, limit and limit * layout.global_batch)
         try:
             with self.meter.paused():
-                return validate(self.engine, self._until_told(windows), layout.micro_batch)
+                return validate(self.engine, self._until_told(self.peers.through(windows)), layout.micro_batch)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
@@ -308,7 +309,7 @@ class Run:
             for prompt, ids in self._prompts:
                 prompt_BS = torch.tensor([ids], device=self.engine.device)
                 options = SamplingOptions(temperature=0.8, vocab_size=self._tokenizer.vocab_size)
-                tokens = sample(model, prompt_BS, options, seeds=[self.config.run.seed])
+                tokens = self.peers.through(sample(model, prompt_BS, options, seeds=[self.config.run.seed]))
                 written = [int(t) for t in itertools.islice(tokens, self.config.training.sample_tokens)]
                 self.observer.sample(self.progress.step, prompt, self._tokenizer.decode(written))
 
@@ -349,6 +350,7 @@ class Run:
             Stopped: told to stop; everything is saved.
             UserError: saving failed twice.
         """
+        self.peers.progress(self.progress.step + 1, "between steps")
         self._report_saves()
         self.stopping.hear(self.store.has_failed)
         step, stop_after = self.progress.step, self.config.training.stop_after
@@ -392,7 +394,7 @@ class Run:
         """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
         self._open(lock)
         try:
-            with self.peers.watched():
+            with self.peers.watched(), Watchdog(self.peers, self.config.health, self.dir, self.store.finish_within):
                 yield
         except PeerLostError:
             self.store.hurry()

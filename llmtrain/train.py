@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
 
+Reading = Callable[[Iterator[tuple[torch.Tensor, bool]]], Iterator[tuple[torch.Tensor, bool]]]
+
 
 def train(run: Run) -> None:
     """Take optimizer steps until the run is done.
@@ -40,14 +43,15 @@ def train(run: Run) -> None:
     if progress.unfinished:  # a signal came while the last step was evaluated
         conclude(run, *run.unfinished())
     while progress.step < run.total_steps and not run.has_stopped_improving():
-        run.peers.progress(progress.step + 1, "data")
         run.stop_if_told()
+        run.peers.progress(progress.step + 1, "data")
+        run.meter.begin()
         batch = next(stream)
-        run.peers.progress(progress.step + 1, "forward, backward and update")
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
-        loss_sum = accumulate(engine, batch, training.micro_batch_size)
+        loss_sum = accumulate(engine, batch, training.micro_batch_size, run.peers.reading)
         run.ask()
+        run.peers.progress(progress.step + 1, "update")
         outcome = engine.step(lr, loss_sum / batch.target_count, run.guard.limits(batch))
         progress.advance(batch.end, batch.target_count)
         run.meter.add(loss_sum, outcome, batch.target_count)
@@ -78,10 +82,10 @@ def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
         run.save()
 
 
-def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
+def accumulate(engine: Engine, batch: Batch, rows: int, reading: Reading = iter) -> torch.Tensor:
     """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
     loss_sum = torch.zeros((), device=engine.device)
-    for tokens, is_last in batch.micro_batches():
+    for tokens, is_last in reading(batch.micro_batches()):
         inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
         loss_sum += engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
     return loss_sum

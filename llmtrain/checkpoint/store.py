@@ -248,6 +248,12 @@ class CheckpointStore:
         """A rank is lost: a save that is under way waits for the others' files for a short while only."""
         self._give_up_at = time.monotonic() + _RECORDS_GRACE_S
 
+    def finish_within(self, within_s: float) -> None:
+        """Before the process ends at once: let a save that is under way come to its end, for a limited time."""
+        self.hurry()
+        if (job := self._thread) is not None:
+            job.join(within_s)
+
     def join(self) -> None:
         """Wait for this rank's part of a save that is under way, however it ends."""
         if self._thread is not None:

@@ -62,6 +62,7 @@ class DeepSpeedEngine(Processes):
         launch = self._accelerator.state.deepspeed_plugin.deepspeed_config
         config = zero_config(launch, training, optimizer.clip_norm, self.world_size)
         stage = config["zero_optimization"]["stage"]
+        self.exchanges_in_forward = stage == 3
         if stage == 3:
             # A module at a time, each at once cut over the ranks: no rank ever holds the model whole.
             with deepspeed.zero.Init(config_dict_or_path=config):

@@ -34,6 +34,7 @@ class Processes:
     """
 
     _bare: Transformer  # since `build`: as it was made, without what the library wraps around it
+    exchanges_in_forward = False
 
     def __init__(self, timeout_s: float):
         on_gpu = torch.cuda.is_available()

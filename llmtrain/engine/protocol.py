@@ -60,6 +60,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    exchanges_in_forward: bool  # between ranks, in the model's forward pass
     compiles_well: bool  # what `training.compile: auto` means here
 
     def build(

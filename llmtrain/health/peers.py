@@ -1,36 +1,54 @@
-"""Who of the other ranks is alive, and where: asked only when an exchange with them has failed.
+"""Who of the other ranks is alive, and where: asked only when an exchange with them has failed, or lasts too long.
 
 The libraries name no rank ("Timed out waiting 10000ms for recv operation to complete"). So at start every rank opens a
 port at which the others can ask it (`status_port`), and the table of these is exchanged once. While all is well nothing
-is sent, and `progress` costs three attribute writes. When an exchange fails, or takes longer than `health.timeout_s`,
+is sent, and `progress` takes a microsecond. When an exchange fails, or takes longer than `health.timeout_s`,
 `watched` asks all peers at once and raises `PeerLostError`, which names those that are gone, frozen or unreachable; if
 none is, those that are behind in the loop; and counts those that are fine.
 
 A rank that ends by an error says so to its peers first (`farewell`), with the ranks that it lost itself: those that
 fail next, because this one has left, then name the first cause and not the chain.
 
-This is for exchanges that fail in Python, as gloo's do. Over NCCL torch's own watchdog aborts the process instead,
-after the same time, and nobody is named.
+This is for exchanges that fail in Python, as gloo's do. `watchdog` asks earlier, while nothing has failed yet.
 """
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 from llmtrain.engine import Engine
 from llmtrain.engine.rendezvous import brief, is_exchange_failure, own_address
 from llmtrain.errors import LlmtrainError, PeerLostError, Stopped
 from llmtrain.health.status_port import Message, Place, Silence, StatusPort, ask
 
-# In the order of the loop: of two ranks at the same step, the one in the earlier phase keeps the other waiting.
-PHASES = ("start", "data", "forward, backward and update", "validation", "logging", "sampling", "saving")
+# Where the host is; a GPU may still be busy with what the host asked of it before.
+Phase = Literal[
+    "start", "between steps", "data", "forward and backward", "update", "validation", "logging", "sampling", "saving",
+    "finishing",
+]  # fmt: skip
 _MOST_NAMED = 4
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Here(NamedTuple):
+    """A place in the loop. All ranks come by the same places in the same order, so their numbers compare."""
+
+    number: int
+    step: int
+    phase: Phase
+
+    def __str__(self) -> str:
+        return f"at step {self.step:,}, {self.phase}" if self.step else "before the first step"
+
+
+_START = Here(0, 0, "start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +66,8 @@ class PeerStatus:
     place: Place
     state: Literal["alive", "gone", "frozen", "unreachable"]
     detail: str = ""  # what the operating system says
-    step: int = 0
-    phase: str = PHASES[0]
-    idle_s: float = 0.0  # since it came to this step and phase
+    here: Here = _START
+    idle_s: float = 0.0  # since it last moved on
     farewell: Farewell | None = None
 
     @property
@@ -60,7 +77,7 @@ class PeerStatus:
 
     def __str__(self) -> str:
         found = {
-            "alive": f"is behind, for {self.idle_s:.0f} s at step {self.step:,}, {self.phase}",
+            "alive": f"is behind, for {self.idle_s:.0f} s {self.here}",
             "gone": f"its process is gone ({self.detail})",
             "frozen": f"its process is stopped or stuck ({self.detail}, though its host accepts)",
             "unreachable": f"its host or the link to it is down ({self.detail})",
@@ -73,9 +90,11 @@ class Peers:
 
     def __init__(self, engine: Engine):
         self.rank = engine.rank
-        self._step, self._phase, self._since = 0, PHASES[0], time.monotonic()
+        self.here, self._moved_at = _START, time.monotonic()
+        self.longest_s: dict[Phase, float] = {}  # that this rank ever took to move on, for each phase it has left
+        self.dump_stacks: Callable[[], object] = lambda: None
         self._others: list[Place] = []
-        self._farewells: dict[int, Farewell] = {}
+        self.farewells: dict[int, Farewell] = {}  # of ranks that have ended
         self._is_leaving = False
         if engine.world_size > 1:
             self._port = StatusPort(engine.rank, own_address(), self._answer)
@@ -88,9 +107,51 @@ class Peers:
         if self._others:
             self._port.close()
 
-    def progress(self, step: int, phase: str) -> None:
-        """Note where in the loop this rank is; `phase` is one of PHASES."""
-        self._step, self._phase, self._since = step, phase, time.monotonic()
+    def progress(self, step: int, phase: Phase) -> None:
+        """Note where in the loop this rank is."""
+        self.alive()
+        self.here = Here(self.here.number + 1, step, phase)
+
+    def alive(self) -> None:
+        """Note that this rank moves on within its phase."""
+        now = time.monotonic()
+        took_s = now - self._moved_at
+        phase = self.here.phase
+        if took_s > self.longest_s.get(phase, -1.0):
+            self.longest_s[phase] = took_s
+        self._moved_at = now
+
+    def through(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Go through items, each of which shows that this rank moves on."""
+        for item in items:
+            self.alive()
+            yield item
+
+    def reading(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
+        """Go through the micro-batches of a step; what they are read for is forward and backward."""
+        source, step = iter(micro_batches), self.here.step
+        while True:
+            self.progress(step, "data")
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            self.progress(step, "forward and backward")
+            yield item
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since this rank last moved on."""
+        return time.monotonic() - self._moved_at
+
+    def forgive(self) -> None:
+        """Forget how long this rank has not moved: it was stopped as a whole, by a scheduler or with its machine."""
+        self._moved_at = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """This rank and its host."""
+        return f"rank {self.rank} on {socket.gethostname()}"
 
     def diagnose(self) -> list[PeerStatus]:
         """Ask all peers at once; takes a few seconds where one does not answer, else milliseconds."""
@@ -132,7 +193,7 @@ class Peers:
             found: the outcome of `diagnose`.
             failure: what the library that gave up says.
         """
-        culprits = blame(self.rank, (self._step, self._phase), found)
+        culprits = blame(self.rank, self.here, found)
         fine = sum(status.is_fine for status in found if status not in culprits)
         if culprits:
             names = "; ".join(str(status) for status in culprits[:_MOST_NAMED])
@@ -145,26 +206,31 @@ class Peers:
                 f"all {len(found)} other ranks answer and none is behind: the network loses or delays what is sent, or "
                 "health.timeout_s is too short for one exchange"
             )
-        where = f"at step {self._step:,}, {self._phase}" if self._step else "before the first step"
         lost = tuple(status.place.rank for status in culprits)
-        reason = f"rank {self.rank} on {self._port.place.host} cannot go on {where}: {names}; what failed: {failure}"
+        reason = f"{self.name} cannot go on {self.here}: {names}; what failed: {failure}"
         return Farewell(reason, lost)
+
+    def ask_for_stacks(self, places: list[Place]) -> None:
+        """Let peers write down what their threads are doing."""
+        _at_once(lambda place: ask(place, {"rank": self.rank, "dump": True}), places)
 
     def _status(self, place: Place) -> PeerStatus:
         answer = ask(place, {"rank": self.rank})
-        farewell = self._farewells.get(place.rank)  # looked up last, for it is said before the process goes
+        farewell = self.farewells.get(place.rank)  # looked up last, for it is said before the process goes
         if isinstance(answer, Silence):
             return PeerStatus(place, answer.state, answer.detail, farewell=farewell)
-        return PeerStatus(place, "alive", "", answer["step"], answer["phase"], answer["idle_s"], farewell)
+        return PeerStatus(place, "alive", "", Here(*answer["here"]), answer["idle_s"], farewell)
 
     def _answer(self, question: Message) -> Message:
         if "reason" in question:
-            self._farewells[question["rank"]] = Farewell(question["reason"], tuple(question["lost"]))
-        return {"step": self._step, "phase": self._phase, "idle_s": time.monotonic() - self._since}
+            self.farewells[question["rank"]] = Farewell(question["reason"], tuple(question["lost"]))
+        if "dump" in question:
+            self.dump_stacks()
+        return {"here": self.here, "idle_s": self.idle_s}
 
 
-def blame(rank: int, here: tuple[int, str], found: list[PeerStatus]) -> list[PeerStatus]:
-    """Those of its peers for whom `rank`, which is `here` in the loop (step and phase), waits in vain.
+def blame(rank: int, here: Here, found: list[PeerStatus]) -> list[PeerStatus]:
+    """Those of its peers for whom `rank`, which is `here` in the loop, waits in vain.
 
     Who has left because it had lost a third rank is not to blame, but that third rank. A rank that is only behind is to
     blame where no other has left.
@@ -173,12 +239,8 @@ def blame(rank: int, here: tuple[int, str], found: list[PeerStatus]) -> list[Pee
     victims = {status.place.rank for status in found if status.farewell and set(status.farewell.lost) - {rank}}
     left = [status for status in found if not status.is_fine]
     first = [status for status in left if status.place.rank in lost or status.place.rank not in victims]
-    behind = [status for status in found if _order(status.step, status.phase) < _order(*here)]
+    behind = [status for status in found if status.here.number < here.number]
     return first or left or behind
-
-
-def _order(step: int, phase: str) -> tuple[int, int]:
-    return step, PHASES.index(phase)
 
 
 def _at_once(work: Callable[[Place], Result], places: Iterable[Place]) -> list[Result]:

@@ -13,6 +13,7 @@ import torch
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, Outcome
 from llmtrain.model.cost import flops_per_token, model_flops_utilization
+from llmtrain.observe.own_time import OwnTime
 from llmtrain.observe.record import Record
 from llmtrain.observe.validation import Validation
 
@@ -29,6 +30,11 @@ class Meter:
         self._skipped = torch.zeros((), dtype=torch.int64, device=engine.device)
         self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
+        self._own_time = OwnTime(engine)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._own_time.begin()
 
     def add(self, loss_sum: torch.Tensor, outcome: Outcome, targets: int) -> None:
         """Add one optimizer step: this rank's loss sum, what it showed, the global batch's target tokens.
@@ -56,6 +62,7 @@ class Meter:
         targets = int(self._targets.item())
         loss = self._engine.sum(self._loss_sum).item() / targets if targets else math.nan
         seconds = time.perf_counter() - self._since
+        spread_s, slowest_rank = self._own_time.compare()
         tokens_per_sec = self._timed_targets / seconds
         record = Record(
             step=step,
@@ -73,6 +80,8 @@ class Meter:
                 tokens_per_sec * self._flops_per_token, self._device_name, self._engine.world_size
             ),
             memory_gb=peak_memory_gb(self._engine.device),
+            step_time_spread_s=spread_s,
+            slowest_rank=slowest_rank,
             time=time.time(),
             skipped=int(self._skipped.item()),
         )

@@ -68,6 +68,8 @@ def scalars(record: Record) -> dict[str, float]:
             "tokens": record.tokens,
             "tokens_per_sec": record.tokens_per_sec,
             "step_time_s": record.step_time_s,
+            "step_time_spread_s": record.step_time_spread_s,
+            "slowest_rank": record.slowest_rank,
             "mfu": record.mfu,
             "memory_gb": record.memory_gb,
         },

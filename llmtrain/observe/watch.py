@@ -13,6 +13,8 @@ from llmtrain.observe.record import Record
 _HIGH_NORMS = (10.0, 100.0, 1000.0)
 _LOW_NORM = 1e-6
 _GAP_NATS = 0.5
+_SLOW_SHARE = 0.1  # of a step, for which the others wait
+_SLOW_RECORDS = 10  # in a row with the same slowest rank: who is last now and then is no straggler
 _RISES = 3  # evaluations in a row with a higher validation loss: one or two are noise
 # A cause has gone when its number is this far back on the good side, so that one at the limit does not warn for ever.
 _CLEARLY = 2.0
@@ -31,10 +33,12 @@ class Watch:
         self._evaluations: list[list[float]] = []  # [validation, training] losses of the last ones
         self._best_val: float | None = None
         self._best_step = 0
+        self._slow_rank: int | None = None
+        self._slow_records = 0
 
     def check(self, record: Record) -> list[str]:
         """Take in one record; return the warnings it gives rise to, mostly none."""
-        found = [self._high_norm(record.grad_norm), self._low_norm(record.grad_norm)]
+        found = [self._high_norm(record.grad_norm), self._low_norm(record.grad_norm), self._straggler(record)]
         if math.isfinite(record.train_loss):
             self._train_sum += record.train_loss
             self._train_count += 1
@@ -71,6 +75,22 @@ class Watch:
         return (
             f"gradient norm {formats.norm(norm)} is under {_LOW_NORM:g}: almost nothing is learnt; "
             "look for a frozen or saturated part with llmtrain doctor, or stop if the loss is at its floor"
+        )
+
+    def _straggler(self, record: Record) -> str | None:
+        spread_s, rank = record.step_time_spread_s, record.slowest_rank
+        share = (spread_s or 0.0) / record.step_time_s if record.step_time_s > 0 else 0.0
+        is_known = rank is not None and rank == self._slow_rank
+        if not share > _SLOW_SHARE / (_CLEARLY if is_known and self._slow_records > _SLOW_RECORDS else 1):
+            rank = None
+        if rank is None or not is_known:
+            self._slow_rank, self._slow_records = rank, 0
+        self._slow_records = min(self._slow_records + (rank is not None), _SLOW_RECORDS + 1)
+        if rank is None or spread_s is None or self._slow_records != _SLOW_RECORDS:
+            return None
+        return (
+            f"rank {rank} has been the slowest for {_SLOW_RECORDS} records: every step waits at least {spread_s:.3g} s "
+            f"of {record.step_time_s:.3g} s for it; look at its host (clock and temperature, other programs, storage)"
         )
 
     def _overfit(self, val_loss: float, train_loss: float) -> str | None:

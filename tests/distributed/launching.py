@@ -50,7 +50,9 @@ def launch_command(name: str, processes: int, *what: object, folder: Path = LAUN
     ]  # fmt: skip
 
 
-def start_ranks(configs: list[Path], folders: list[Path], **variables: str) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    configs: list[Path], folders: list[Path], entry: tuple[str, ...] = (), **variables: str
+) -> list[subprocess.Popen[str]]:
     """Start one process for each rank by hand, as a launcher would, each with a config and in a folder of its own."""
     port = str(free_port())
     ranks = []
@@ -59,7 +61,7 @@ def start_ranks(configs: list[Path], folders: list[Path], **variables: str) -> l
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(configs)),
             "LOCAL_WORLD_SIZE": str(len(configs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        command = [sys.executable, "-m", "llmtrain.train", "--config", str(config)]
+        command = [sys.executable, *(entry or ("-m", "llmtrain.train")), "--config", str(config)]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen(command, cwd=folder, env=environment(**place, **variables), **output))
     return ranks

@@ -19,7 +19,7 @@ import pytest
 
 from llmtrain.engine.rendezvous import brief
 from llmtrain.errors import PeerLostError, Stopped, UserError
-from llmtrain.health.peers import Farewell, Peers, PeerStatus, blame
+from llmtrain.health.peers import Farewell, Here, Peers, PeerStatus, blame
 from llmtrain.health.status_port import Place, Silence, StatusPort, ask
 from tests.conftest import is_one_clear_line
 
@@ -70,7 +70,7 @@ def fail(peers: Peers, message: str = GLOO_TIMEOUT) -> str:
 
 
 def test_a_process_that_is_gone_is_named_and_the_others_are_counted(three: list[Peers]) -> None:
-    three[0].progress(97, "forward, backward and update")
+    three[0].progress(97, "forward and backward")
     three[2].__exit__()
     message = fail(three[0], GLOO_RESET)
     assert f"rank 2 on {socket.gethostname()} (127.0.0.1): its process is gone (Connection refused)" in message
@@ -100,8 +100,9 @@ def test_a_host_without_a_way_to_it_is_unreachable(three: list[Peers], monkeypat
 
 def test_the_rank_that_is_behind_is_named_where_all_answer(three: list[Peers]) -> None:
     for peers in three:
-        peers.progress(12, "forward, backward and update")
-    three[1].progress(12, "data")
+        peers.progress(12, "data")
+    for peers in (three[0], three[2]):
+        peers.progress(12, "forward and backward")
     message = fail(three[0])
     assert "(127.0.0.1): is behind, for 0 s at step 12, data; 1 other rank is fine" in message
     assert "rank 1 on" in message
@@ -159,8 +160,12 @@ def test_one_process_alone_opens_no_port_and_changes_no_error() -> None:
 PLACES = [Place(rank, f"host{rank}", f"10.0.0.{rank}", 1, "t") for rank in range(5)]
 
 
+def at(step: int) -> Here:
+    return Here(10 * step, step, "data")
+
+
 def status(rank: int, state: Any = "alive", step: int = 5, lost: tuple[int, ...] | None = None) -> PeerStatus:
-    return PeerStatus(PLACES[rank], state, "", step, "data", 1.0, None if lost is None else Farewell("x", lost))
+    return PeerStatus(PLACES[rank], state, "", at(step), 1.0, None if lost is None else Farewell("x", lost))
 
 
 @pytest.mark.parametrize(("found", "blamed"), [
@@ -176,7 +181,7 @@ def status(rank: int, state: Any = "alive", step: int = 5, lost: tuple[int, ...]
     ([status(1, lost=(2,)), status(2)], [1]),                   # the link between 1 and 2 only
 ])  # fmt: skip
 def test_blame(found: list[PeerStatus], blamed: list[int]) -> None:
-    assert [status.place.rank for status in blame(0, (5, "data"), found)] == blamed
+    assert [status.place.rank for status in blame(0, at(5), found)] == blamed
 
 
 # ---- the port ----

@@ -34,6 +34,8 @@ def make_record() -> MakeRecord:
             "step_time_s": 0.01,
             "mfu": None,
             "memory_gb": 1.25,
+            "step_time_spread_s": None,
+            "slowest_rank": None,
             "time": 1.7e9 + step,
         }
         return Record(**(plausible | fields))

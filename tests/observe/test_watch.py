@@ -23,6 +23,36 @@ def evaluations(make_record, vals, trains):
     ]
 
 
+def slowest(make_record, *ranks, spread_s=0.3):
+    return [
+        make_record(step, slowest_rank=rank, step_time_spread_s=spread_s, step_time_s=1.0)
+        for step, rank in enumerate(ranks, 1)
+    ]
+
+
+def test_a_rank_that_is_always_the_slowest_is_named_once_with_what_it_costs(make_record):
+    watch = Watch()
+    found = warnings(watch, slowest(make_record, *[3] * 30))
+    assert list(found) == [10]
+    assert "rank 3 " in found[10][0] and "at least 0.3 s of 1 s" in found[10][0]
+    # It gets a little better, and then another one is slow.
+    assert warnings(watch, slowest(make_record, *[3] * 30, spread_s=0.06)) == {}
+    assert "rank 0 " in warnings(watch, slowest(make_record, *[0] * 30))[10][0]
+
+
+def test_ranks_that_are_slow_in_turn_or_by_little_are_no_stragglers(make_record):
+    assert warnings(Watch(), slowest(make_record, *[3, 3, 3, 3, 1] * 10)) == {}
+    assert warnings(Watch(), slowest(make_record, *[3] * 30, spread_s=0.09)) == {}
+    assert warnings(Watch(), slowest(make_record, *[None] * 30, spread_s=None)) == {}
+
+
+def test_a_straggler_is_counted_on_after_a_resume(make_record):
+    first, second = Watch(), Watch()
+    assert warnings(first, slowest(make_record, *[3] * 9)) == {}
+    second.load(json.loads(json.dumps(first.state())))
+    assert list(warnings(second, slowest(make_record, 3, 3))) == [1]
+
+
 def test_a_healthy_run_gives_no_warning(make_record):
     records = [
         make_record(s, grad_norm=1 + 8 * math.exp(-s / 10), val_loss=2 + 8.1 / (s + 1) if s % 5 == 0 else None)

@@ -1,0 +1,135 @@
+"""Runs that hang end with 5, long before an exchange between ranks times out, and say which rank hangs where."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launching import environment, metrics, start_ranks
+
+pytestmark = pytest.mark.slow
+STALLING = str(Path(__file__).with_name("stalling_train.py"))
+HANG_S = 4.0
+LONG_S = 150.0  # more than anything here takes on a busy machine, less than the timeout of an exchange
+HOST = socket.gethostname()
+
+
+def write_config(config: dict[str, Any], folder: Path, **training: Any) -> Path:
+    """An endless run with a watchdog that is quick to bite."""
+    health = {"timeout_s": 300.0, "hang_after_s": HANG_S}
+    config["training"] = {**config["training"], "max_steps": 10_000_000, "eval_every": None, **training}
+    config.update(health=health, logging={"every": 1, "plots": False})
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def two(config_dict: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Start two ranks; whatever becomes of them, they are gone afterwards."""
+    ranks: list[subprocess.Popen[str]] = []
+
+    def start(*entry: str, **variables: str) -> list[subprocess.Popen[str]]:
+        path = write_config(config_dict, tmp_path)
+        variables["LLMTRAIN_EXIT_CODE_FILE"] = str(tmp_path / "exit-code")
+        ranks.extend(start_ranks([path, path], [tmp_path, tmp_path], entry, **variables))
+        return ranks
+
+    yield start
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+
+
+def wait_for_step(run_dir: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + LONG_S
+    while not (run_dir / "metrics.jsonl").exists() or metrics_so_far(run_dir) < step:
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def metrics_so_far(run_dir: Path) -> int:
+    """How many steps there are records of."""
+    return (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+def end_of(rank: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, the line of the error, and all that it said."""
+    stdout, stderr = rank.communicate(timeout=LONG_S)
+    errors = [line for line in stderr.splitlines() if line.startswith("llmtrain: error: ")]
+    assert len(errors) == 1, stderr
+    return rank.returncode, errors[0], stdout + stderr
+
+
+def test_ranks_that_are_all_stopped_and_continued_go_on_and_one_that_stays_stopped_is_named(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    ranks, run_dir = two(), tmp_path / "run"
+    wait_for_step(run_dir, 20, ranks)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGSTOP)
+    time.sleep(2.5 * HANG_S)
+    before = metrics_so_far(run_dir)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGCONT)
+    time.sleep(1.5 * HANG_S)
+    wait_for_step(run_dir, before + 20, ranks)
+
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    code, error, stderr = end_of(ranks[0])
+    assert code == 5, stderr
+    assert f"rank 1 on {HOST} (127.0.0.1): its process is stopped or stuck" in error
+    assert "it has not moved on for" in error
+    assert (tmp_path / "exit-code").read_text() == "5\n"
+    stacks = run_dir / "stacks-rank00000.txt"
+    assert str(stacks) in stderr
+    assert "forward_backward" in stacks.read_text()
+
+
+def test_a_rank_that_hangs_in_its_data_ends_the_job_and_a_slow_one_is_named_before(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    ranks, run_dir = two(STALLING, STALL="1 0.2 40"), tmp_path / "run"
+    ends = [end_of(rank) for rank in ranks]
+    assert [code for code, _, _ in ends] == [5, 5], ends
+    (_, waiting, said_by_0), (_, hanging, said_by_1) = ends
+    step = metrics_so_far(run_dir) + 1
+    assert f"rank 1 on {HOST} hangs at step {step}, data: it has not moved on for" in hanging, said_by_1
+    assert f"rank 1 on {HOST} (127.0.0.1)" in waiting, said_by_0
+    assert f"at step {step}, data" in waiting
+    assert "stuck_in_storage" in (run_dir / "stacks-rank00001.txt").read_text()
+    assert str(run_dir / "stacks-rank00001.txt") in said_by_1
+
+    records = metrics(run_dir)
+    # Rank 0 may be the later one now and then: it shares two cores with everything else.
+    assert sum(record["slowest_rank"] == 1 for record in records) > len(records) / 2
+    assert "rank 1 has been the slowest for 10 records: every step waits at least 0." in said_by_0
+
+
+def test_one_process_survives_a_slow_evaluation_and_ends_where_it_hangs(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two evaluations, each longer than the limit, but every batch of them is a sign of life."""
+    write_config(config_dict, tmp_path, eval_every=4, eval_batches=24, micro_batch_size=8)
+    # 4 steps, 3 batches of validation, 4 steps, 3 batches, 2 steps, and then for ever.
+    done = subprocess.run(
+        [sys.executable, STALLING, "--config", "config.yaml"], cwd=tmp_path, env=environment(STALL="0 1.5 17"),
+        capture_output=True, text=True, timeout=LONG_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    validated = [record["step"] for record in metrics(tmp_path / "run") if record["val_loss"] is not None]
+    assert validated == [4, 8]
+    assert f"llmtrain: error: rank 0 on {HOST} hangs at step 11, data: it has not moved on for" in done.stderr
+    assert done.stderr.endswith("the same command goes on from the last checkpoint\n")
+    assert "stuck_in_storage" in (tmp_path / "run" / "stacks-rank00000.txt").read_text()
