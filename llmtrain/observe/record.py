@@ -27,10 +27,11 @@ class Record:
     step_time_s: float  # mean since the last record
     mfu: float | None  # share of the peak FLOP/s, 0 to 1; None where the peak is unknown
     memory_gb: float  # peak of one device
-    step_time_spread_s: float | None  # by which the slowest rank is later than the median one; None: a single process
-    slowest_rank: int | None  # in the mean since the last record; see `own_time`
     time: float  # Unix seconds
     skipped: int = 0  # steps since the last record that were not applied; train_loss is without them
+    # By which the slowest rank is later than the median one, a mean since the last record, see `own_time`; None: alone.
+    step_time_spread_s: float | None = None
+    slowest_rank: int | None = None
 
     @property
     def perplexity(self) -> float:
