@@ -2,7 +2,7 @@
 
 The libraries name no rank ("Timed out waiting 10000ms for recv operation to complete"). So at start every rank opens a
 port at which the others can ask it (`status_port`), and the table of these is exchanged once. While all is well nothing
-is sent, and `progress` takes a microsecond. When an exchange fails, or takes longer than `health.timeout_s`,
+is sent, and `progress` takes a few microseconds. When an exchange fails, or takes longer than `health.timeout_s`,
 `watched` asks all peers at once and raises `PeerLostError`, which names those that are gone, frozen or unreachable; if
 none is, those that are behind in the loop; and counts those that are fine.
 
