@@ -31,7 +31,7 @@ from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import together
 from llmtrain.health.divergence import Stretch
 from llmtrain.health.guard import Guard
-from llmtrain.health.peers import Peers
+from llmtrain.health.peers import Peers, Phase
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
 from llmtrain.health.watchdog import Watchdog
@@ -111,7 +111,7 @@ class Run:
     def _make_store(self) -> None:
         data, config = self.parts.data, self.config
         self.store = CheckpointStore(self.dir, config.checkpoint, config.to_yaml(), data.manifest, data.path)
-        self.saving = Saving(self.store, self.engine)
+        self.saving = Saving(self.store, self.engine, self._now)
 
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
@@ -192,6 +192,10 @@ class Run:
             workers=self.config.data.workers,
         )
 
+    def reading(self, micro_batches: Iterator[tuple[torch.Tensor, bool]]) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Go through the micro-batches of the next step, and note where in it this rank is."""
+        return self.peers.reading(micro_batches, self.progress.step + 1)
+
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps happens now; at the last step everything does."""
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.total_steps)
@@ -208,12 +212,11 @@ class Run:
         """
         if self.parts.val is None:
             return None
-        self.peers.progress(self.progress.step, "validation")
         layout, limit = self.parts.layout, self.config.training.eval_batches
         windows = validation_batches(self.parts.val, layout, limit and limit * layout.global_batch)
         try:
             with self.meter.paused():
-                return validate(self.engine, self._until_told(self.peers.through(windows)), layout.micro_batch)
+                return validate(self.engine, self._until_told(windows), layout.micro_batch)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
@@ -228,12 +231,13 @@ class Run:
         )
 
     def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for tokens in windows:
+        for tokens in self.peers.reading(windows, self.progress.step, ("validation data", "validation")):
             self.stopping.hear(self.store.has_failed)
             if self.stopping.reason:
                 raise StopDuringEvaluation
             self.ask()
             yield tokens
+        self._now("validation")
 
     def ask(self) -> None:
         """Begin to ask all ranks whether one was told to stop or failed to save; `stop_if_told` takes the answer."""
@@ -241,7 +245,7 @@ class Run:
 
     def log(self, epoch: int, lr: float, grad_norm: torch.Tensor, val: Validation | None) -> None:
         """Make the record of this step: the only place where the host waits for the device."""
-        self.peers.progress(self.progress.step, "logging")
+        self._now("logging")
         record = self.meter.record(
             step=self.progress.step,
             epoch=epoch,
@@ -275,6 +279,7 @@ class Run:
             raise DivergedError(self.guard.diagnosis(tried))
         self._settle()
         self._report_saves()
+        self._now("going back")
         reader = self._choose(lambda check: newest_good(self.dir, self.observer.warn, check, before=stretch.step))
         if reader is None:
             raise DivergedError(self.guard.diagnosis(f"there is no checkpoint from before step {stretch.step:,}"))
@@ -304,7 +309,7 @@ class Run:
 
     def sample(self) -> None:
         """Let the model write, from each of the configured prompts."""
-        self.peers.progress(self.progress.step, "sampling")
+        self._now("sampling")
         with self.meter.paused(), self.engine.evaluating() as model:
             for prompt, ids in self._prompts:
                 prompt_BS = torch.tensor([ids], device=self.engine.device)
@@ -315,8 +320,8 @@ class Run:
 
     def save(self, *links: str) -> None:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
-        self.peers.progress(self.progress.step, "saving")
         self._settle()
+        self._now("saving")
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         self.progress.guard = self.guard.state()
         with self.meter.paused():
@@ -329,6 +334,12 @@ class Run:
         with self.meter.paused():
             self.saving.settle(self.observer.warn)
         self.stopping.has_save_failed = False
+
+    def _now(self, phase: Phase) -> None:
+        self.peers.progress(self.progress.step, phase)
+
+    def _finish_save(self, within_s: float) -> None:
+        self.store.finish_within(within_s)
 
     def _report_saves(self) -> None:
         committed, warnings = self.store.news()
@@ -393,13 +404,17 @@ class Run:
     def opened(self, lock: RunLock) -> Iterator[None]:
         """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
         self._open(lock)
+        watchdog = Watchdog(self.peers, self.config.health, self.dir, self._finish_save)
+        with self.engine.evaluating() as model:
+            hook = model.register_forward_hook(self.peers.forwarded)
         try:
-            with self.peers.watched(), Watchdog(self.peers, self.config.health, self.dir, self.store.finish_within):
+            with self.peers.watched(), watchdog:
                 yield
         except PeerLostError:
             self.store.hurry()
             raise
         finally:
+            hook.remove()
             self.store.join()  # the folder is ours until nothing writes in it
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
             self.observer.close(outcome, draws=self.stopping.has_time)

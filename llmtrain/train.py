@@ -26,7 +26,7 @@ from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
 
-Reading = Callable[[Iterator[tuple[torch.Tensor, bool]]], Iterator[tuple[torch.Tensor, bool]]]
+MicroBatches = Iterator[tuple[torch.Tensor, bool]]
 
 
 def train(run: Run) -> None:
@@ -44,12 +44,11 @@ def train(run: Run) -> None:
         conclude(run, *run.unfinished())
     while progress.step < run.total_steps and not run.has_stopped_improving():
         run.stop_if_told()
-        run.peers.progress(progress.step + 1, "data")
         run.meter.begin()
         batch = next(stream)
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
-        loss_sum = accumulate(engine, batch, training.micro_batch_size, run.peers.reading)
+        loss_sum = accumulate(engine, batch, training.micro_batch_size, run.reading)
         run.ask()
         run.peers.progress(progress.step + 1, "update")
         outcome = engine.step(lr, loss_sum / batch.target_count, run.guard.limits(batch))
@@ -82,7 +81,9 @@ def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
         run.save()
 
 
-def accumulate(engine: Engine, batch: Batch, rows: int, reading: Reading = iter) -> torch.Tensor:
+def accumulate(
+    engine: Engine, batch: Batch, rows: int, reading: Callable[[MicroBatches], MicroBatches] = iter
+) -> torch.Tensor:
     """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
     loss_sum = torch.zeros((), device=engine.device)
     for tokens, is_last in reading(batch.micro_batches()):

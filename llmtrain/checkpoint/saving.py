@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.engine import Engine
 from llmtrain.errors import UserError
 
+Mark = Callable[[Literal["writing a checkpoint", "waiting for what other ranks write"]], None]
+
 
 class Saving:
-    """Counts failures in a row, alike on all ranks, which call each method at the same step."""
+    """Counts failures in a row, alike on all ranks, which call each method at the same step.
 
-    def __init__(self, store: CheckpointStore, engine: Engine):
-        self._store, self._engine = store, engine
+    Args:
+        store: what writes.
+        engine: whose state is saved.
+        mark: notes what the loop waits for, so that a rank whose storage hangs can be told from those that wait for it.
+    """
+
+    def __init__(self, store: CheckpointStore, engine: Engine, mark: Mark = lambda _: None):
+        self._store, self._engine, self._mark = store, engine, mark
         self._failures = 0
 
     def settle(self, warn: Callable[[str], None], forgiven: int = 1) -> bool:
@@ -28,7 +37,8 @@ class Saving:
         """
         if not self._store.is_under_way:
             return True
-        failure = self._store.settle(self._engine)
+        self._mark("writing a checkpoint")
+        failure = self._store.settle(self._engine, lambda: self._mark("waiting for what other ranks write"))
         if failure is None:
             self._failures = 0
             return True

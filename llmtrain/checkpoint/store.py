@@ -151,6 +151,7 @@ class CheckpointStore:
         self._error: Exception | None = None
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
+        self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
         self._committed: list[Path] = []
         self._warnings: list[str] = []
         self._is_room_told = False
@@ -175,6 +176,7 @@ class CheckpointStore:
         is_new = step != self._saved_step and not fmt.is_committed(folder)
         self._saved_step = step
         self._is_given_up.clear()
+        self._is_waiting.clear()
         fragments = None
         if is_new:  # where the loop waits anyway, what it holds is written itself
             fragments = self._snapshot.take(engine.fragments()) if self._is_async else list(engine.fragments())
@@ -192,10 +194,14 @@ class CheckpointStore:
         """Whether this rank knows already that the save under way failed."""
         return self._error is not None
 
-    def settle(self, engine: Engine) -> str | None:
+    def settle(self, engine: Engine, written: Callable[[], None] = lambda: None) -> str | None:
         """Wait, with all ranks, until the save under way is over, however long it takes.
 
         A rank that failed makes the others give up: rank 0 would wait in vain for its file.
+
+        Args:
+            engine: to talk to the others.
+            written: called when all that is left to wait for is what other ranks write.
 
         Returns:
             why it failed, alike on all ranks; None: it did not, or there was none.
@@ -205,9 +211,12 @@ class CheckpointStore:
         """
         if self._thread is None:
             return None
-        wait_s = 0.0
+        wait_s, is_written = 0.0, False
         while True:  # in rounds, each of which is far shorter than the timeout of an exchange
             self._thread.join(wait_s)
+            if not is_written and (self._is_waiting.is_set() or not self._thread.is_alive()):
+                is_written = True
+                written()
             told = engine.gather(self._tell(engine.rank))
             failed = [one for one in told if one.failure]
             if failed:
@@ -336,12 +345,14 @@ class CheckpointStore:
 
     def _wait_for(self, paths: list[Path]) -> None:
         """Wait until other ranks' files are there; the file system is all that a background thread may share."""
+        self._is_waiting.set()
         began = time.monotonic()
         while missing := [path for path in paths if not path.exists()]:
             too_late = time.monotonic() > min(began + _RECORDS_TIMEOUT_S, self._give_up_at)
             if too_late or self._is_given_up.is_set():
                 raise _GivenUpError(0, f"{missing[0]} did not appear within {time.monotonic() - began:.0f} s")
             time.sleep(0.01)
+        self._is_waiting.clear()
 
     def _link(self, folder: Path, links: tuple[str, ...]) -> None:
         for name in (LATEST, *links):

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self, TypeVar
 
+from torch import nn
+
 from llmtrain.engine import Engine
 from llmtrain.engine.rendezvous import brief, is_exchange_failure, own_address
 from llmtrain.errors import LlmtrainError, PeerLostError, Stopped
@@ -29,8 +31,8 @@ from llmtrain.health.status_port import Message, Place, Silence, StatusPort, ask
 
 # Where the host is; a GPU may still be busy with what the host asked of it before.
 Phase = Literal[
-    "start", "between steps", "data", "forward and backward", "update", "validation", "logging", "sampling", "saving",
-    "finishing",
+    "start", "between steps", "data", "forward", "backward", "update", "validation data", "validation", "logging",
+    "sampling", "saving", "writing a checkpoint", "waiting for what other ranks write", "going back",
 ]  # fmt: skip
 _MOST_NAMED = 4
 Item = TypeVar("Item")
@@ -127,17 +129,24 @@ class Peers:
             self.alive()
             yield item
 
-    def reading(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
-        """Go through the micro-batches of a step; what they are read for is forward and backward."""
-        source, step = iter(micro_batches), self.here.step
+    def reading(
+        self, micro_batches: Iterable[Item], step: int, phases: tuple[Phase, Phase] = ("data", "forward")
+    ) -> Iterator[Item]:
+        """Go through micro-batches, of which all ranks have equally many; `phases` are their reading and their use."""
+        source = iter(micro_batches)
         while True:
-            self.progress(step, "data")
+            self.progress(step, phases[0])
             try:
                 item = next(source)
             except StopIteration:
                 return
-            self.progress(step, "forward and backward")
+            self.progress(step, phases[1])
             yield item
+
+    def forwarded(self, model: nn.Module, *_: object) -> None:
+        """Forward hook of the model: in training, the backward pass follows."""
+        if model.training:
+            self.progress(self.here.step, "backward")
 
     @property
     def idle_s(self) -> float:

@@ -39,8 +39,8 @@ _CONFIRMATIONS = 3  # questions in a row that a peer leaves without an answer be
 _MOST_ASKED = 100  # peers that are asked for their stacks
 _WRITE_S = 5.0  # for stacks and exit code: the file system may be what hangs
 _EXCHANGE_SHARE = 0.8  # of health.timeout_s: end before torch's own watchdog does, which names nobody
-# Not learned: how long a save keeps the loop depends on the one before, and the last one keeps it until all is written.
-_UNLEARNABLE = ("saving", "finishing")
+# How long the loop waits for a write says little of how long that takes, behind its back; and going back is rare.
+_PATIENT: tuple[Phase, ...] = ("writing a checkpoint", "waiting for what other ranks write", "going back")
 
 
 @dataclass(frozen=True)
@@ -62,35 +62,44 @@ class Limits:
     _FLOOR_SHARE = 0.3  # of timeout_s
 
     def ask_s(self, phase: Phase) -> float:
-        """Ask the peers; a rank for which they wait ends."""
-        before_timeout_s = _EXCHANGE_SHARE * self.timeout_s
+        """Ask the peers, and end where one of them is gone."""
         seen_s = self.longest_s.get(phase)
-        if phase == "finishing":
-            return float("inf")  # the work of the whole run is being written
         if seen_s is None:
-            return max(before_timeout_s, self.fixed_s or 0)
+            return max(self._before_timeout_s, self.fixed_s or 0)
         if self.fixed_s is not None:
             return self.fixed_s
-        if phase in _UNLEARNABLE:
-            return before_timeout_s
-        return min(max(self._FACTOR * seen_s, self._FLOOR_SHARE * self.timeout_s), before_timeout_s)
+        if phase in _PATIENT:
+            return self._before_timeout_s
+        return min(max(self._FACTOR * seen_s, self._FLOOR_SHARE * self.timeout_s), self._before_timeout_s)
+
+    def own_s(self, phase: Phase) -> float:
+        """End where peers wait for this rank."""
+        return self._patience_s(phase) if phase in _PATIENT else self.ask_s(phase)
 
     def late_s(self, phase: Phase) -> float:
         """End for a peer that is behind, though it answers and does not end by itself."""
         if self.fixed_s is not None:
-            return 1.5 * self.ask_s(phase)
-        return max(self.ask_s(phase), _EXCHANGE_SHARE * self.timeout_s)
+            return 1.5 * self.own_s(phase)
+        return self._patience_s(phase) if phase in _PATIENT else max(self.ask_s(phase), self._before_timeout_s)
 
     def alone_s(self, phase: Phase) -> float:
         """End though no other rank is involved."""
         seen_s = self.longest_s.get(phase)
-        if self.fixed_s is not None and seen_s is not None:
-            return self.ask_s(phase)
-        if phase in _UNLEARNABLE:
-            return max(self.ask_s(phase), 6 * self.timeout_s)
+        if phase in _PATIENT:
+            return self._patience_s(phase)
         if seen_s is None:
             return max(self.ask_s(phase), 3 * self.timeout_s)
-        return max(self.timeout_s, self._FACTOR * seen_s)
+        return self.ask_s(phase) if self.fixed_s is not None else max(self.timeout_s, self._FACTOR * seen_s)
+
+    def _patience_s(self, phase: Phase) -> float:
+        seen_s = self.longest_s.get(phase)
+        if self.fixed_s is not None and seen_s is not None:
+            return self.fixed_s
+        return max(6 * self.timeout_s, self.fixed_s or 0, self._FACTOR * (seen_s or 0))
+
+    @property
+    def _before_timeout_s(self) -> float:
+        return _EXCHANGE_SHARE * self.timeout_s
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ def judge(rank: int, here: Here, idle_s: float, found: list[PeerStatus], limits:
     if behind:
         return Judgement(culprits=behind) if idle_s >= limits.late_s(phase) else Judgement()
     ahead = [status for status in found if status.here.number > here.number]
-    if any(status.idle_s >= limits.ask_s(phase) / 2 for status in ahead):
-        return Judgement(hangs_itself=True)
+    if any(status.idle_s >= limits.own_s(phase) / 2 for status in ahead):
+        return Judgement(hangs_itself=idle_s >= limits.own_s(phase))
     return Judgement(hangs_itself=not ahead and idle_s >= limits.alone_s(phase), is_stuck_with_all=not ahead)
 
 
@@ -164,7 +173,7 @@ class Watchdog:
 
     def _look(self, here: Here, idle_s: float) -> None:
         limit_s = self._limits.ask_s(here.phase)
-        if self._peers.farewells and here.phase != "finishing":
+        if self._peers.farewells:
             limit_s = min(limit_s, _DEAF_S)
         if idle_s < limit_s:
             self._ask_at_s, self._silences = 0.0, 0
@@ -186,7 +195,7 @@ class Watchdog:
         """When to ask next: soon where somebody did not answer; else ever more seldom, for there may be many ranks."""
         if self._silences:
             return idle_s + min(10.0, self._limits.ask_s(phase) / 4)
-        milestones = (self._limits.late_s(phase), self._limits.alone_s(phase))
+        milestones = (self._limits.own_s(phase), self._limits.late_s(phase), self._limits.alone_s(phase))
         return min([1.2 * idle_s, *(at_s for at_s in milestones if at_s > idle_s)])
 
     def dump_stacks(self) -> None:
@@ -215,7 +224,7 @@ class Watchdog:
             said = f"{self._peers.name} hangs {here}: {for_how_long}{waiting}; its stacks are in {self._stacks}"
         else:
             verdict = self._peers.verdict(found, for_how_long)
-            said = verdict.reason
+            said = f"{verdict.reason}; stacks are in {self._stacks.with_name('stacks-rank*.txt')}"
             asked = [status.place for status in judgement.culprits if status.state == "alive"]
             self._peers.ask_for_stacks(asked[:_MOST_ASKED])
         self.dump_stacks()
@@ -224,7 +233,7 @@ class Watchdog:
             self._is_ending = False
             return  # it has moved on after all
         self._peers.farewell(verdict, [status.place for status in found if status.state == "alive"])
-        if here.phase != "saving":
+        if not (judgement.hangs_itself and here.phase in _PATIENT):
             self._settle_saves(self._limits.timeout_s)
         error = PeerLostError(f"{said}; the same command goes on from the last checkpoint")
         _within(_WRITE_S, lambda: end_at_once(error))

@@ -62,7 +62,9 @@ class OwnTime:
             return None, None
         seconds = [_seconds(*span) for span in self._spans]
         self._spans.clear()
-        means = self._engine.gather(sum(seconds) / max(1, len(seconds)))
+        own = torch.zeros(self._engine.world_size, dtype=torch.float64, device=self._engine.device)
+        own[self._engine.rank] = sum(seconds) / max(1, len(seconds))
+        means = self._engine.sum(own).tolist()
         slowest = max(means)
         return slowest - median_low(means), means.index(slowest)
 

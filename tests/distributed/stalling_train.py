@@ -1,5 +1,8 @@
-"""`llmtrain train` over storage that stalls: STALL holds RANK, SECONDS and CALL, and what reads the data on that rank
-takes so many seconds more, and from that call on for ever."""
+"""`llmtrain train` over storage that stalls.
+
+STALL holds RANK, SECONDS and CALL: what reads the data on that rank takes so many seconds more, and from that call on
+for ever. STALL_SAVE holds RANK and CALL: what writes checkpoints on that rank takes for ever from that call on.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import threading
 import time
 from typing import Any
 
+from llmtrain.checkpoint import format as fmt
 from llmtrain.data.batches import Windows
 from llmtrain.errors import run_main
 from llmtrain.train import main
 
-read = Windows.gather
-rank, seconds, last_call = (float(word) for word in os.environ["STALL"].split())
-calls = itertools.count(1)
+read, write = Windows.gather, fmt.write_rank
+own_rank = int(os.environ.get("RANK", "0"))
+rank, seconds, last_read = (float(word) for word in os.environ["STALL"].split())
+rank_of_saves, last_save = (float(word) for word in os.environ.get("STALL_SAVE", "-1 0").split())
+reads, saves = itertools.count(1), itertools.count(1)
 
 
 def stuck_in_storage() -> None:
@@ -26,12 +32,20 @@ def stuck_in_storage() -> None:
 
 def gather(self: Windows, ids: Any) -> Any:
     """Read as ever, but late."""
-    if int(os.environ.get("RANK", "0")) == rank:
-        if next(calls) >= last_call:
+    if own_rank == rank:
+        if next(reads) >= last_read:
             stuck_in_storage()
         time.sleep(seconds)
     return read(self, ids)
 
 
+def write_rank(*arguments: Any) -> None:
+    """Write as ever, until that call."""
+    if own_rank == rank_of_saves and next(saves) >= last_save:
+        stuck_in_storage()
+    write(*arguments)
+
+
 Windows.gather = gather  # type: ignore[method-assign]
+fmt.write_rank = write_rank
 sys.exit(run_main(main))

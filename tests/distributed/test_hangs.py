@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.checkpoint.format import CheckpointReader
 from tests.distributed.launching import environment, metrics, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -24,9 +25,10 @@ LONG_S = 150.0  # more than anything here takes on a busy machine, less than the
 HOST = socket.gethostname()
 
 
-def write_config(config: dict[str, Any], folder: Path, **training: Any) -> Path:
+def write_config(config: dict[str, Any], folder: Path, save_every: int | None = None, **training: Any) -> Path:
     """An endless run with a watchdog that is quick to bite."""
     health = {"timeout_s": 300.0, "hang_after_s": HANG_S}
+    config["checkpoint"] = {**config["checkpoint"], "save_every": save_every}
     config["training"] = {**config["training"], "max_steps": 10_000_000, "eval_every": None, **training}
     config.update(health=health, logging={"every": 1, "plots": False})
     path = folder / "config.yaml"
@@ -39,8 +41,8 @@ def two(config_dict: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., l
     """Start two ranks; whatever becomes of them, they are gone afterwards."""
     ranks: list[subprocess.Popen[str]] = []
 
-    def start(*entry: str, **variables: str) -> list[subprocess.Popen[str]]:
-        path = write_config(config_dict, tmp_path)
+    def start(*entry: str, save_every: int | None = None, **variables: str) -> list[subprocess.Popen[str]]:
+        path = write_config(config_dict, tmp_path, save_every)
         variables["LLMTRAIN_EXIT_CODE_FILE"] = str(tmp_path / "exit-code")
         ranks.extend(start_ranks([path, path], [tmp_path, tmp_path], entry, **variables))
         return ranks
@@ -94,7 +96,8 @@ def test_ranks_that_are_all_stopped_and_continued_go_on_and_one_that_stays_stopp
     assert (tmp_path / "exit-code").read_text() == "5\n"
     stacks = run_dir / "stacks-rank00000.txt"
     assert str(stacks) in stderr
-    assert "forward_backward" in stacks.read_text()
+    assert str(stacks.with_name("stacks-rank*.txt")) in error
+    assert "watchdog" in stacks.read_text() and "train.py" in stacks.read_text()
 
 
 def test_a_rank_that_hangs_in_its_data_ends_the_job_and_a_slow_one_is_named_before(
@@ -117,19 +120,36 @@ def test_a_rank_that_hangs_in_its_data_ends_the_job_and_a_slow_one_is_named_befo
     assert "rank 1 has been the slowest for 10 records: every step waits at least 0." in said_by_0
 
 
-def test_one_process_survives_a_slow_evaluation_and_ends_where_it_hangs(
+def test_a_rank_that_hangs_behind_the_loop_in_a_save_is_named_and_the_save_before_is_good(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    ranks, run_dir = two(STALLING, save_every=4, STALL="0 0 1e9", STALL_SAVE="1 2"), tmp_path / "run"
+    (code, waiting, said_by_0), (other_code, hanging, said_by_1) = [end_of(rank) for rank in ranks]
+    assert (code, other_code) == (5, 5), said_by_0 + said_by_1
+    # The second save, of step 8, is waited for before the third.
+    assert f"rank 1 on {HOST} hangs at step 12, writing a checkpoint: it has not moved on for" in hanging, said_by_1
+    assert "1 other rank waits for it" in hanging
+    assert f"rank 1 on {HOST} (127.0.0.1)" in waiting, said_by_0
+    assert "at step 12, writing a checkpoint" in waiting
+    assert "stuck_in_storage" in (run_dir / "stacks-rank00001.txt").read_text()
+    latest = (run_dir / "latest").resolve()
+    assert latest.name == "step-00000004"
+    assert CheckpointReader(latest).verify() == []
+
+
+def test_one_process_survives_a_slow_evaluation_and_ends_where_one_hangs(
     config_dict: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Two evaluations, each longer than the limit, but every batch of them is a sign of life."""
+    """The first evaluation is longer than the limit, but every batch of it is a sign of life."""
     write_config(config_dict, tmp_path, eval_every=4, eval_batches=24, micro_batch_size=8)
-    # 4 steps, 3 batches of validation, 4 steps, 3 batches, 2 steps, and then for ever.
+    # 4 steps, 3 batches of validation, 4 steps, a batch, and then for ever.
     done = subprocess.run(
-        [sys.executable, STALLING, "--config", "config.yaml"], cwd=tmp_path, env=environment(STALL="0 1.5 17"),
+        [sys.executable, STALLING, "--config", "config.yaml"], cwd=tmp_path, env=environment(STALL="0 1.5 13"),
         capture_output=True, text=True, timeout=LONG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 5, done.stderr
     validated = [record["step"] for record in metrics(tmp_path / "run") if record["val_loss"] is not None]
-    assert validated == [4, 8]
-    assert f"llmtrain: error: rank 0 on {HOST} hangs at step 11, data: it has not moved on for" in done.stderr
+    assert validated == [4]
+    assert f"llmtrain: error: rank 0 on {HOST} hangs at step 8, validation data: it has not moved on for" in done.stderr
     assert done.stderr.endswith("the same command goes on from the last checkpoint\n")
     assert "stuck_in_storage" in (tmp_path / "run" / "stacks-rank00000.txt").read_text()

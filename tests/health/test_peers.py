@@ -70,7 +70,7 @@ def fail(peers: Peers, message: str = GLOO_TIMEOUT) -> str:
 
 
 def test_a_process_that_is_gone_is_named_and_the_others_are_counted(three: list[Peers]) -> None:
-    three[0].progress(97, "forward and backward")
+    three[0].progress(97, "backward")
     three[2].__exit__()
     message = fail(three[0], GLOO_RESET)
     assert f"rank 2 on {socket.gethostname()} (127.0.0.1): its process is gone (Connection refused)" in message
@@ -102,7 +102,7 @@ def test_the_rank_that_is_behind_is_named_where_all_answer(three: list[Peers]) -
     for peers in three:
         peers.progress(12, "data")
     for peers in (three[0], three[2]):
-        peers.progress(12, "forward and backward")
+        peers.progress(12, "forward")
     message = fail(three[0])
     assert "(127.0.0.1): is behind, for 0 s at step 12, data; 1 other rank is fine" in message
     assert "rank 1 on" in message

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from llmtrain.config import HealthSection
 from llmtrain.health.peers import Farewell, Here, Peers, PeerStatus, Phase
@@ -15,6 +15,7 @@ from llmtrain.health.watchdog import Limits, Watchdog, judge
 from tests.health.test_peers import PLACES, Table
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
+PATIENT: tuple[Phase, ...] = ("writing a checkpoint", "waiting for what other ranks write", "going back")
 EXCHANGE_S = 600.0
 
 
@@ -63,7 +64,7 @@ def test_what_moves_on_within_a_phase_is_no_standstill(peers: Peers, clock: list
     assert peers.here == place  # ranks may differ in how often they do this
 
 
-def test_reading_names_data_while_it_is_fetched_and_every_micro_batch_is_a_place_of_its_own(peers: Peers) -> None:
+def test_reading_forward_and_backward_of_every_micro_batch_are_places_of_their_own(peers: Peers) -> None:
     seen: list[Here] = []
 
     def source() -> Iterator[int]:
@@ -71,11 +72,29 @@ def test_reading_names_data_while_it_is_fetched_and_every_micro_batch_is_a_place
             seen.append(peers.here)
             yield number
 
-    peers.progress(7, "data")
-    for _ in peers.reading(source()):
+    model = torch.nn.Linear(1, 1)
+    for _ in peers.reading(source(), 7):
         seen.append(peers.here)
-    assert [(here.step, here.phase) for here in seen] == 3 * [(7, "data"), (7, "forward and backward")]
+        peers.forwarded(model)
+        seen.append(peers.here)
+    assert [(here.step, here.phase) for here in seen] == 3 * [(7, "data"), (7, "forward"), (7, "backward")]
     assert [here.number for here in seen] == sorted({here.number for here in seen})
+
+
+def test_an_evaluation_has_no_backward_pass(peers: Peers) -> None:
+    model = torch.nn.Linear(1, 1).eval()
+    for _ in peers.reading([1], 7, ("validation data", "validation")):
+        peers.forwarded(model)
+        assert peers.here.phase == "validation"
+
+
+def test_the_first_use_of_a_micro_batch_which_may_compile_is_not_learned_from_its_reading(
+    peers: Peers, clock: list[float]
+) -> None:
+    for number in peers.reading(range(2), 7, ("validation data", "validation")):
+        assert ("validation" in peers.longest_s) == (number > 0)
+        clock[0] += 90.0
+    assert peers.longest_s["validation"] == 90.0
 
 
 def test_forgiven_time_is_not_learned(peers: Peers, clock: list[float]) -> None:
@@ -89,7 +108,7 @@ def test_forgiven_time_is_not_learned(peers: Peers, clock: list[float]) -> None:
 
 def test_before_a_phase_has_been_left_once_only_the_timeout_of_an_exchange_counts() -> None:
     for fixed_s in (None, 5.0):
-        assert limits(fixed_s).ask_s("forward and backward") == 480
+        assert limits(fixed_s).ask_s("forward") == limits(fixed_s).own_s("backward") == 480
         assert limits(fixed_s).alone_s("update") == 1800
 
 
@@ -101,26 +120,33 @@ def test_a_limit_is_many_times_the_longest_and_below_the_timeout_where_others_wa
     assert (learned.ask_s("data"), learned.late_s("data"), learned.alone_s("data")) == (asks_s, 480, alone_s)
 
 
-def test_a_save_is_given_an_hour_and_the_last_one_for_ever() -> None:
-    learned = limits(saving=0.2, finishing=0.2)
-    assert (learned.ask_s("saving"), learned.alone_s("saving")) == (480, 3600)
-    assert learned.ask_s("finishing") == learned.late_s("finishing") == learned.alone_s("finishing") == math.inf
+@pytest.mark.parametrize(("longest_s", "ends_s"), [(0.2, 3600), (500.0, 5000)])
+@pytest.mark.parametrize("phase", PATIENT)
+def test_what_takes_long_is_given_an_hour_or_ten_times_the_longest_but_lost_peers_are_looked_for_earlier(
+    phase: Phase, longest_s: float, ends_s: float
+) -> None:
+    learned = Limits(EXCHANGE_S, None, {phase: longest_s})
+    assert learned.ask_s(phase) == 480
+    assert learned.own_s(phase) == learned.late_s(phase) == learned.alone_s(phase) == ends_s
+    wanted = Limits(EXCHANGE_S, 30.0, {phase: longest_s})
+    assert (wanted.own_s(phase), wanted.late_s(phase), wanted.alone_s(phase)) == (30, 45, 30)
 
 
 def test_what_the_user_sets_wins_over_what_was_learned_and_can_switch_it_off() -> None:
     wanted = limits(30.0, data=20.0)
     assert (wanted.ask_s("data"), wanted.late_s("data"), wanted.alone_s("data")) == (30, 45, 30)
     off = limits(1e9, data=0.1)
-    assert all(min(off.ask_s(phase), off.late_s(phase), off.alone_s(phase)) >= 1e9 for phase in PHASES)
+    for phase in PHASES:
+        assert min(off.ask_s(phase), off.own_s(phase), off.late_s(phase), off.alone_s(phase)) >= 1e9
 
 
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "finishing"])
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase not in PATIENT])
 @pytest.mark.parametrize("longest_s", [None, 0.01, 100.0, 1e5])
 def test_who_waits_for_another_ends_before_torch_would_abort_without_a_name(
     phase: Phase, longest_s: float | None
 ) -> None:
     learned = Limits(EXCHANGE_S, None, {} if longest_s is None else {phase: longest_s})
-    assert learned.ask_s(phase) <= learned.late_s(phase) < EXCHANGE_S
+    assert learned.ask_s(phase) == learned.own_s(phase) <= learned.late_s(phase) < EXCHANGE_S
 
 
 # ---- who is to blame ----
@@ -153,6 +179,18 @@ def test_judgement(idle_s: float, found: list[PeerStatus], culprits: list[int], 
     assert [status.place.rank for status in judgement.culprits] == culprits
     assert (judgement.is_certain, judgement.hangs_itself) == (certain, itself)
     assert judgement.ends == (certain and (itself or bool(culprits)))
+
+
+@pytest.mark.parametrize(("phase", "number", "idle_s", "culprits", "itself"), [
+    ("writing a checkpoint", 51, 3599, [], False),                # a slow disk
+    ("writing a checkpoint", 51, 3600, [], True),
+    ("waiting for what other ranks write", 49, 3599, [], False),
+    ("waiting for what other ranks write", 49, 3600, [1], False),
+])  # fmt: skip
+def test_judgement_of_a_save(phase: Phase, number: int, idle_s: float, culprits: list[int], itself: bool) -> None:
+    judgement = judge(0, Here(50, 5, phase), idle_s, [peer(1, number=number, idle_s=idle_s)], limits())
+    assert [status.place.rank for status in judgement.culprits] == culprits
+    assert (judgement.hangs_itself, judgement.ends) == (itself, itself or bool(culprits))
 
 
 # ---- stacks ----
