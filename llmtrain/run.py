@@ -190,11 +190,8 @@ class Run:
             seed=self.config.run.seed,
             position=self.progress.position,
             workers=self.config.data.workers,
+            reading=lambda micro_batches: self.peers.reading(micro_batches, lambda: self.progress.step + 1),
         )
-
-    def reading(self, micro_batches: Iterator[tuple[torch.Tensor, bool]]) -> Iterator[tuple[torch.Tensor, bool]]:
-        """Go through the micro-batches of the next step, and note where in it this rank is."""
-        return self.peers.reading(micro_batches, self.progress.step + 1)
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps happens now; at the last step everything does."""
@@ -231,7 +228,7 @@ class Run:
         )
 
     def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for tokens in self.peers.reading(windows, self.progress.step, ("validation data", "validation")):
+        for tokens in self.peers.reading(windows, lambda: self.progress.step, ("validation data", "validation")):
             self.stopping.hear(self.store.has_failed)
             if self.stopping.reason:
                 raise StopDuringEvaluation

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
-
-MicroBatches = Iterator[tuple[torch.Tensor, bool]]
 
 
 def train(run: Run) -> None:
@@ -48,7 +45,7 @@ def train(run: Run) -> None:
         batch = next(stream)
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
-        loss_sum = accumulate(engine, batch, training.micro_batch_size, run.reading)
+        loss_sum = accumulate(engine, batch, training.micro_batch_size)
         run.ask()
         run.peers.progress(progress.step + 1, "update")
         outcome = engine.step(lr, loss_sum / batch.target_count, run.guard.limits(batch))
@@ -81,12 +78,10 @@ def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
         run.save()
 
 
-def accumulate(
-    engine: Engine, batch: Batch, rows: int, reading: Callable[[MicroBatches], MicroBatches] = iter
-) -> torch.Tensor:
+def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
     """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
     loss_sum = torch.zeros((), device=engine.device)
-    for tokens, is_last in reading(batch.micro_batches()):
+    for tokens, is_last in batch.micro_batches():
         inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
         loss_sum += engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
     return loss_sum

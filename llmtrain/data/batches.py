@@ -9,7 +9,7 @@ change and no rank is left out of a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,9 @@ class Batch:
             yield next(self._loader), index == micro_steps - 1
 
 
+Reading = Callable[[Iterator[Tokens_BS]], Iterator[Tokens_BS]]
+
+
 class _MapStyle(Dataset[Tokens_BS | LlmtrainError]):
     """What DataLoader workers run: one gather for a whole micro-batch of ids.
 
@@ -176,8 +179,10 @@ def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
     return item
 
 
-def batches(windows: Windows, layout: Layout, *, seed: int, position: int, workers: int = 0) -> Iterator[Batch]:
-    """Yield the batches from `position` on, endlessly.
+def batches(
+    windows: Windows, layout: Layout, *, seed: int, position: int, workers: int = 0, reading: Reading = iter
+) -> Iterator[Batch]:
+    """Yield the batches from `position` on, endlessly; `reading` goes through the micro-batches and may take note.
 
     Mapped files are gathered in this process: one whole micro-batch at a time takes microseconds, where sending it from
     a worker takes hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
@@ -193,6 +198,7 @@ def batches(windows: Windows, layout: Layout, *, seed: int, position: int, worke
         )
     else:
         loader = map(windows.gather, sampler)
+    loader = reading(loader)
     while True:
         position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)

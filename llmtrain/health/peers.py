@@ -130,17 +130,17 @@ class Peers:
             yield item
 
     def reading(
-        self, micro_batches: Iterable[Item], step: int, phases: tuple[Phase, Phase] = ("data", "forward")
+        self, micro_batches: Iterable[Item], step: Callable[[], int], phases: tuple[Phase, Phase] = ("data", "forward")
     ) -> Iterator[Item]:
         """Go through micro-batches, of which all ranks have equally many; `phases` are their reading and their use."""
         source = iter(micro_batches)
         while True:
-            self.progress(step, phases[0])
+            self.progress(step(), phases[0])
             try:
                 item = next(source)
             except StopIteration:
                 return
-            self.progress(step, phases[1])
+            self.progress(step(), phases[1])
             yield item
 
     def forwarded(self, model: nn.Module, *_: object) -> None:

@@ -73,7 +73,7 @@ def test_reading_forward_and_backward_of_every_micro_batch_are_places_of_their_o
             yield number
 
     model = torch.nn.Linear(1, 1)
-    for _ in peers.reading(source(), 7):
+    for _ in peers.reading(source(), lambda: 7):
         seen.append(peers.here)
         peers.forwarded(model)
         seen.append(peers.here)
@@ -83,7 +83,7 @@ def test_reading_forward_and_backward_of_every_micro_batch_are_places_of_their_o
 
 def test_an_evaluation_has_no_backward_pass(peers: Peers) -> None:
     model = torch.nn.Linear(1, 1).eval()
-    for _ in peers.reading([1], 7, ("validation data", "validation")):
+    for _ in peers.reading([1], lambda: 7, ("validation data", "validation")):
         peers.forwarded(model)
         assert peers.here.phase == "validation"
 
@@ -91,7 +91,7 @@ def test_an_evaluation_has_no_backward_pass(peers: Peers) -> None:
 def test_the_first_use_of_a_micro_batch_which_may_compile_is_not_learned_from_its_reading(
     peers: Peers, clock: list[float]
 ) -> None:
-    for number in peers.reading(range(2), 7, ("validation data", "validation")):
+    for number in peers.reading(range(2), lambda: 7, ("validation data", "validation")):
         assert ("validation" in peers.longest_s) == (number > 0)
         clock[0] += 90.0
     assert peers.longest_s["validation"] == 90.0
