@@ -9,6 +9,7 @@ import torch
 
 from llmtrain.config import RunConfig, resolve
 from llmtrain.data.batches import Layout, Windows
+from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TokenDataset
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
@@ -66,7 +67,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
 
 
 def _open(config: RunConfig, engine: Engine) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
-    data = TokenDataset(config.data.path)
+    data = TokenDataset(local_data(config.data.path))
     stream = data.split("train")
     config = resolve_here(
         config, data.manifest.tokenizer.vocab_size, len(stream), engine.world_size, engine.compiles_well

@@ -178,6 +178,14 @@ class CheckpointSection(Section):
     keep_every: PositiveInt | None = None  # steps whose checkpoints are never deleted
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None  # of all checkpoints of a run; such as 200GB or 1.5TiB
     async_save: bool = True
+    remote: str | None = None  # a URL that fsspec knows, such as s3://bucket/run: every checkpoint goes there as well
+
+    @field_validator("remote")
+    @classmethod
+    def _check_remote(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value:
+            raise ValueError("must be a URL such as s3://bucket/run")
+        return value
 
 
 class LoggingSection(Section):

@@ -16,6 +16,7 @@ from llmtrain.arguments import VerbParser
 from llmtrain.assemble import Assembly, assemble, describe, resolve_here
 from llmtrain.checkpoint.store import committed_steps
 from llmtrain.config import RunConfig, load_config
+from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import make_engine
@@ -65,7 +66,7 @@ def _assembled(config: RunConfig) -> Iterator[Assembly]:
 
 def _needed(config: RunConfig) -> RankMemory:
     """What training takes on one device, known before anything of that size is built."""
-    data = TokenDataset(config.data.path)
+    data = TokenDataset(local_data(config.data.path))
     resolved = resolve_here(config, data.manifest.tokenizer.vocab_size, len(data.split("train")))
     return rank_memory(
         "single",

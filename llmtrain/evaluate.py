@@ -11,10 +11,12 @@ from llmtrain.arguments import VerbParser, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
 from llmtrain.data.batches import Layout, Windows, validation_batches
+from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TokenDataset
 from llmtrain.errors import UserError, run_main
 from llmtrain.observe.record import finite
 from llmtrain.observe.validation import validate
+from llmtrain.storage.remote import path_or_url
 
 
 def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int | None) -> dict[str, Any]:
@@ -81,20 +83,25 @@ def _as_text(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
 
 
-def _open_data(trained: TrainedModel, path: Path | None) -> TokenDataset:
+def _open_data(trained: TrainedModel, path: Path | str | None) -> TokenDataset:
     """Open the data asked for, or the run's own."""
-    own = Path(trained.config.data.path)
+    own = local_data(path or trained.config.data.path)
     if path is None and not own.is_dir():
         raise UserError(f"{own}: the data that {trained.reader.folder} was trained on is not here; name it by --data")
-    return TokenDataset(path or own)
+    return TokenDataset(own)
 
 
 def main(argv: list[str]) -> None:
     """`llmtrain evaluate`."""
     parser = VerbParser("evaluate", __doc__.splitlines()[0], "llmtrain evaluate checkpoints --data data/book --json")
     add = parser.add_argument
-    add("path", type=Path, metavar="PATH", help="a run folder (its best checkpoint, else its latest) or a checkpoint")
-    add("--data", type=Path, metavar="DIR", help="prepared data (default: what the run was trained on)")
+    add(
+        "path",
+        type=path_or_url,
+        metavar="PATH",
+        help="a run folder (its best checkpoint, else its latest) or a checkpoint",
+    )
+    add("--data", type=path_or_url, metavar="DIR", help="prepared data (default: what the run was trained on)")
     add("--split", default="val", help="which part of it (default: %(default)s)")
     add("--batches", type=positive_int, metavar="N", help="only N global batches, as training.eval_batches=N does")
     add("--json", action="store_true", help="print the result as JSON")

@@ -10,7 +10,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import UserError, run_main
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.formats import printable
+from llmtrain.storage.remote import path_or_url
 
 # Samples written side by side: more would need the memory of as many key-value caches.
 ROWS_AT_ONCE = 32
@@ -195,7 +195,12 @@ def _parser() -> VerbParser:
         'llmtrain generate checkpoints --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
     )
     add = parser.add_argument
-    add("path", type=Path, metavar="PATH", help="a run folder (its best checkpoint, else its latest) or a checkpoint")
+    add(
+        "path",
+        type=path_or_url,
+        metavar="PATH",
+        help="a run folder (its best checkpoint, else its latest) or a checkpoint",
+    )
     add("--prompt", default="", metavar="TEXT", help="text to go on from (default: a document begins)")
     add("--max-new-tokens", type=positive_int, default=200, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=temperature, default=0.8, metavar="F", help="0 is greedy (default: %(default)s)")

@@ -24,6 +24,7 @@ from typing import Any
 from llmtrain.arguments import VerbParser, fraction, positive_int
 from llmtrain.data.corpus import cut_into_chunks, find_files, told
 from llmtrain.data.encode import encode_to_shards
+from llmtrain.data.fetch import upload_data
 from llmtrain.data.fit import ENOUGH_DOCUMENTS
 from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_part
 from llmtrain.data.progress_bar import progress_bar
@@ -42,6 +43,8 @@ from llmtrain.data.split import AUGMENTATIONS
 from llmtrain.data.staging import staged_folder
 from llmtrain.data.tokenizer import DEFAULT_VOCAB_SIZE, KINDS, id_dtype
 from llmtrain.errors import UserError, run_main
+from llmtrain.storage.cache import cache_folder
+from llmtrain.storage.remote import Remote, path_or_url
 
 
 def prepare(options: Options, show_progress: bool = False) -> Outcome:
@@ -78,7 +81,7 @@ def _say(line: str) -> None:
     print(f"llmtrain: {line}", file=sys.stderr, flush=True)
 
 
-def _summary(outcome: Outcome, out: Path) -> dict[str, Any]:
+def _summary(outcome: Outcome, out: Path | str) -> dict[str, Any]:
     """The facts that `--json` prints and the text form tells."""
     manifest = outcome.manifest
     return {
@@ -179,7 +182,6 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
         help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, or stdlib: this"
         " Python's own library (the default); repeatable",
     )
-    add("--out", type=Path, default=default.out, metavar="DIR", help="folder to make (default: %(default)s)")
     add(
         "--tokenizer",
         default=default.tokenizer,
@@ -231,6 +233,13 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
 
 def _add_work_flags(add: Callable[..., Any]) -> None:
     """How it is reached and told."""
+    add(
+        "--out",
+        type=path_or_url,
+        default=Options.out,
+        metavar="DIR",
+        help="folder to make (default: %(default)s); a URL such as s3://bucket/data: made in the cache, then uploaded",
+    )
     add("--workers", type=positive_int, metavar="N", help="processes (default: one per core, fewer for small input)")
     add(
         "--part",
@@ -251,17 +260,27 @@ def main(argv: list[str]) -> None:
     as_json, part, join = (flags.pop(name) for name in ("json", "part", "join"))
     if part and join:
         raise UserError("--part and --join: a part joins by itself when it is the last; give one of them")
-    inputs = tuple(flags.pop("input") or Options.inputs)
+    inputs, remote = tuple(flags.pop("input") or Options.inputs), None
+    if isinstance(url := flags["out"], str):
+        if part or join:
+            raise UserError(f"--part and --join need a folder that all machines share, not {url}")
+        remote = Remote(url)
+        remote.check_writable()
+        flags["out"] = cache_folder("prepared", url)
     options, show = Options(inputs=inputs, **flags), sys.stderr.isatty()
     outcome: Outcome | PartOutcome
     if part or join:
         outcome = prepare_part(options, *(part or (None, None)), say=_say, show_progress=show)
     else:
         outcome = prepare(options, show)
+    where: Path | str = options.out
+    if remote is not None:
+        upload_data(options.out, remote)
+        where = remote.url
     if isinstance(outcome, PartOutcome):
         summary, as_text = _part_summary(outcome, options.out), _part_as_text
     else:
-        summary, as_text = _summary(outcome, options.out), _as_text
+        summary, as_text = _summary(outcome, where), _as_text
     print(json.dumps(summary, indent=1) if as_json else as_text(summary))
 
 

@@ -22,6 +22,7 @@ from llmtrain.data.shards import (
     verify_files,
 )
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
+from llmtrain.storage.remote import Remote, path_or_url
 
 IDS_AT_ONCE = 1 << 22  # keeps memory small however large a shard is
 LARGE_BYTES = 64 << 20  # from here on a progress bar is worth showing
@@ -33,6 +34,7 @@ class Subject:
 
     path: Path
     kind: str  # "data" or "checkpoint"
+    remote: Remote | None = None  # where it lies on a store: of a checkpoint, the run's folder
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Verdict:
     problems: list[str]
 
 
-def find_subjects(path: Path) -> list[Subject]:
+def find_subjects(path: Path | str) -> list[Subject]:
     """Say what PATH holds.
 
     Raises:
         UserError: neither prepared data, nor a checkpoint, nor a run with checkpoints.
     """
+    if isinstance(path, str):
+        return _remote_subjects(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     # A checkpoint's reader brings torch along, which prepared data need not wait for.
@@ -74,9 +78,42 @@ def verify(subject: Subject, show_progress: bool = False) -> Verdict:
     """Check every file of a folder; problems are collected, not raised."""
     check = _verify_data if subject.kind == "data" else _verify_checkpoint
     try:
+        if subject.remote is not None:
+            return _verify_remote(subject, subject.remote)
         return check(subject.path, show_progress)
     except CorruptError as error:  # the manifest itself
         return Verdict(str(subject.path), subject.kind, 0, 0, [str(error)])
+
+
+def _remote_subjects(url: str) -> list[Subject]:
+    remote = Remote(url)
+    if remote.read(MANIFEST) is not None and "COMMITTED" not in remote.sizes():
+        return [Subject(Path(url), "data", remote)]
+    from llmtrain.checkpoint.remote import remote_steps, step_name, step_of
+
+    parent, _, name = url.rpartition("/")
+    if (step := step_of(name)) is not None:
+        remote = Remote(parent)
+    steps = [found for found in remote_steps(remote.sizes()) if step in (None, found)]
+    if not steps:
+        raise UserError(f"{url}: neither prepared data nor a checkpoint nor a run with checkpoints")
+    return [Subject(Path(step_name(found)), "checkpoint", remote) for found in steps]
+
+
+def _verify_remote(subject: Subject, remote: Remote) -> Verdict:
+    """Read every file where it lies: what the cache holds says nothing about that."""
+    if subject.kind == "data":
+        from llmtrain.data.fetch import problems_of
+
+        data, problems = problems_of(remote)
+        files = data.files()
+        return Verdict(remote.url, "data", len(files), sum(file.bytes for file in files), problems)
+    from llmtrain.checkpoint.remote import problems_of as problems_of_step
+    from llmtrain.checkpoint.remote import step_of
+
+    manifest, problems = problems_of_step(remote, step_of(subject.path.name) or 0)
+    size = sum(file.bytes for file in manifest.files)
+    return Verdict(f"{remote.url}/{subject.path}", "checkpoint", len(manifest.files), size, problems)
 
 
 def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
@@ -166,7 +203,7 @@ def _is_of_checkpoint(manifest: Path) -> bool:
 def main(argv: list[str]) -> None:
     """`llmtrain verify`."""
     parser = VerbParser("verify", __doc__.splitlines()[0], "llmtrain verify data/book")
-    parser.add_argument("path", type=Path, metavar="PATH", help="prepared data, a checkpoint, or a run folder")
+    parser.add_argument("path", type=path_or_url, metavar="PATH", help="prepared data, a checkpoint, or a run folder")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     args = parser.parse_args(argv)
     verdicts = []

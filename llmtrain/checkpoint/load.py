@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.checkpoint.remote import local_checkpoint
 from llmtrain.checkpoint.resume import saved_config
 from llmtrain.checkpoint.store import committed_steps, find_checkpoint, open_verified, step_folder
 from llmtrain.config import RunConfig
@@ -30,11 +31,11 @@ class TrainedModel:
 
 
 @contextmanager
-def load_model(path: Path, *, compiled: bool = False) -> Iterator[TrainedModel]:
+def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedModel]:
     """Open PATH of the verbs, check every hash, and read the weights, and only them, onto the device.
 
     Args:
-        path: a run folder (its best checkpoint, else its latest) or one checkpoint.
+        path: a run folder (its best checkpoint, else its latest) or one checkpoint, here or, as a URL, on a store.
         compiled: run compiled as in training; only on CUDA, where that is the default and a compiler comes along.
 
     Raises:
@@ -52,7 +53,8 @@ def load_model(path: Path, *, compiled: bool = False) -> Iterator[TrainedModel]:
         engine.close()
 
 
-def _open(path: Path) -> CheckpointReader:
+def _open(path: Path | str) -> CheckpointReader:
+    path = local_checkpoint(path)
     folder = find_checkpoint(path)
     try:
         return open_verified(folder)

@@ -25,6 +25,7 @@ _FIXED = {
 }  # fmt: skip
 # What changes nothing about the numbers, and so is not worth a line.
 _SILENT = {"run.dir", "run.name", "training.stop_after", "model.init_from", "data.workers", "data.path"}
+_SILENT |= {"checkpoint.remote"}
 
 
 def choose_checkpoint(

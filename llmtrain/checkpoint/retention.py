@@ -7,6 +7,7 @@ goes first: what is left of an interrupted deletion counts as no checkpoint, and
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
@@ -18,8 +19,9 @@ from llmtrain.errors import CorruptError
 class Retention:
     """Deletes after each commit what is not kept; what it cannot do costs a warning, once."""
 
-    def __init__(self, run_dir: Path, config: CheckpointSection):
-        self._run_dir, self._config = run_dir, config
+    def __init__(self, run_dir: Path, config: CheckpointSection, is_needed: Callable[[Path], bool]):
+        """What `is_needed` stays until it no longer is."""
+        self._run_dir, self._config, self._is_needed = run_dir, config, is_needed
         self._told: set[str] = set()
 
     def apply(self) -> list[str]:
@@ -49,7 +51,8 @@ class Retention:
         by_number = steps[: -self._config.keep_last]
         linked = {pointed(self._run_dir, name) for name in (LATEST, BEST, FINAL)}
         every = self._config.keep_every
-        free = [s for s in steps[:-1] if step_folder(self._run_dir, s) not in linked and not (every and s % every == 0)]
+        folders = {step: step_folder(self._run_dir, step) for step in steps[:-1] if not (every and step % every == 0)}
+        free = [s for s, folder in folders.items() if folder not in linked and not self._is_needed(folder)]
         surplus = [step for step in free if step in by_number]
         if self._config.max_bytes is not None:
             sizes = {step: _bytes_of(step_folder(self._run_dir, step)) for step in free}

@@ -136,10 +136,22 @@ class _GivenUpError(OSError):
 class CheckpointStore:
     """Saves checkpoints of one run. All ranks call `save` and `settle` at the same steps; rank 0 commits."""
 
-    def __init__(self, run_dir: Path, config: CheckpointSection, config_yaml: str, data: Manifest, data_path: Path):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointSection,
+        config_yaml: str,
+        data: Manifest,
+        data_path: Path,
+        *,
+        on_saved: Callable[[Path], None] = lambda _folder: None,
+        is_needed: Callable[[Path], bool] = lambda _folder: False,
+    ):
+        """`on_saved` is told when this rank's part is written, on rank 0 when the checkpoint is committed; what
+        `is_needed` is not deleted yet. Both are called from the thread that saves."""
         self.run_dir = run_dir
-        self._is_async = config.async_save
-        self._retention = Retention(run_dir, config)
+        self._is_async, self._on_saved = config.async_save, on_saved
+        self._retention = Retention(run_dir, config, is_needed)
         self._config_yaml = config_yaml
         self._data = data
         # Read once: a data folder that is moved during the run cannot fail a save.
@@ -298,6 +310,7 @@ class CheckpointStore:
         except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
             return
+        self._on_saved(folder)
         if engine.rank == 0:
             self._warnings += self._retention.apply()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import platform
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _HELD = {errno.EAGAIN, errno.EACCES}
@@ -53,6 +56,24 @@ class FileLock:
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         self._descriptor = descriptor
         return None
+
+    @contextlib.contextmanager
+    def held(self, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold it for a block, after waiting for whoever has it, who is told once.
+
+        Raises:
+            OSError: the file cannot be made.
+        """
+        told = None
+        while holder := self.acquire():
+            if holder != told:
+                waiting(holder)
+            told = holder
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give the lock back."""

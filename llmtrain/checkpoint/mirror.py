@@ -1,0 +1,255 @@
+"""The run's checkpoints on a store as well: uploaded behind the loop's back, with the same promise as on the disk.
+
+Each rank uploads its own tensors, rank 0 everything else. When every file is there with its size, rank 0 writes the
+marker. Losing the store costs a warning, for the run folder has everything; what is missing there is uploaded with the
+next checkpoint, or by the next launch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.remote import read_manifest, remote_link, remote_steps, require_same_run, step_name, step_of
+from llmtrain.checkpoint.store import BEST, FINAL, LATEST, committed_steps, pointed, step_folder, steps_to_keep
+from llmtrain.config import CheckpointSection, RunConfig
+from llmtrain.errors import CorruptError, LlmtrainError
+from llmtrain.storage.remote import Remote, in_parallel
+
+_LINKS = (LATEST, BEST, FINAL)
+_PEERS_PATIENCE_S = 10.0  # at least; other ranks may take three times as long as rank 0 did before it takes over
+_HURRY_S = 10.0
+_POLL_S = 0.5
+
+
+class NoMirror:
+    """Where `checkpoint.remote` is not set, nothing happens."""
+
+    def check_writable(self) -> None:
+        """Check that the store can be written."""
+
+    def clear_way(self, resumed_step: int, warn: Callable[[str], None]) -> None:
+        """Leave only checkpoints up to the resumed step there."""
+
+    def saved(self, folder: Path) -> None:
+        """Take note of a checkpoint; returns at once."""
+
+    def holds(self, folder: Path) -> bool:
+        """Whether the folder is being uploaded, and so must stay for now."""
+        return False
+
+    def news(self) -> list[str]:
+        """What to warn of since this was last asked."""
+        return []
+
+    def wait(self) -> None:
+        """Wait for an upload that is under way, for a limited time."""
+
+    def hurry(self) -> None:
+        """Wait for a short time only."""
+
+
+class Mirror(NoMirror):
+    """The folder on a store that follows one run folder; each rank has one."""
+
+    def __init__(self, remote: Remote, run_dir: Path, config: CheckpointSection, rank: int, wait_s: float):
+        self._remote, self._run_dir, self._config, self._rank = remote, run_dir, config, rank
+        self._wait_s = wait_s
+        self._state = threading.Condition()  # guards what follows
+        self._wanted: Path | None = None  # saved last, and not yet looked at
+        self._busy: Path | None = None
+        self._is_working = False
+        self._warnings: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._own_uploaded: Path | None = None  # of rank 1 and up
+        self._shared: set[int] = set()  # steps of this launch: the other ranks upload their parts of them
+
+    def check_writable(self) -> None:
+        """See `NoMirror`.
+
+        Raises:
+            RemoteError: it cannot.
+        """
+        self._remote.check_writable()
+
+    def clear_way(self, resumed_step: int, warn: Callable[[str], None]) -> None:
+        """Remove unfinished checkpoints, set later and damaged ones aside; rank 0, before the first upload.
+
+        Raises:
+            UserError: the store holds another run, or fails.
+        """
+        sizes = self._remote.sizes()
+        steps = remote_steps(sizes)
+        require_same_run(self._remote, self._run_dir, steps)
+        for folder in sorted({name.partition("/")[0] for name in sizes}):
+            step = step_of(folder)
+            if step is None:
+                continue
+            if step not in steps:
+                warn(f"{self._remote.url}/{folder}: an unfinished checkpoint; removed")
+                self._remove(folder, sizes)
+            elif step > resumed_step or (step == resumed_step and self._is_damaged(step)):
+                aside = f"{folder}.aside-{int(time.time())}"
+                warn(f"{self._remote.url}/{folder}: later than step {resumed_step}, or damaged; renamed to {aside}")
+                self._set_aside(folder, aside, sizes)
+        left = self._remote.sizes()
+        self._remote.remove([name for name in _LINKS if name in left and remote_link(self._remote, name, left) is None])
+        if committed_steps(self._run_dir):
+            self.saved(self._run_dir)  # an earlier launch may have left without having uploaded all
+
+    def saved(self, folder: Path) -> None:
+        """See `NoMirror`: rank 0 calls it when the checkpoint is committed, the others when their part is written."""
+        with self._state:
+            self._wanted = folder
+            if (step := step_of(folder.name)) is not None:
+                self._shared.add(step)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+            self._state.notify_all()
+
+    def holds(self, folder: Path) -> bool:
+        """See `NoMirror`."""
+        return folder == self._busy
+
+    def news(self) -> list[str]:
+        """See `NoMirror`."""
+        with self._state:
+            warnings, self._warnings = self._warnings, []
+        return warnings
+
+    def wait(self) -> None:
+        """See `NoMirror`; what is not done in time is left to the next launch, with a warning."""
+        with self._state:
+            done = self._state.wait_for(lambda: not (self._is_working or self._wanted), self._wait_s)
+            if not done and self._wait_s:
+                self._warnings.append(
+                    f"{self._remote.url}: an upload is not done after {self._wait_s:.0f} s and is given up; everything "
+                    f"is in {self._run_dir}, and the next launch uploads it"
+                )
+                self._wait_s = 0.0
+
+    def hurry(self) -> None:
+        """See `NoMirror`."""
+        self._wait_s = min(self._wait_s, _HURRY_S)
+
+    def _work(self) -> None:
+        """What the thread does, until the process ends."""
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._wanted)
+                folder, self._wanted, self._is_working = self._wanted, None, True
+            assert folder is not None
+            warning = None
+            try:
+                if self._rank == 0:
+                    self._sync()
+                else:
+                    self._upload_own(folder)
+            except Exception as error:  # of whatever kind: the run goes on without the store
+                kind = "" if isinstance(error, LlmtrainError) else f"{type(error).__name__}: "
+                warning = (
+                    f"{kind}{error}; not uploaded; everything is in {self._run_dir}, and the next checkpoint or launch "
+                    "tries again"
+                )
+            with self._state:
+                self._warnings += [warning] if warning else []
+                self._is_working, self._busy = False, None
+                self._state.notify_all()
+
+    def _upload_own(self, folder: Path) -> None:
+        name = f"rank{self._rank:05d}.safetensors"
+        if folder == self._own_uploaded:
+            return
+        try:
+            self._remote.upload(folder / name, f"{folder.name}/{name}")
+        except FileNotFoundError:
+            return  # deleted meanwhile, because newer ones are there
+        self._own_uploaded = folder
+
+    def _sync(self) -> None:
+        """Bring the store to what retention would keep of both places; the newest goes first."""
+        sizes = self._remote.sizes()
+        here, there = committed_steps(self._run_dir), remote_steps(sizes)
+        linked = {step_of(folder.name) for name in _LINKS if (folder := pointed(self._run_dir, name))}
+        keep = steps_to_keep(sorted({*here, *there}), self._config) | linked
+        for step in reversed(here):
+            if step in keep and step not in there:
+                try:
+                    self._upload(step)
+                except FileNotFoundError:
+                    continue  # deleted meanwhile, because newer ones are there
+        self._link()
+        self._retain()
+
+    def _upload(self, step: int) -> None:
+        began = time.monotonic()
+        folder = self._busy = step_folder(self._run_dir, step)
+        files = {file.path: file.bytes for file in fmt.CheckpointReader(folder).manifest.files}
+        others = [name for name in files if name.endswith(".safetensors") and name != "rank00000.safetensors"]
+        mine = [name for name in files if step not in self._shared or name not in others]
+        self._shared.discard(step)  # should this fail, the next try does everything
+        in_parallel(lambda name: self._remote.upload(folder / name, f"{folder.name}/{name}"), mine)
+        until = time.monotonic() + max(_PEERS_PATIENCE_S, 3 * (time.monotonic() - began))
+        while (missing := self._missing(folder.name, files)) and set(missing) <= set(others):
+            if time.monotonic() > until:
+                break
+            time.sleep(_POLL_S)
+        in_parallel(lambda name: self._remote.upload(folder / name, f"{folder.name}/{name}"), missing)
+        self._remote.upload(folder / fmt.MANIFEST, f"{folder.name}/{fmt.MANIFEST}")
+        files[fmt.MANIFEST] = (folder / fmt.MANIFEST).stat().st_size
+        if missing := self._missing(folder.name, files):
+            raise CorruptError(f"{self._remote.url}/{folder.name}/{missing[0]}: has another size than was uploaded")
+        self._remote.write(f"{folder.name}/{fmt.MARKER}", (folder / fmt.MARKER).read_bytes())
+
+    def _missing(self, folder: str, files: dict[str, int]) -> list[str]:
+        sizes = self._remote.sizes(folder)
+        return [name for name, size in files.items() if sizes.get(f"{folder}/{name}") != size]
+
+    def _link(self) -> None:
+        sizes = self._remote.sizes()
+        for name in _LINKS:
+            folder = pointed(self._run_dir, name)
+            step = folder and step_of(folder.name)
+            if folder and step in remote_steps(sizes) and remote_link(self._remote, name, sizes) != step:
+                self._remote.write(name, f"{folder.name}\n".encode())
+
+    def _retain(self) -> None:
+        """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first."""
+        sizes = self._remote.sizes()
+        steps = remote_steps(sizes)
+        keep = steps_to_keep(steps, self._config) | {remote_link(self._remote, name, sizes) for name in _LINKS}
+        for step in steps:
+            if step not in keep:
+                self._remove(step_name(step), sizes)
+
+    def _is_damaged(self, step: int) -> bool:
+        try:
+            read_manifest(self._remote, step)
+        except CorruptError:
+            return True
+        return False
+
+    def _remove(self, folder: str, sizes: dict[str, int]) -> None:
+        files = [name for name in sizes if name.startswith(f"{folder}/")]
+        self._remote.remove(sorted(files, key=lambda name: name != f"{folder}/{fmt.MARKER}"))
+
+    def _set_aside(self, folder: str, aside: str, sizes: dict[str, int]) -> None:
+        """Objects cannot be renamed together, so the marker goes first."""
+        marker = f"{folder}/{fmt.MARKER}"
+        for name in sorted((name for name in sizes if name.startswith(f"{folder}/")), key=lambda name: name != marker):
+            self._remote.move(name, f"{aside}/{name.removeprefix(f'{folder}/')}")
+
+
+def make_mirror(config: RunConfig, rank: int) -> NoMirror:
+    """What `checkpoint.remote` asks for.
+
+    At the end of a run other ranks wait for rank 0, which must be back before they take it for lost.
+    """
+    url = config.checkpoint.remote
+    if url is None:
+        return NoMirror()
+    return Mirror(Remote(url), Path(config.run.dir), config.checkpoint, rank, config.health.timeout_s / 2)

@@ -1,0 +1,243 @@
+"""Checkpoints that lie on a store: which are there, and bringing them to this machine.
+
+The same layout as in a run folder, with the same promise: a step without its marker does not exist. The links are small
+files that hold the name of a step folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.lock import RunLock
+from llmtrain.checkpoint.store import BEST, committed_steps, step_folder
+from llmtrain.config import RunConfig
+from llmtrain.data.lock import FileLock
+from llmtrain.data.shards import check_inside, verify_files
+from llmtrain.data.staging import staged_folder
+from llmtrain.engine import Engine
+from llmtrain.errors import CorruptError, UserError
+from llmtrain.health.agreement import together
+from llmtrain.storage.cache import cache_folder, say
+from llmtrain.storage.remote import Remote, in_parallel, is_url
+
+_FETCHED = ".fetched"  # in the run folder, which all hosts share: checkpoints of other runs that it branches off from
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return step_folder(Path(), step).name
+
+
+def step_of(name: str) -> int | None:
+    """The step whose folder has this name; None for any other name."""
+    number = name.removeprefix("step-")
+    return int(number) if number.isdecimal() and name == step_name(int(number)) else None
+
+
+def remote_steps(sizes: dict[str, int]) -> list[int]:
+    """Steps with a finished checkpoint, ascending, from a listing of the remote run folder."""
+    marked = [name.partition("/") for name in sizes if name.endswith(f"/{fmt.MARKER}")]
+    return sorted(step for folder, _, rest in marked if rest == fmt.MARKER and (step := step_of(folder)) is not None)
+
+
+def remote_link(remote: Remote, name: str, sizes: dict[str, int]) -> int | None:
+    """The finished step that `best`, `latest` or `final` leads to."""
+    content = remote.read(name) if name in sizes else None
+    step = step_of(content.decode(errors="replace").strip()) if content else None
+    return step if step in remote_steps(sizes) else None
+
+
+def read_manifest(remote: Remote, step: int) -> tuple[fmt.CheckpointManifest, bytes, bytes]:
+    """The manifest of a remote checkpoint, parsed and as it lies there, and its marker.
+
+    Raises:
+        CorruptError: it is not what the marker says, or names files outside the folder.
+    """
+    where = f"{remote.url}/{step_name(step)}/{fmt.MANIFEST}"
+    text, marker = (remote.read(f"{step_name(step)}/{name}") for name in (fmt.MANIFEST, fmt.MARKER))
+    if text is None or marker is None or hashlib.sha256(text).hexdigest().encode() != marker.strip():
+        raise CorruptError(f"{where}: missing, or differs from the hash in {fmt.MARKER}")
+    try:
+        manifest = fmt.CheckpointManifest.model_validate_json(text)
+    except ValueError as error:
+        raise CorruptError(f"{where}: not a manifest of this version") from error
+    for file in manifest.files:
+        check_inside(Path("/checkpoint"), file.path, Path(where))
+    return manifest, text, marker
+
+
+def problems_of(remote: Remote, step: int) -> tuple[fmt.CheckpointManifest, list[str]]:
+    """Read every file of a remote checkpoint; return one line for each that is wrong."""
+    manifest, _, _ = read_manifest(remote, step)
+    sizes, problems = remote.sizes(step_name(step)), []
+    for file in manifest.files:
+        name = f"{step_name(step)}/{file.path}"
+        if sizes.get(name) != file.bytes:
+            problems.append(f"{remote.url}/{name}: has {sizes.get(name)} bytes where the manifest says {file.bytes}")
+        elif remote.hashed(name)[1] != file.sha256:
+            problems.append(f"{remote.url}/{name}: content differs from the hash in the manifest")
+    return manifest, problems
+
+
+def fetch_step(remote: Remote, step: int, into: Path) -> Path:
+    """Bring a checkpoint into a folder under its name there, every file hashed while it is written.
+
+    What is there already is kept if it is the same and whole; else it gives way.
+
+    Raises:
+        CorruptError: the remote one is damaged; nothing is left of it here.
+        UserError: something cannot be read, or not written here.
+    """
+    folder = into / step_name(step)
+    manifest, text, marker = read_manifest(remote, step)
+    if folder.exists():
+        is_same = fmt.is_committed(folder) and (folder / fmt.MARKER).read_bytes() == marker
+        if is_same and not verify_files(folder, list(manifest.files)):
+            return folder
+        shutil.rmtree(folder)
+    with staged_folder(folder, say=say) as staged:
+        in_parallel(
+            lambda file: remote.fetch(f"{step_name(step)}/{file.path}", staged / file.path, file.sha256),
+            list(manifest.files),
+        )
+        fmt.write_file(staged / fmt.MANIFEST, text)
+        fmt.write_file(staged / fmt.MARKER, marker)
+    return folder
+
+
+def fetch_newest(remote: Remote, into: Path, after: int, warn: Callable[[str], None]) -> Path | None:
+    """Bring the newest good checkpoint of a step after `after`; damaged ones are passed over with a warning."""
+    for step in reversed([step for step in remote_steps(remote.sizes()) if step > after]):
+        try:
+            folder = fetch_step(remote, step, into)
+        except CorruptError as error:
+            warn(f"{error}; going back to an older checkpoint")
+            continue
+        say(f"fetched {remote.url}/{step_name(step)} to {folder}")
+        return folder
+    return None
+
+
+def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
+    """Refuse a remote whose newest step of those that are here too is another checkpoint than here.
+
+    Raises:
+        UserError: it holds another run.
+    """
+    common = [step for step in committed_steps(run_dir) if step in steps]
+    if not common:
+        return
+    try:
+        marker = read_manifest(remote, common[-1])[2]
+    except CorruptError:
+        return  # not another run's, but damaged: found and told where it is read
+    if marker.strip() != (step_folder(run_dir, common[-1]) / fmt.MARKER).read_bytes().strip():
+        raise UserError(
+            f"{remote.url}: its {step_name(common[-1])} is another one than in {run_dir}, so it holds another run; "
+            "choose another checkpoint.remote or run.dir"
+        )
+
+
+def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock, *, dry_run: bool) -> str:
+    """Fetch what `--resume` needs from a store; return what it then means on this machine.
+
+    With `checkpoint.remote` the newest good checkpoint there comes into `run.dir`, if none here is as new.
+
+    Raises:
+        UserError: the store cannot be read, or holds another run.
+        CorruptError: there are checkpoints, all of them only there, and none is good.
+    """
+    if config.checkpoint.remote is None and not is_url(resume):
+        return resume
+    found = together(engine, lambda: _bring(config, resume, lock, dry_run) if engine.rank == 0 else None)
+    return str(engine.gather(found)[0])
+
+
+def _bring(config: RunConfig, resume: str, lock: RunLock, dry_run: bool) -> str:
+    run_dir, url = Path(config.run.dir), (config.checkpoint.remote or "").rstrip("/")
+    named = resume.rstrip("/")
+    if url:
+        remote = Remote(url)
+        steps, own = remote_steps(remote.sizes()), committed_steps(run_dir)
+        if resume == "never" and steps:
+            raise UserError(f"{url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
+        require_same_run(remote, run_dir, steps)
+        if steps and steps[-1] > max(own, default=-1):
+            _bring_own(remote, run_dir, lock, dry_run)
+    if not is_url(named):
+        return resume
+    if url and named == url:
+        return str(run_dir)
+    if url and named.rpartition("/")[0] == url and not dry_run:
+        _claim(run_dir, lock)
+        return str(_fetch_named(named, run_dir))
+    if dry_run:
+        return str(_fetch_named(named, cache_folder("checkpoints", _run_url(named))))
+    _claim(run_dir, lock)
+    folder = run_dir / _FETCHED / cache_folder("checkpoints", _run_url(named)).name
+    fetched = _fetch_named(named, folder, newest=True)
+    return str(fetched if step_of(named.rpartition("/")[2]) is not None else folder)
+
+
+def _bring_own(remote: Remote, run_dir: Path, lock: RunLock, dry_run: bool) -> None:
+    own = committed_steps(run_dir)
+    if dry_run:
+        say(f"{remote.url} has newer checkpoints than {run_dir}; a dry run fetches none and begins without them")
+        return
+    _claim(run_dir, lock)
+    if fetch_newest(remote, run_dir, max(own, default=-1), _warn) is None and not own:
+        raise CorruptError(f"{remote.url}: none of its checkpoints is good; nothing to resume from")
+
+
+def _claim(run_dir: Path, lock: RunLock) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another run.dir") from error
+    lock.acquire()
+
+
+def local_checkpoint(path: Path | str) -> Path:
+    """PATH of the verbs as a folder of this machine: of a URL, the checkpoint (of a run, its best, else its latest) is
+    fetched into the cache, unless it lies there.
+
+    Raises:
+        UserError: there is no checkpoint, or it cannot be fetched.
+        CorruptError: it is damaged.
+    """
+    if not is_url(path):
+        return Path(path)
+    url = str(path).rstrip("/")
+    return _fetch_named(url, cache_folder("checkpoints", _run_url(url)))
+
+
+def _fetch_named(url: str, into: Path, *, newest: bool = False) -> Path:
+    """Bring the checkpoint that a URL names: a step, or a run, of which the newest good or the best is meant."""
+    lock = FileLock(into.with_name(f"{into.name}.lock"))
+    remote, step = Remote(_run_url(url)), step_of(url.rpartition("/")[2])
+    sizes = remote.sizes()
+    steps = remote_steps(sizes)
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{url}: no finished checkpoint there; give the URL of a run or of one of its step-* folders")
+    into.mkdir(parents=True, exist_ok=True)
+    with lock.held(lambda holder: say(f"waiting: {holder} is fetching {url} ({lock.path})")):
+        if step is None and newest:
+            if (folder := fetch_newest(remote, into, -1, _warn)) is None:
+                raise CorruptError(f"{url}: none of its checkpoints is good")
+            return folder
+        if step is None:
+            step = remote_link(remote, BEST, sizes)
+        return fetch_step(remote, steps[-1] if step is None else step, into)
+
+
+def _run_url(url: str) -> str:
+    folder, _, name = url.rpartition("/")
+    return folder if step_of(name) is not None else url
+
+
+def _warn(text: str) -> None:
+    say(f"warning: {text}")

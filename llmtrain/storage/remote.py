@@ -1,0 +1,231 @@
+"""A folder on a store that fsspec knows: list, read, write, remove. Every failure becomes one line for the user.
+
+Objects appear whole or not at all, but a folder of them does not: whoever writes several writes the one that makes them
+count last. Credentials are found by the store's own library in its usual places; none is ever part of a URL here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from llmtrain.errors import CorruptError, UserError
+
+AT_ONCE = 8  # files that are uploaded or fetched at the same time
+_PIECE_BYTES = 8 << 20
+_PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
+    "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "hdfs": "pyarrow", "http": "aiohttp",
+    "https": "aiohttp",
+}  # fmt: skip
+# Elsewhere folders are only parts of names; making one may even make a bucket.
+_WITH_FOLDERS = {"file", "local", "sftp", "ssh", "smb", "hdfs", "webhdfs"}
+
+
+class RemoteError(UserError):
+    """The store, or the way to it, does not do what it should; trying again later may help."""
+
+
+def is_url(text: object) -> bool:
+    """Whether it names a folder on a store rather than a path of this machine."""
+    return isinstance(text, str) and "://" in text
+
+
+def path_or_url(text: str) -> Path | str:
+    """Argparse type: a path of this machine, or the URL of a folder on a store."""
+    return text.rstrip("/") if is_url(text) else Path(text)
+
+
+class Remote:
+    """One folder on a store, by URL; names are relative to it, with forward slashes.
+
+    Raises:
+        UserError: the URL holds a password, or nothing that is installed speaks its protocol.
+        RemoteError: anything else, from any method; the message names the place and what the store's library said.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        parts = urlsplit(self.url)
+        if parts.password is not None or "::" in url:
+            raise UserError(
+                f"{parts.scheme}://…: a URL with a password or of several stores is refused: it would stand in logs; "
+                "give the credentials as the store's own library expects them (environment or its files)"
+            )
+        self._fs, self._root = _open(self.url, parts.scheme)
+        self._has_folders = parts.scheme in _WITH_FOLDERS
+
+    def child(self, name: str) -> Remote:
+        """A folder in this one."""
+        return Remote(f"{self.url}/{name}")
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Every file in a folder and below it: its name relative to this `Remote`, and its bytes."""
+        with self._asking(f"{self.url}/{folder}", "listed"):
+            self._fs.invalidate_cache()
+            found = self._fs.find(self._path(folder), detail=True)
+            return {self._relative(name): int(info["size"] or 0) for name, info in found.items()}
+
+    def folders(self) -> list[str]:
+        """The names of the folders directly in this one."""
+        with self._asking(self.url, "listed"):
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError as error:
+                if "bucket does not exist" in str(
+                    error
+                ):  # S3 says so; a folder that nobody has written to is just not there
+                    raise
+                return []
+            return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if _is_folder(entry))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file; None if it is not there."""
+        with self._asking(f"{self.url}/{name}", "read"):
+            try:
+                content: bytes = self._fs.cat_file(self._path(name))
+            except FileNotFoundError as error:
+                if "bucket does not exist" in str(error):
+                    raise
+                return None
+            return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        with self._asking(f"{self.url}/{name}", "written"):
+            self._make_folder(name)
+            self._fs.pipe_file(self._path(name), content)
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copy a file of this machine there.
+
+        Raises:
+            FileNotFoundError: the local file is gone.
+        """
+        if not local.is_file():
+            raise FileNotFoundError(local)
+        with self._asking(f"{self.url}/{name}", "written"):
+            self._make_folder(name)
+            self._fs.put_file(str(local), self._path(name))
+
+    def hashed(self, name: str, take: Callable[[bytes], object] = lambda _piece: None) -> tuple[int, str]:
+        """Read a file in pieces, each of which is given to `take`; return its bytes and SHA-256."""
+        digest, size = hashlib.sha256(), 0
+        with (
+            self._asking(f"{self.url}/{name}", "read"),
+            self._fs.open(self._path(name), "rb", cache_type="none") as file,
+        ):
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                size += len(piece)
+                take(piece)
+        return size, digest.hexdigest()
+
+    def fetch(self, name: str, local: Path, sha256: str) -> None:
+        """Copy a file to this machine, hashed while it is written and flushed to disk.
+
+        Raises:
+            CorruptError: its content is not what `sha256` says.
+            OSError: it cannot be written here.
+        """
+        local.parent.mkdir(parents=True, exist_ok=True)
+        failure: list[OSError] = []
+
+        def put(piece: bytes) -> None:
+            try:
+                file.write(piece)
+            except OSError as error:  # ours, not the store's
+                failure.append(error)
+                raise
+
+        with local.open("wb") as file:
+            try:
+                found = self.hashed(name, put)[1]
+            except RemoteError:
+                if failure:
+                    raise failure[0] from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        if found != sha256:
+            raise CorruptError(f"{self.url}/{name}: content differs from the hash in the manifest")
+
+    def move(self, name: str, new: str) -> None:
+        """Give a file another name."""
+        with self._asking(f"{self.url}/{name}", "renamed"):
+            self._make_folder(new)
+            self._fs.mv(self._path(name), self._path(new))
+
+    def remove(self, names: list[str]) -> None:
+        """Remove files; one that is not there is no error."""
+        for name in names:
+            with self._asking(f"{self.url}/{name}", "removed"):
+                try:
+                    self._fs.rm_file(self._path(name))
+                except FileNotFoundError as error:
+                    if "bucket does not exist" in str(error):
+                        raise
+
+    def check_writable(self) -> None:
+        """Write a small file and remove it again: the only way to learn whether one may."""
+        probe = f".writable-{platform.node()}-{os.getpid()}"
+        self.write(probe, b"llmtrain asks whether it may write here\n")
+        self.remove([probe])
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(self._root).lstrip("/")
+
+    def _make_folder(self, name: str) -> None:
+        if self._has_folders:
+            self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+
+    @contextmanager
+    def _asking(self, where: str, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except (RemoteError, MemoryError):
+            raise
+        except Exception as error:  # each store's library has exceptions of its own
+            said = " ".join(str(error).split()) or type(error).__name__
+            known = isinstance(error, FileNotFoundError) and said == self._path(where.removeprefix(f"{self.url}/"))
+            said = "no such file" if known else said
+            raise RemoteError(f"{where.rstrip('/')}: cannot be {verb}: {said}") from error
+
+
+def in_parallel(work: Callable[[Any], object], items: list[Any]) -> None:
+    """Do the work for all items, several at a time; raise the first failure in their order."""
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        for future in [pool.submit(work, item) for item in items]:
+            future.result()
+
+
+def _open(url: str, protocol: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        # Others write to the same folder, so a listing is never taken from memory.
+        fs, root = url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol, "")
+        install = f"pip install {package}" if package else "install the package that fsspec names for it"
+        raise UserError(f"{url}: nothing installed here speaks {protocol}://; {install} ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {error}; known are {', '.join(sorted(_PACKAGES))}, file and memory") from error
+    except Exception as error:  # some libraries look for credentials at once
+        raise RemoteError(f"{url}: cannot be opened: {' '.join(str(error).split())}") from error
+    return fs, root.rstrip("/")
+
+
+def _is_folder(entry: dict[str, Any]) -> bool:
+    return bool(entry["type"] == "directory")

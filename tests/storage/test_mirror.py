@@ -1,0 +1,233 @@
+"""Checkpoints on a store: the promises of the run folder hold there too, over a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.generate import main as generate
+from llmtrain.train import main as train
+from llmtrain.verify import main as verify
+from tests.conftest import Call, is_one_clear_line, records, small_config
+from tests.distributed.launching import environment, launch
+from tests.storage.conftest import Bucket, Server, make_bucket
+
+
+def written(config: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Path:
+    """The config with some settings changed, as a file."""
+    changed = {key: {**value, **sections.get(key, {})} for key, value in config.items()}
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(changed))
+    return file
+
+
+def same_tensors(left: Path, right: Path) -> bool:
+    ours, theirs = CheckpointReader(left), CheckpointReader(right)
+    return ours.tensors() == theirs.tensors() and all(
+        (left / f"rank{rank:05d}.safetensors").read_bytes() == (right / f"rank{rank:05d}.safetensors").read_bytes()
+        for rank in range(ours.manifest.world_size)
+    )
+
+
+def test_a_new_machine_goes_on_from_the_store_with_the_same_numbers(
+    config_dict: dict[str, Any], trained_run: Path, bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    run_dir, url = tmp_path / "run", f"{bucket.url}/run"
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": url})
+    code, _, err = call(train, "--config", config, "training.stop_after=20")
+    assert code == 75, err
+    assert bucket.steps("run") == [10, 20]
+    assert bucket.get("run/latest") == b"step-00000020\n"
+    assert all("not-to-be-written" not in path.read_text() for path in run_dir.glob("*.json"))
+
+    shutil.rmtree(run_dir)
+    code, out, err = call(train, "--config", config)
+    assert code == 0, err
+    assert f"fetched {url}/step-00000020 to {run_dir}/step-00000020" in err and "after step 20" in out + err
+    assert same_tensors(run_dir / "step-00000030", trained_run / "step-00000030")
+    expected = {record["step"]: record["train_loss"] for record in records(trained_run)}
+    assert {record["step"]: record["train_loss"] for record in records(run_dir)}.items() <= expected.items()
+    assert bucket.steps("run") == [10, 20, 30] and bucket.get("run/final") == b"step-00000030\n"
+
+    # A fresh launch must not write over it, and a third machine has nothing left to do.
+    shutil.rmtree(run_dir)
+    code, _, err = call(train, "--config", config, "--resume", "never")
+    assert code == 2 and is_one_clear_line(err) and "holds another run" in err
+    assert call(verify, url)[0] == 0
+    code, _, err = call(generate, url, "--max-new-tokens", 3, "--seed", 1)
+    assert code == 0, err
+
+
+def test_a_flipped_byte_is_passed_over_and_told(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    url = f"{bucket.url}/run"
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": url})
+    assert call(train, "--config", config)[0] == 0
+    key = "run/step-00000030/rank00000.safetensors"
+    content = bytearray(bucket.get(key))
+    content[-100] ^= 1
+    bucket.put(key, bytes(content))
+    code, out, _ = call(verify, url)
+    assert code == 4 and f"FAIL  {bucket.url}/{key}: content differs" in out
+    assert call(generate, f"{url}/step-00000030", "--max-new-tokens", 3)[0] == 4
+
+    shutil.rmtree(tmp_path / "run")
+    code, _, err = call(train, "--config", config)
+    assert code == 0
+    assert f"warning: {bucket.url}/{key}: content differs" in err and "going back to an older checkpoint" in err
+    assert f"fetched {url}/step-00000020" in err
+    assert bucket.steps("run") == [10, 20, 30]
+    assert any(name.startswith("run/step-00000030.aside-") for name in bucket.names())
+    assert call(verify, url)[0] == 0
+
+
+def test_retention_and_rewinding_hold_on_the_store(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    url = f"{bucket.url}/deep/run"
+    kept = {"save_every": 4, "keep_last": 1, "keep_every": 12, "remote": url}
+    config = written(config_dict, tmp_path, checkpoint=kept, training={**config_dict["training"], "eval_every": None})
+    assert call(train, "--config", config)[0] == 0
+    assert bucket.steps("deep/run") == [12, 24, 30]
+    assert not [name for name in bucket.names() if "step-00000008" in name]
+    code, _, err = call(train, "--config", config, "--resume", f"{url}/step-00000012", "training.stop_after=14")
+    assert code == 75, err
+    assert bucket.steps("deep/run") == [12, 14] and bucket.get("deep/run/latest") == b"step-00000014\n"
+    assert "deep/run/final" not in bucket.names()
+
+
+def test_what_is_wrong_with_the_store_is_one_line_before_training(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    def attempt(url: str) -> str:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        config = written(config_dict, tmp_path, checkpoint={"remote": url})
+        code, _, err = call(train, "--config", config)
+        assert code == 2 and is_one_clear_line(err), err
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+        return err
+
+    assert "bucket does not exist" in attempt("s3://no-such-bucket/run")
+    assert "known are" in attempt("nonsense://bucket/run")
+    assert "pip install gcsfs" in attempt("gs://bucket/run")
+    refused = attempt("s3://user:pass-word@bucket/run")
+    assert "password" in refused and "pass-word" not in refused
+    assert "cannot be written" in attempt("file:///proc/run")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "credentials" in attempt(f"{bucket.url}/run")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert "Could not connect" in attempt(f"{bucket.url}/run")
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_costs_a_warning_and_the_next_launch_catches_up(
+    config_dict: dict[str, Any], s3_environment: Callable[[Server], None], tmp_path: Path
+) -> None:
+    server = Server()
+    bucket = make_bucket(server, s3_environment)
+    checkpoint = {"save_every": 10, "remote": f"{bucket.url}/run"}
+    config = written(
+        config_dict, tmp_path, checkpoint=checkpoint, training={**config_dict["training"], "max_steps": 3000}
+    )
+    command = [sys.executable, "-m", "llmtrain.train", "--config", str(config), "checkpoint.keep_last=1000"]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step-00000020" in line or "step 20" in line:
+                break
+        server.stop()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    assert "not uploaded" in output and "tries again" in output
+    newest = max(path.name for path in (tmp_path / "run").glob("step-*"))
+
+    other = Server()
+    bucket = make_bucket(other, s3_environment)
+    checkpoint["remote"] = f"{bucket.url}/run"
+    step = int(newest[5:])
+    config = written(
+        config_dict, tmp_path, checkpoint=checkpoint, training={**config_dict["training"], "max_steps": step + 1}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(config)],
+        env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert step in bucket.steps("run") and step + 1 in bucket.steps("run")
+    other.stop()
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_an_upload_leaves_no_checkpoint_there_and_uploads_do_not_hold_the_loop(
+    config_dict: dict[str, Any], trained_run: Path, bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"{bucket.url}/run"})
+    run_dir = tmp_path / "run"
+    bucket.server.hold.write_text(f"{bucket.name}/run/step-00000020/manifest.json")
+    command = [sys.executable, "-m", "llmtrain.train", "--config", str(config)]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        until = time.monotonic() + 120
+        while (
+            not (run_dir / "step-00000030/COMMITTED").exists() or "run/step-00000020/state.json" not in bucket.names()
+        ):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+        bucket.server.hold.unlink()
+    assert bucket.steps("run") == [10], "step 20 was on its way, and the loop had gone on to its end meanwhile"
+    shutil.rmtree(run_dir)
+    code, _, err = call(train, "--config", config)
+    assert code == 0
+    assert "step-00000010 to" in err and "step-00000020: an unfinished checkpoint; removed" in err
+    assert same_tensors(run_dir / "step-00000030", trained_run / "step-00000030")
+    assert bucket.steps("run") == [10, 20, 30]
+
+
+@pytest.mark.slow
+def test_two_processes_upload_their_own_parts_and_one_goes_on(
+    data: Path, bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    run_dir = tmp_path / "two"
+    config = small_config(data, run_dir)
+    config["checkpoint"] |= {"remote": f"{bucket.url}/run", "save_every": 10}
+    config["training"] |= {"max_steps": 20, "micro_batch_size": 4}
+    done = launch("cpu-ddp", 2, config)
+    assert done.returncode == 0, done.stderr
+    assert bucket.steps("run") == [10, 20]
+    for step in (10, 20):
+        own = [
+            line for line in bucket.server.requests if f"/{bucket.name}/run/step-000000{step}/rank00001.safe" in line
+        ]
+        assert sum('"PUT ' in line for line in own) == 1, "the file of rank 1 goes once, and so from one rank"
+    (expected,) = {(run_dir / "step-00000020" / "rank00001.safetensors").read_bytes()}
+    assert bucket.get("run/step-00000020/rank00001.safetensors") == expected
+    shutil.rmtree(run_dir)
+    code, _, err = call(train, "--config", run_dir.with_suffix(".yaml"), "training.max_steps=24")
+    assert code == 0, err
+    assert bucket.steps("run") == [10, 20, 24]

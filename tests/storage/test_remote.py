@@ -1,0 +1,64 @@
+"""A folder on a store: what is written is read back, damage is found, and failures are the user's kind of error."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import CorruptError, UserError
+from llmtrain.storage.remote import Remote, RemoteError, path_or_url
+from tests.storage.conftest import Bucket
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
+    if request.param == "s3":
+        bucket: Bucket = request.getfixturevalue("bucket")
+        return Remote(f"{bucket.url}/run/")
+    return Remote(f"memory://{tmp_path}/run" if request.param == "memory" else f"file://{tmp_path}/run")
+
+
+def test_every_kind_of_store_does_the_same(remote: Remote, tmp_path: Path) -> None:
+    assert remote.sizes() == {} and remote.read("a") is None
+    local, content = tmp_path / "local", b"0123456789" * 1000
+    local.write_bytes(content)
+    remote.upload(local, "step/tokenizer/part")
+    remote.write("latest", b"step\n")
+    assert remote.sizes() == {"step/tokenizer/part": 10_000, "latest": 5}
+    assert remote.sizes("step") == {"step/tokenizer/part": 10_000}
+    assert remote.read("latest") == b"step\n"
+    digest = hashlib.sha256(content).hexdigest()
+    assert remote.hashed("step/tokenizer/part") == (10_000, digest)
+    remote.fetch("step/tokenizer/part", tmp_path / "back/part", digest)
+    assert (tmp_path / "back/part").read_bytes() == content
+    with pytest.raises(CorruptError, match="differs from the hash"):
+        remote.fetch("step/tokenizer/part", tmp_path / "back/part", "0" * 64)
+    remote.move("step/tokenizer/part", "aside/part")
+    assert remote.sizes() == {"aside/part": 10_000, "latest": 5}
+    remote.remove(["latest", "never-there"])
+    remote.check_writable()
+    assert remote.sizes() == {"aside/part": 10_000}
+    with pytest.raises(RemoteError, match=r"run/none: cannot be read: "):
+        remote.hashed("none")
+    with pytest.raises(FileNotFoundError):
+        remote.upload(tmp_path / "none", "none")
+
+
+def test_a_full_disk_here_is_not_blamed_on_the_store(remote: Remote) -> None:
+    remote.write("big", bytes(1 << 20))
+    with pytest.raises(OSError, match="No space left"):
+        remote.fetch("big", Path("/dev/full"), "")
+
+
+@pytest.mark.parametrize("url", ["s3://user:secret@bucket/run", "simplecache::s3://bucket/run"])
+def test_urls_that_would_leak_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="refused") as caught:
+        Remote(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_urls_and_paths_are_told_apart() -> None:
+    assert path_or_url("s3://bucket/run/") == "s3://bucket/run"
+    assert path_or_url("runs/one") == Path("runs/one")
