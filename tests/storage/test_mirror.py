@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.checkpoint.mirror import Mirror
+from llmtrain.checkpoint.remote import remote_steps
+from llmtrain.config import CheckpointSection
 from llmtrain.generate import main as generate
+from llmtrain.storage.remote import Remote
 from llmtrain.train import main as train
 from llmtrain.verify import main as verify
 from tests.conftest import Call, is_one_clear_line, records, small_config
@@ -207,6 +211,21 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_no_checkpoint_there_and_upload
     assert "step-00000010 to" in err and "step-00000020: an unfinished checkpoint; removed" in err
     assert same_tensors(run_dir / "step-00000030", trained_run / "step-00000030")
     assert bucket.steps("run") == [10, 20, 30]
+
+
+def test_rank_1_uploads_its_own_file_and_rank_0_what_nobody_brought(trained_run: Path, tmp_path: Path) -> None:
+    remote, config = Remote(f"file://{tmp_path}/store"), CheckpointSection()
+    source = tmp_path / "run/step-00000030"
+    shutil.copytree(trained_run / source.name, source)
+    shutil.copyfile(source / "rank00000.safetensors", source / "rank00001.safetensors")
+    other = Mirror(remote, tmp_path / "run", config, 1, 60)
+    other.saved(source)
+    other.wait()
+    assert other.news() == [] and list(remote.sizes()) == [f"{source.name}/rank00001.safetensors"]
+    first = Mirror(remote, tmp_path / "run", config, 0, 60)
+    first.saved(source)
+    first.wait()
+    assert first.news() == [] and remote_steps(remote.sizes()) == [30]
 
 
 @pytest.mark.slow
