@@ -14,7 +14,7 @@ from llmtrain.data.shards import TokenDataset
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
-from llmtrain.health.agreement import require_agreement, together
+from llmtrain.health.agreement import patiently, require_agreement, together
 from llmtrain.model.transformer import Transformer
 
 
@@ -48,7 +48,8 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     Raises:
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
-    data, config, train, val = together(engine, lambda: _open(config, engine))
+    folder = patiently(engine, lambda: local_data(config.data.path))
+    data, config, train, val = together(engine, lambda: _open(folder, config, engine))
     warnings = require_agreement(engine, config, data.manifest.fingerprint())
     layout = Layout(
         windows=len(train),
@@ -66,8 +67,8 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     return Assembly(config, data, train, val, layout, engine, warnings)
 
 
-def _open(config: RunConfig, engine: Engine) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
-    data = TokenDataset(local_data(config.data.path))
+def _open(folder: Path, config: RunConfig, engine: Engine) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
+    data = TokenDataset(folder)
     stream = data.split("train")
     config = resolve_here(
         config, data.manifest.tokenizer.vocab_size, len(stream), engine.world_size, engine.compiles_well

@@ -18,7 +18,9 @@ import torch
 from llmtrain.assemble import Assembly, describe
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
+from llmtrain.checkpoint.mirror import make_mirror
 from llmtrain.checkpoint.progress import Progress
+from llmtrain.checkpoint.remote import bring, local_checkpoint
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
 from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way, newest_good
@@ -28,7 +30,7 @@ from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Outcome
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
-from llmtrain.health.agreement import together
+from llmtrain.health.agreement import patiently, together
 from llmtrain.health.divergence import Stretch
 from llmtrain.health.guard import Guard
 from llmtrain.health.peers import Peers, Phase
@@ -50,12 +52,14 @@ from llmtrain.optim.schedule import make_schedule
 class Run:
     """Everything the loop talks to. Making one checks and writes nothing; `opened` claims the run folder."""
 
-    def __init__(self, parts: Assembly, resume: str, peers: Peers, signals: StopSignals):
+    def __init__(self, parts: Assembly, resume: str, peers: Peers, signals: StopSignals, lock: RunLock | None = None):
+        """`lock` is taken before anything is fetched into the run folder; None: nothing may be written there."""
         self.parts, self.config, self.engine, self.peers = parts, parts.config, parts.engine, peers
         self.stopping = Stopping(self.engine, signals, self.config.health.grace_s)
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
             self._early_warning(warning)
+        resume = bring(self.engine, self.config, resume, lock)
         self.resumed_from = self._choose(lambda check: choose_checkpoint(self.dir, resume, self._early_warning, check))
         self.progress = Progress()
         self._changes: list[str] = []
@@ -66,6 +70,7 @@ class Run:
         self._plan()
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
+        self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
         self._make_store()
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
@@ -86,7 +91,8 @@ class Run:
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
         elif start:
-            weights = self._choose(lambda check: initial_weights(start, self.config, data, check))
+            folder = str(patiently(self.engine, lambda: local_checkpoint(start)))
+            weights = self._choose(lambda check: initial_weights(folder, self.config, data, check))
             assert weights is not None
             self.engine.load(weights.read, optimizer=False)
 
@@ -110,7 +116,15 @@ class Run:
 
     def _make_store(self) -> None:
         data, config = self.parts.data, self.config
-        self.store = CheckpointStore(self.dir, config.checkpoint, config.to_yaml(), data.manifest, data.path)
+        self.store = CheckpointStore(
+            self.dir,
+            config.checkpoint,
+            config.to_yaml(),
+            data.manifest,
+            data.path,
+            on_saved=self.mirror.saved,
+            is_needed=self.mirror.holds,
+        )
         self.saving = Saving(self.store, self.engine, self._now)
 
     def _check_surroundings(self) -> None:
@@ -121,6 +135,7 @@ class Run:
         self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
         require_sinks(self.config)
         check_writable(self.dir)
+        self.mirror.check_writable()
 
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:
@@ -156,6 +171,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+            self.mirror.clear_way(self.progress.step, self._early_warning)
             self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())
@@ -283,6 +299,7 @@ class Run:
         left, launches = self.progress.step, self.progress.launches
         self.progress = together(self.engine, lambda: progress_of(reader, self.config, self.parts.data.manifest))
         self.progress.launches = launches
+        self.mirror.rewind(self.progress.step)
         self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
         self.engine.load(reader.read)
         self._plan()
@@ -343,12 +360,13 @@ class Run:
         for folder in committed:
             with self.meter.paused():
                 self.observer.saved(folder)
-        for warning in warnings:
+        for warning in [*warnings, *self.mirror.news()]:
             self.observer.warn(warning)
 
     def _save_for_good(self, *links: str) -> None:
         with self.meter.paused():
             self.saving.until_saved(lambda: self.save(*links), self.observer.warn)
+            self.mirror.wait(self.stopping.left_s)
         self._report_saves()
 
     def stop_if_told(self) -> None:
@@ -409,9 +427,16 @@ class Run:
                 yield
         except PeerLostError:
             self.store.hurry()
+            self.mirror.hurry()
+            raise
+        except KeyboardInterrupt:
+            self.mirror.hurry(0)
             raise
         finally:
             hook.remove()
             self.store.join()  # the folder is ours until nothing writes in it
+            self.mirror.wait(self.stopping.left_s)
+            for warning in self.mirror.news():
+                self.observer.warn(warning)
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
             self.observer.close(outcome, draws=self.stopping.has_time)

@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
         at_the_end.enter_context(peers.watched())
         if not args.dry_run:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
-        run = Run(assemble(config, engine), args.resume, peers, signals)
+        run = Run(assemble(config, engine), args.resume, peers, signals, None if args.dry_run else lock)
         if args.dry_run:
             dry_run(run)
         else:

@@ -1,20 +1,21 @@
 """The run's checkpoints on a store as well: uploaded behind the loop's back, with the same promise as on the disk.
 
 Each rank uploads its own tensors, rank 0 everything else. When every file is there with its size, rank 0 writes the
-marker. Losing the store costs a warning, for the run folder has everything; what is missing there is uploaded with the
-next checkpoint, or by the next launch.
+marker. Losing the store costs a warning, for the run folder has everything; what is missing there is tried again after
+a while, with the next checkpoint, and by the next launch.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, pointed, step_folder
 from llmtrain.checkpoint.remote import read_manifest, remote_link, remote_steps, require_same_run, step_name, step_of
-from llmtrain.checkpoint.store import BEST, FINAL, LATEST, committed_steps, pointed, step_folder, steps_to_keep
 from llmtrain.config import CheckpointSection, RunConfig
 from llmtrain.errors import CorruptError, LlmtrainError
 from llmtrain.storage.remote import Remote, in_parallel
@@ -23,6 +24,8 @@ _LINKS = (LATEST, BEST, FINAL)
 _PEERS_PATIENCE_S = 10.0  # at least; other ranks may take three times as long as rank 0 did before it takes over
 _HURRY_S = 10.0
 _POLL_S = 0.5
+_RETRY_S, _MAX_RETRY_S = 15.0, 600.0  # after a failure; doubled after each further one
+_OF_GRACE = 0.8  # of what a signal leaves, uploads get so much: the exit code must still come
 
 
 class NoMirror:
@@ -33,6 +36,9 @@ class NoMirror:
 
     def clear_way(self, resumed_step: int, warn: Callable[[str], None]) -> None:
         """Leave only checkpoints up to the resumed step there."""
+
+    def rewind(self, step: int) -> None:
+        """The run went back to a step: what is later there gives way before the next upload; returns at once."""
 
     def saved(self, folder: Path) -> None:
         """Take note of a checkpoint; returns at once."""
@@ -45,10 +51,10 @@ class NoMirror:
         """What to warn of since this was last asked."""
         return []
 
-    def wait(self) -> None:
-        """Wait for an upload that is under way, for a limited time."""
+    def wait(self, left_s: float = math.inf) -> None:
+        """Wait for an upload that is under way, and try once more what failed, while there is time."""
 
-    def hurry(self) -> None:
+    def hurry(self, wait_s: float = _HURRY_S) -> None:
         """Wait for a short time only."""
 
 
@@ -64,6 +70,10 @@ class Mirror(NoMirror):
         self._is_working = False
         self._warnings: list[str] = []
         self._thread: threading.Thread | None = None
+        self._failed: Path | None = None  # what to try again, after a while
+        self._retry_s: float | None = None
+        self._rewind_to: int | None = None
+        self._is_last_try = False
         self._own_uploaded: Path | None = None  # of rank 1 and up
         self._shared: set[int] = set()  # steps of this launch: the other ranks upload their parts of them
 
@@ -81,9 +91,14 @@ class Mirror(NoMirror):
         Raises:
             UserError: the store holds another run, or fails.
         """
+        require_same_run(self._remote, self._run_dir, remote_steps(self._remote.sizes()))
+        self._clear(resumed_step, warn)
+        if committed_steps(self._run_dir):
+            self.saved(self._run_dir)  # an earlier launch may have left without having uploaded all
+
+    def _clear(self, resumed_step: int, warn: Callable[[str], None]) -> None:
         sizes = self._remote.sizes()
         steps = remote_steps(sizes)
-        require_same_run(self._remote, self._run_dir, steps)
         for folder in sorted({name.partition("/")[0] for name in sizes}):
             step = step_of(folder)
             if step is None:
@@ -97,8 +112,13 @@ class Mirror(NoMirror):
                 self._set_aside(folder, aside, sizes)
         left = self._remote.sizes()
         self._remote.remove([name for name in _LINKS if name in left and remote_link(self._remote, name, left) is None])
-        if committed_steps(self._run_dir):
-            self.saved(self._run_dir)  # an earlier launch may have left without having uploaded all
+
+    def rewind(self, step: int) -> None:
+        """See `NoMirror`."""
+        with self._state:
+            self._rewind_to, self._own_uploaded = step, None
+            self._shared = {saved for saved in self._shared if saved <= step}
+        self.saved(self._run_dir)  # at once: should this process die, the next would fetch what the run went back from
 
     def saved(self, folder: Path) -> None:
         """See `NoMirror`: rank 0 calls it when the checkpoint is committed, the others when their part is written."""
@@ -121,51 +141,75 @@ class Mirror(NoMirror):
             warnings, self._warnings = self._warnings, []
         return warnings
 
-    def wait(self) -> None:
+    def wait(self, left_s: float = math.inf) -> None:
         """See `NoMirror`; what is not done in time is left to the next launch, with a warning."""
+        wait_s = min(self._wait_s, _OF_GRACE * left_s)
         with self._state:
-            done = self._state.wait_for(lambda: not (self._is_working or self._wanted), self._wait_s)
+            self._wanted, self._is_last_try = self._wanted or (None if self._is_last_try else self._failed), True
+            self._state.notify_all()
+            done = self._state.wait_for(lambda: not (self._is_working or self._wanted), wait_s)
             if not done and self._wait_s:
                 self._warnings.append(
-                    f"{self._remote.url}: an upload is not done after {self._wait_s:.0f} s and is given up; everything "
-                    f"is in {self._run_dir}, and the next launch uploads it"
+                    f"{self._remote.url}: an upload is not done after {wait_s:.0f} s and is given up; everything is in "
+                    f"{self._run_dir}, and the next launch uploads it"
                 )
                 self._wait_s = 0.0
 
-    def hurry(self) -> None:
+    def hurry(self, wait_s: float = _HURRY_S) -> None:
         """See `NoMirror`."""
-        self._wait_s = min(self._wait_s, _HURRY_S)
+        self._wait_s, self._is_last_try = min(self._wait_s, wait_s), True
 
     def _work(self) -> None:
         """What the thread does, until the process ends."""
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._wanted)
-                folder, self._wanted, self._is_working = self._wanted, None, True
+                self._state.wait_for(lambda: self._wanted, self._retry_s)
+                is_new, folder = self._wanted is not None, self._wanted or self._failed
+                self._wanted, self._is_working = None, True
             assert folder is not None
-            warning = None
+            failure = None
             try:
-                if self._rank == 0:
-                    self._sync()
-                else:
-                    self._upload_own(folder)
+                self._bring_up_to_date(folder)
             except Exception as error:  # of whatever kind: the run goes on without the store
-                kind = "" if isinstance(error, LlmtrainError) else f"{type(error).__name__}: "
-                warning = (
-                    f"{kind}{error}; not uploaded; everything is in {self._run_dir}, and the next checkpoint or launch "
-                    "tries again"
-                )
+                failure = str(error) if isinstance(error, LlmtrainError) else repr(error)
             with self._state:
-                self._warnings += [warning] if warning else []
+                self._note(folder, failure, is_new)
                 self._is_working, self._busy = False, None
                 self._state.notify_all()
 
+    def _note(self, folder: Path, failure: str | None, is_new: bool) -> None:
+        """What became of an upload; that a further try without a newer checkpoint failed is no news."""
+        if failure is None:
+            if self._failed:
+                self._warnings.append(f"{self._remote.url}: can be written again; all that is kept is there now")
+            self._failed = self._retry_s = None
+            return
+        if is_new:
+            self._warnings.append(
+                f"{failure}; not uploaded; everything is in {self._run_dir}; tried again after a while, with the next "
+                "checkpoint and by the next launch"
+            )
+        self._failed, self._retry_s = folder, min(2 * self._retry_s if self._retry_s else _RETRY_S, _MAX_RETRY_S)
+
+    def _tell(self, text: str) -> None:
+        with self._state:
+            self._warnings.append(text)
+
+    def _bring_up_to_date(self, folder: Path) -> None:
+        if self._rank:
+            self._upload_own(folder)
+            return
+        if (step := self._rewind_to) is not None:
+            self._clear(step, self._tell)
+            self._rewind_to = None
+        self._sync()
+
     def _upload_own(self, folder: Path) -> None:
-        name = f"rank{self._rank:05d}.safetensors"
         if folder == self._own_uploaded:
             return
         try:
-            self._remote.upload(folder / name, f"{folder.name}/{name}")
+            for file in sorted(folder.glob(f"rank{self._rank:05d}*.safetensors")):
+                self._remote.upload(file, f"{folder.name}/{file.name}")
         except FileNotFoundError:
             return  # deleted meanwhile, because newer ones are there
         self._own_uploaded = folder
@@ -175,7 +219,7 @@ class Mirror(NoMirror):
         sizes = self._remote.sizes()
         here, there = committed_steps(self._run_dir), remote_steps(sizes)
         linked = {step_of(folder.name) for name in _LINKS if (folder := pointed(self._run_dir, name))}
-        keep = steps_to_keep(sorted({*here, *there}), self._config) | linked
+        keep = self._to_keep(sorted({*here, *there})) | linked
         for step in reversed(here):
             if step in keep and step not in there:
                 try:
@@ -189,7 +233,7 @@ class Mirror(NoMirror):
         began = time.monotonic()
         folder = self._busy = step_folder(self._run_dir, step)
         files = {file.path: file.bytes for file in fmt.CheckpointReader(folder).manifest.files}
-        others = [name for name in files if name.endswith(".safetensors") and name != "rank00000.safetensors"]
+        others = [name for name in files if name.endswith(".safetensors") and not name.startswith("rank00000")]
         mine = [name for name in files if step not in self._shared or name not in others]
         self._shared.discard(step)  # should this fail, the next try does everything
         in_parallel(lambda name: self._remote.upload(folder / name, f"{folder.name}/{name}"), mine)
@@ -221,10 +265,14 @@ class Mirror(NoMirror):
         """Delete what is neither recent, best, final, nor at a step to keep; the marker goes first."""
         sizes = self._remote.sizes()
         steps = remote_steps(sizes)
-        keep = steps_to_keep(steps, self._config) | {remote_link(self._remote, name, sizes) for name in _LINKS}
+        keep = self._to_keep(steps) | {remote_link(self._remote, name, sizes) for name in _LINKS}
         for step in steps:
             if step not in keep:
                 self._remove(step_name(step), sizes)
+
+    def _to_keep(self, steps: list[int]) -> set[int | None]:
+        every = self._config.keep_every
+        return {*steps[-self._config.keep_last :], *(step for step in steps if every and step % every == 0)}
 
     def _is_damaged(self, step: int) -> bool:
         try:

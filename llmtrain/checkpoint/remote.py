@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.folders import BEST, committed_steps, step_folder
 from llmtrain.checkpoint.lock import RunLock
-from llmtrain.checkpoint.store import BEST, committed_steps, step_folder
 from llmtrain.config import RunConfig
 from llmtrain.data.lock import FileLock
 from llmtrain.data.shards import check_inside, verify_files
 from llmtrain.data.staging import staged_folder
 from llmtrain.engine import Engine
 from llmtrain.errors import CorruptError, UserError
-from llmtrain.health.agreement import together
+from llmtrain.health.agreement import patiently
 from llmtrain.storage.cache import cache_folder, say
 from llmtrain.storage.remote import Remote, in_parallel, is_url
 
@@ -109,9 +109,9 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
     return folder
 
 
-def fetch_newest(remote: Remote, into: Path, after: int, warn: Callable[[str], None]) -> Path | None:
-    """Bring the newest good checkpoint of a step after `after`; damaged ones are passed over with a warning."""
-    for step in reversed([step for step in remote_steps(remote.sizes()) if step > after]):
+def fetch_newest(remote: Remote, steps: list[int], into: Path, warn: Callable[[str], None]) -> Path | None:
+    """Bring the newest good checkpoint of these steps, ascending; damaged ones are passed over with a warning."""
+    for step in reversed(steps):
         try:
             folder = fetch_step(remote, step, into)
         except CorruptError as error:
@@ -142,9 +142,10 @@ def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
         )
 
 
-def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock, *, dry_run: bool) -> str:
+def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock | None) -> str:
     """Fetch what `--resume` needs from a store; return what it then means on this machine.
 
+    Without a lock, which stands for the right to write into `run.dir`, only into the cache (a dry run).
     With `checkpoint.remote` the newest good checkpoint there comes into `run.dir`, if none here is as new.
 
     Raises:
@@ -153,11 +154,11 @@ def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock, *, dry_
     """
     if config.checkpoint.remote is None and not is_url(resume):
         return resume
-    found = together(engine, lambda: _bring(config, resume, lock, dry_run) if engine.rank == 0 else None)
+    found = patiently(engine, lambda: _bring(config, resume, lock) if engine.rank == 0 else None)
     return str(engine.gather(found)[0])
 
 
-def _bring(config: RunConfig, resume: str, lock: RunLock, dry_run: bool) -> str:
+def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
     run_dir, url = Path(config.run.dir), (config.checkpoint.remote or "").rstrip("/")
     named = resume.rstrip("/")
     if url:
@@ -166,16 +167,17 @@ def _bring(config: RunConfig, resume: str, lock: RunLock, dry_run: bool) -> str:
         if resume == "never" and steps:
             raise UserError(f"{url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
         require_same_run(remote, run_dir, steps)
-        if steps and steps[-1] > max(own, default=-1):
-            _bring_own(remote, run_dir, lock, dry_run)
+        newer = [step for step in steps if step > max(own, default=-1) and not _is_set_aside(remote, step, run_dir)]
+        if newer:
+            _bring_own(remote, newer, run_dir, lock)
     if not is_url(named):
         return resume
     if url and named == url:
         return str(run_dir)
-    if url and named.rpartition("/")[0] == url and not dry_run:
+    if lock and url and named.rpartition("/")[0] == url:
         _claim(run_dir, lock)
         return str(_fetch_named(named, run_dir))
-    if dry_run:
+    if lock is None:
         return str(_fetch_named(named, cache_folder("checkpoints", _run_url(named))))
     _claim(run_dir, lock)
     folder = run_dir / _FETCHED / cache_folder("checkpoints", _run_url(named)).name
@@ -183,13 +185,19 @@ def _bring(config: RunConfig, resume: str, lock: RunLock, dry_run: bool) -> str:
     return str(fetched if step_of(named.rpartition("/")[2]) is not None else folder)
 
 
-def _bring_own(remote: Remote, run_dir: Path, lock: RunLock, dry_run: bool) -> None:
-    own = committed_steps(run_dir)
-    if dry_run:
+def _is_set_aside(remote: Remote, step: int, run_dir: Path) -> bool:
+    """Whether the run went back from it here, and ended before it could say so there."""
+    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{fmt.MARKER}"))
+    marker = remote.read(f"{step_name(step)}/{fmt.MARKER}") if asides else None
+    return any(aside.read_bytes() == marker for aside in asides)
+
+
+def _bring_own(remote: Remote, steps: list[int], run_dir: Path, lock: RunLock | None) -> None:
+    if lock is None:
         say(f"{remote.url} has newer checkpoints than {run_dir}; a dry run fetches none and begins without them")
         return
     _claim(run_dir, lock)
-    if fetch_newest(remote, run_dir, max(own, default=-1), _warn) is None and not own:
+    if fetch_newest(remote, steps, run_dir, _warn) is None and not committed_steps(run_dir):
         raise CorruptError(f"{remote.url}: none of its checkpoints is good; nothing to resume from")
 
 
@@ -226,7 +234,7 @@ def _fetch_named(url: str, into: Path, *, newest: bool = False) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     with lock.held(lambda holder: say(f"waiting: {holder} is fetching {url} ({lock.path})")):
         if step is None and newest:
-            if (folder := fetch_newest(remote, into, -1, _warn)) is None:
+            if (folder := fetch_newest(remote, steps, into, _warn)) is None:
                 raise CorruptError(f"{url}: none of its checkpoints is good")
             return folder
         if step is None:

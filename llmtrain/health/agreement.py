@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmtrain.errors import LlmtrainError, PeerLostError, Stopped, UserError, en
 from llmtrain.observe.provenance import package_versions
 
 Result = TypeVar("Result")
+_ROUND_S = 1.0
 
 
 def together(engine: Engine, work: Callable[[], Result]) -> Result:
@@ -47,6 +49,38 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
         ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
         message += f" ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)"
     raise _everywhere(kind(message))
+
+
+def patiently(engine: Engine, work: Callable[[], Result]) -> Result:
+    """The same for what may take longer than an exchange between ranks may, such as fetching from a store.
+
+    Each rank works in a thread of its own, and until all are done they tell each other so again and again.
+
+    Raises:
+        LlmtrainError: see `together`.
+    """
+    results: list[Result] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:  # of whatever kind: raised below
+            failures.append(error)
+
+    def take() -> Result:
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    thread = threading.Thread(target=run, name="fetching", daemon=True)
+    thread.start()
+    wait_s = 0.01
+    while True:
+        thread.join(wait_s)
+        if all(engine.gather(not thread.is_alive())):
+            return together(engine, take)
+        wait_s = min(2 * wait_s, _ROUND_S)
 
 
 def leave(engine: Engine, error: BaseException | None) -> None:

@@ -8,6 +8,7 @@ order.
 
 from __future__ import annotations
 
+import math
 import time
 
 from llmtrain.engine import Engine
@@ -55,14 +56,19 @@ class Stopping:
             return True
         return time.monotonic() - self._heard_at < self._grace_s / 2
 
+    @property
+    def left_s(self) -> float:
+        """Seconds of the grace that are left; infinite where nothing ends it."""
+        if self.reason is None or self._grace_s is None:
+            return math.inf
+        return max(self._grace_s - (time.monotonic() - self._heard_at), 0.0)
+
     def too_short_for(self, save_s: float) -> str | None:
         """What to warn of, where a save that takes `save_s` will probably not fit into what is left of the grace."""
-        if self.reason is None or self._grace_s is None:
-            return None
-        left_s = self._grace_s - (time.monotonic() - self._heard_at)
+        left_s = self.left_s
         if save_s <= left_s:
             return None
         return (
-            f"the last save took {save_s:.1f} s, and {max(left_s, 0):.1f} s are left of health.grace_s="
+            f"the last save took {save_s:.1f} s, and {left_s:.1f} s are left of health.grace_s="
             f"{self._grace_s:g}; what sent {self.reason} may end this process before it has saved"
         )

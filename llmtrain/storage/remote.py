@@ -211,9 +211,9 @@ def in_parallel(work: Callable[[Any], object], items: list[Any]) -> None:
 
 
 def _open(url: str, protocol: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
     try:
+        from fsspec.core import url_to_fs
+
         # Others write to the same folder, so a listing is never taken from memory.
         fs, root = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
