@@ -35,8 +35,8 @@ run_simple("127.0.0.1", int(sys.argv[1]), serve, threaded=True)
 class Server:
     """`moto` with one empty bucket at a time."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, port: int | None = None) -> None:
+        self.port = port or free_port()
         self.hold = Path(tempfile.mkdtemp()) / "hold"
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = subprocess.Popen(
@@ -121,7 +121,7 @@ def bucket(server: Server, s3_environment: Callable[[Server], None]) -> Bucket:
     return make_bucket(server, s3_environment)
 
 
-def make_bucket(server: Server, use: Callable[[Server], None]) -> Bucket:
+def make_bucket(server: Server, use: Callable[[Server], None], name: str | None = None) -> Bucket:
     import boto3
     import fsspec
 
@@ -130,4 +130,4 @@ def make_bucket(server: Server, use: Callable[[Server], None]) -> Bucket:
     for kind in ("s3", "s3a"):
         fsspec.get_filesystem_class(kind).clear_instance_cache()
     client = boto3.client("s3", endpoint_url=server.url)
-    return Bucket(server, client, f"bucket-{next(_numbers)}")
+    return Bucket(server, client, name or f"bucket-{next(_numbers)}")

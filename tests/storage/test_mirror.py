@@ -138,48 +138,45 @@ def test_what_is_wrong_with_the_store_is_one_line_before_training(
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_costs_a_warning_and_the_next_launch_catches_up(
-    config_dict: dict[str, Any], s3_environment: Callable[[Server], None], tmp_path: Path
+def test_a_server_that_dies_costs_a_warning_and_when_it_is_back_the_run_catches_up(
+    config_dict: dict[str, Any], s3_environment: Callable[[Server], None], tmp_path: Path, call: Call
 ) -> None:
     server = Server()
     bucket = make_bucket(server, s3_environment)
-    checkpoint = {"save_every": 10, "remote": f"{bucket.url}/run"}
-    config = written(
-        config_dict, tmp_path, checkpoint=checkpoint, training={**config_dict["training"], "max_steps": 3000}
-    )
-    command = [sys.executable, "-m", "llmtrain.train", "--config", str(config), "checkpoint.keep_last=1000"]
+    training = {**config_dict["training"], "max_steps": 100_000, "eval_every": None}
+    checkpoint = {"save_every": 10, "keep_every": 20, "remote": f"{bucket.url}/run"}
+    config = written(config_dict, tmp_path, checkpoint=checkpoint, training=training)
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    )
+        [sys.executable, "-m", "llmtrain.train", "--config", str(config)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step-00000020" in line or "step 20" in line:
-                break
+        wait_for_line(process, "step-00000010")
         server.stop()
-        time.sleep(1)
+        wait_for_line(process, "not uploaded; everything is in")
+        server = Server(server.port)  # it has lost everything, the bucket too
+        bucket = make_bucket(server, s3_environment, bucket.name)
+        wait_for_line(process, "can be written again")
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=120)[0]
+        assert process.returncode == 75, output
+        here = [int(folder.name[5:]) for folder in sorted((tmp_path / "run").glob("step-*"))]
+        assert bucket.steps("run") == here and 20 in here, "also what was saved while there was no server"
+        assert call(verify, checkpoint["remote"])[0] == 0
     finally:
         process.kill()
-    assert process.returncode == 75, output
-    assert "not uploaded" in output and "tries again" in output
-    newest = max(path.name for path in (tmp_path / "run").glob("step-*"))
+        server.stop()
 
-    other = Server()
-    bucket = make_bucket(other, s3_environment)
-    checkpoint["remote"] = f"{bucket.url}/run"
-    step = int(newest[5:])
-    config = written(
-        config_dict, tmp_path, checkpoint=checkpoint, training={**config_dict["training"], "max_steps": step + 1}
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "llmtrain.train", "--config", str(config)],
-        env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert step in bucket.steps("run") and step + 1 in bucket.steps("run")
-    other.stop()
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read the output up to a line with this text."""
+    assert process.stdout is not None
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r} in {''.join(output)}")
 
 
 @pytest.mark.slow
