@@ -74,7 +74,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.slow
 def test_training_does_not_import_what_it_does_not_use(tmp_path: Path) -> None:
-    unused = {"matplotlib", "wandb", "tensorboard", "pyarrow", "datasets", "deepspeed", "rich", "gigatoken"}
+    unused = {"matplotlib", "wandb", "tensorboard", "pyarrow", "datasets", "deepspeed", "rich", "gigatoken", "fsspec"}
     code = f"import sys, llmtrain.train, llmtrain.engine.accelerate; print(sorted({unused} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout.strip() == "[]"

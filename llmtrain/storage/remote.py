@@ -54,10 +54,10 @@ class Remote:
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         parts = urlsplit(self.url)
-        if parts.password is not None or "::" in url:
+        if parts.password is not None or parts.query or "::" in url:
             raise UserError(
-                f"{parts.scheme}://…: a URL with a password or of several stores is refused: it would stand in logs; "
-                "give the credentials as the store's own library expects them (environment or its files)"
+                f"{parts.scheme}://…: a URL with a password, with ?… or of several stores is refused: it would stand "
+                "in logs; give the credentials as the store's own library expects them (environment or its files)"
             )
         self._fs, self._root = _open(self.url, parts.scheme)
         self._has_folders = parts.scheme in _WITH_FOLDERS

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.checkpoint.folders import point
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.mirror import Mirror
 from llmtrain.checkpoint.remote import remote_steps
@@ -52,7 +53,9 @@ def test_a_new_machine_goes_on_from_the_store_with_the_same_numbers(
     assert code == 75, err
     assert bucket.steps("run") == [10, 20]
     assert bucket.get("run/latest") == b"step-00000020\n"
-    assert all("not-to-be-written" not in path.read_text() for path in run_dir.glob("*.json"))
+    written_files = [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
+    everything = [*written_files, *(bucket.get(name) for name in bucket.names()), err.encode()]
+    assert len(written_files) >= 20 and not any(b"not-to-be-written" in content for content in everything)
 
     shutil.rmtree(run_dir)
     code, out, err = call(train, "--config", config)
@@ -223,6 +226,35 @@ def test_rank_1_uploads_its_own_file_and_rank_0_what_nobody_brought(trained_run:
     first.saved(source)
     first.wait()
     assert first.news() == [] and remote_steps(remote.sizes()) == [30]
+
+
+def test_going_back_in_the_middle_of_a_run_holds_on_the_store(trained_run: Path, tmp_path: Path) -> None:
+    remote, run_dir = Remote(f"file://{tmp_path}/store"), tmp_path / "run"
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    mirror = Mirror(remote, run_dir, CheckpointSection(), 0, 60)
+    mirror.saved(run_dir)
+    mirror.wait()
+    assert remote_steps(remote.sizes()) == [10, 20, 30]
+    (run_dir / "step-00000030").rename(run_dir / "step-00000030.aside-1")
+    for name in ("latest", "final", "best"):
+        point(run_dir, name, "step-00000020")
+    mirror.rewind(20)
+    mirror.wait()
+    told = mirror.news()
+    assert len(told) == 1 and "step-00000030: later than step 20" in told[0]
+    assert remote_steps(remote.sizes()) == [10, 20] and remote.read("latest") == b"step-00000020\n"
+
+
+def test_what_a_run_went_back_from_is_not_fetched_though_the_store_was_not_told(
+    config_dict: dict[str, Any], tmp_path: Path, call: Call
+) -> None:
+    run_dir = tmp_path / "run"
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"file://{tmp_path}/store"})
+    assert call(train, "--config", config)[0] == 0
+    (run_dir / "step-00000030").rename(run_dir / "step-00000030.aside-1")
+    code, out, err = call(train, "--config", config, "training.stop_after=22")
+    assert code == 75 and "fetched" not in err and "step-00000020 after step 20" in out + err, err
+    assert sorted(remote_steps(Remote(f"file://{tmp_path}/store").sizes())) == [10, 20, 22]
 
 
 @pytest.mark.slow

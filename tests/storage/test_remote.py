@@ -52,7 +52,9 @@ def test_a_full_disk_here_is_not_blamed_on_the_store(remote: Remote) -> None:
         remote.fetch("big", Path("/dev/full"), "")
 
 
-@pytest.mark.parametrize("url", ["s3://user:secret@bucket/run", "simplecache::s3://bucket/run"])
+@pytest.mark.parametrize(
+    "url", ["s3://user:secret@bucket/run", "s3://bucket/run?key=secret", "simplecache::s3://bucket/run"]
+)
 def test_urls_that_would_leak_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="refused") as caught:
         Remote(url)
