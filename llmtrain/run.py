@@ -66,7 +66,7 @@ class Run:
         self._restore(resume)
         self.guard = Guard(self.config, self.dir, self.engine.rank)
         self.guard.load_state(self.progress.guard)
-        self._find_rollback()
+        self._find_rollbacks()
         self._plan()
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
@@ -96,16 +96,16 @@ class Run:
             assert weights is not None
             self.engine.load(weights.read, optimizer=False)
 
-    def _find_rollback(self) -> None:
+    def _find_rollbacks(self) -> None:
         """A run that went back and ended before it saved goes on as if it had just gone back."""
         reader = self.resumed_from
         if reader is None or reader.folder.resolve().parent != self.dir.resolve():
             return
         found = together(
-            self.engine, lambda: self.guard.find_rollback(self.progress.step) if self.engine.rank == 0 else None
+            self.engine, lambda: self.guard.find_rollbacks(self.progress.step) if self.engine.rank == 0 else []
         )
-        if positions := self.engine.gather(found)[0]:
-            self.guard.policy.leave_out(*positions, self.guard.policy.rollbacks + 1)
+        for begin, end in self.engine.gather(found)[0]:
+            self.guard.policy.leave_out(begin, end, self.guard.policy.rollbacks + 1)
 
     def _plan(self) -> None:
         """What follows from how far the run is, and from the data that it leaves out."""
@@ -335,14 +335,17 @@ class Run:
     def save(self, *links: str) -> None:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
         self._settle()
+        self._begin_save(*links)
+        if not self.config.checkpoint.async_save:
+            self._settle()
+
+    def _begin_save(self, *links: str) -> None:
         self._now("saving")
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
         self.progress.guard = self.guard.state()
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links)
-            if not self.config.checkpoint.async_save:
-                self._settle()
 
     def _settle(self) -> None:
         with self.meter.paused():
@@ -365,7 +368,7 @@ class Run:
 
     def _save_for_good(self, *links: str) -> None:
         with self.meter.paused():
-            self.saving.until_saved(lambda: self.save(*links), self.observer.warn)
+            self.saving.until_saved(lambda: self._begin_save(*links), self.observer.warn)
             self.mirror.wait(self.stopping.left_s)
         self._report_saves()
 

@@ -105,7 +105,7 @@ class DeepSpeedEngine(Processes):
             group["lr"] = lr
         self._gate.next = (loss, limits)
         self._model.step()
-        seen = self._gate.seen
+        seen = self._gate.take()
         norm = seen[1] if seen[2] else self._model.get_global_grad_norm()
         return Outcome(torch.as_tensor(norm, device=self.device), seen)
 

@@ -23,7 +23,7 @@ class ZeroGate:
     def __init__(self, zero: Any, stage: int, processes: Processes):
         self._processes = processes
         self.next: tuple[Tensor | None, Limits] = (None, NO_LIMITS)  # the loss and the limits of the step to come
-        self.seen = torch.zeros(3)  # of the last step: `Outcome.seen`
+        self._seen: Tensor | None = None
         if stage == 3:
             norms_of_groups = zero._get_norm_groups
 
@@ -41,8 +41,15 @@ class ZeroGate:
 
             zero.scaled_global_norm = judged_norm
 
+    def take(self) -> Tensor:
+        """`Outcome.seen` of the step that was just taken."""
+        seen, self._seen = self._seen, None
+        if seen is None:  # another release of DeepSpeed, which gets its norm in another way
+            raise RuntimeError("DeepSpeed has taken a step without asking for the norm where it is judged")
+        return seen
+
     def _refuses(self, norm: Any) -> bool:
         device = self._processes.device
         self._refused_norm = torch.tensor(float("inf"), device=device)
-        self.seen = self._processes.judge(self.next[0], torch.as_tensor(norm, device=device), self.next[1]).cpu()
-        return bool(self.seen[2])
+        self._seen = self._processes.judge(self.next[0], torch.as_tensor(norm, device=device), self.next[1]).cpu()
+        return bool(self._seen[2])

@@ -8,7 +8,7 @@ part of the state, so that a run that was interrupted in between goes on with th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class Guard:
         return outcome.seen.device.type == "cpu"
 
     def judge(self, batch: Batch, observer: NullObserver) -> Stretch | None:
-        """Let the policy see what it has not seen; name refused steps, and the stretch where there are too many."""
+        """Let the policy see what it has not seen; name refused steps, and the stretch where there are too many.
+
+        What comes after too many were found is not looked at: those steps come again.
+        """
+        stretch = None
         for facts, (loss, norm, refused) in zip(self._facts, self._values(), strict=True):
             step, begin, end, lr, *limits = facts
             seen = Seen(step, begin, end, lr, Limits(*limits), loss, norm, bool(refused))
@@ -65,8 +69,10 @@ class Guard:
                 self._last = seen
                 observer.warn(f"step {step:,}: not applied: {reason}; its samples are in {self._path}")
                 self._write(self._entry(seen, reason, batch))
+            if stretch := self.policy.stretch():
+                break
         self._facts, self._pending = [], []
-        return self.policy.stretch()
+        return stretch
 
     def _values(self) -> list[list[float]]:
         if not self._pending:
@@ -100,7 +106,7 @@ class Guard:
     def go_back(self, stretch: Stretch, step: int, state: Mapping[str, Any], from_step: int) -> None:
         """The run is rolled back from `from_step` to the checkpoint of `step`, whose state of the guard is `state`.
 
-        The line is written before anything else: a run that is killed before its next save finds it (`find_rollback`).
+        The line is written before anything else: a run that is killed before its next save finds it (`find_rollbacks`).
         """
         rollbacks, left_out = self.policy.rollbacks, self.policy.left_out
         positions = [stretch.begin, stretch.end]
@@ -109,24 +115,34 @@ class Guard:
         self.policy.left_out = left_out
         self.policy.leave_out(stretch.begin, stretch.end, rollbacks + 1)
 
-    def find_rollback(self, step: int) -> tuple[int, int] | None:
-        """The data that a run which is now at `step` again had gone back to leave out, and did not live to save."""
-        if not self._path.exists():
-            return None
-        for entry in read_steps(self._path):
-            if entry.get("back_to") == step and entry["rollbacks"] == self.policy.rollbacks:
+    def find_rollbacks(self, step: int) -> list[tuple[int, int]]:
+        """The data that a run which is now at `step` again had gone back to leave out, and did not live to save.
+
+        There may be several: it may have gone back to the same step again.
+        """
+        found: list[tuple[int, int]] = []
+        for entry in self._entries():
+            if entry.get("back_to") == step and entry["rollbacks"] == self.policy.rollbacks + len(found):
                 begin, end = entry["left_out"]
-                return begin, end
-        return None
+                found.append((begin, end))
+        return found
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """The whole lines of the file: a damaged one must not keep a run from starting."""
+        if not self._path.exists():
+            return
+        for entry in read_steps(self._path):
+            stretch = entry.get("left_out", [0, 0])
+            is_stretch = isinstance(stretch, list) and [type(end) for end in stretch] == [int, int]
+            if type(entry.get("rollbacks")) is int and is_stretch:
+                yield entry
 
     def rewind(self, step: int) -> None:
         """On rank 0, at the start of a launch: drop the lines about steps that will come again."""
         if not self._path.exists():
             return
         now = self.policy.rollbacks
-        kept = [
-            e for e in read_steps(self._path) if e["rollbacks"] < now or (e["rollbacks"] == now and e["step"] <= step)
-        ]
+        kept = [e for e in self._entries() if e["rollbacks"] < now or (e["rollbacks"] == now and e["step"] <= step)]
         with replacing(self._path, durable=True) as file:
             file.write("".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
 

@@ -28,7 +28,7 @@ class Meter:
         self._loss_sum = torch.zeros((), device=engine.device)
         self._targets = torch.zeros((), dtype=torch.int64, device=engine.device)  # of applied steps
         self._skipped = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._timed_targets = self._timed_steps = 0
+        self._timed_targets = self._timed_steps = self._pauses = 0
         self._since = time.perf_counter()
         self._own_time = OwnTime(engine)
 
@@ -50,10 +50,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out of tokens per second and MFU: evaluation, samples, saving."""
+        """Leave the time inside out of tokens per second and MFU: evaluation, samples, saving. One may hold others."""
         began = time.perf_counter()
+        self._pauses += 1
         yield
-        self._since += time.perf_counter() - began
+        self._pauses -= 1
+        if not self._pauses:
+            self._since += time.perf_counter() - began
 
     def record(
         self, *, step: int, epoch: int, tokens: int, lr: float, grad_norm: torch.Tensor, val: Validation | None

@@ -2,7 +2,7 @@
 
 A deed is what changes the folder or makes a change last: open for writing, write, fsync, rename, link, delete, make or
 remove a folder. It is killed before the deed, and in the middle of a write: half of the bytes are in the file then.
-Writes are seen for what is opened in Python, by `open`; all else by its audit events.
+Writes are seen for what is opened in Python, by `open`, and for `os.write`; all else by its audit events.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class FileEvents:
         self._is_on, self._lock = True, threading.Lock()
         sys.addaudithook(self._audit)
         self._fsync, os.fsync = os.fsync, self._counted_fsync
+        self._write, os.write = os.write, self._counted_write
         self._open = io.open
         io.open = builtins.open = self._counted_open  # type: ignore[assignment]
 
@@ -80,6 +81,14 @@ class FileEvents:
         if self._is_file_of_ours(descriptor) and self.count("fsync", path_of(descriptor)):
             self.end()
         self._fsync(descriptor)
+
+    def _counted_write(self, descriptor: int, data: Any) -> int:
+        if self._is_file_of_ours(descriptor) and self.count("write", path_of(descriptor)):
+            view = memoryview(data).cast("B")
+            half = self._write(descriptor, view[: len(view) // 2])
+            self.end()
+            return half
+        return self._write(descriptor, data)
 
     def _counted_open(self, file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
         if not (self.is_ours(file) and set(mode) & set("wax+")):

@@ -24,7 +24,7 @@ import torch._dynamo
 
 import llmtrain.engine.accelerate  # noqa: F401
 from llmtrain.errors import run_main
-from llmtrain.health.peers import PHASES, Peers
+from llmtrain.health.peers import Peers, Phase
 from llmtrain.train import main
 from tests.faults.file_events import FileEvents, die
 
@@ -72,12 +72,12 @@ def train(request: dict[str, Any]) -> None:
 
 def kill_in_phase(phase: str, nth: int, delay_s: float) -> None:
     """Kill this process `delay_s` after the loop has entered a phase for the `nth` time, or after the start."""
-    if phase == PHASES[0]:
+    if phase == "start":
         threading.Timer(delay_s, die).start()
         return
     enter, left = Peers.progress, [nth]
 
-    def progress(peers: Peers, step: int, now: str) -> None:
+    def progress(peers: Peers, step: int, now: Phase) -> None:
         enter(peers, step, now)
         left[0] -= now == phase
         if not left[0]:

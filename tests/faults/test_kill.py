@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from llmtrain.checkpoint.store import committed_steps
-from llmtrain.health.peers import PHASES
+from llmtrain.health.peers import Phase
 from tests.faults.conftest import (
     Config,
     Launcher,
@@ -27,6 +28,8 @@ from tests.faults.conftest import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
 DIED = -9
+# All that one process goes through which nothing goes wrong in.
+PHASES = sorted({*get_args(Phase)} - {"waiting for what other ranks write", "going back"})
 
 
 def distinct(events: list[str]) -> list[int]:
@@ -95,7 +98,7 @@ def test_at_random_moments_of_every_phase_again_and_again(
         run_dir = Path(config["run"]["dir"])
         before = committed_steps(run_dir)
         phase = dice.choice(PHASES)
-        delay_s = dice.random() * (0.3 if phase == PHASES[0] else 0.03)
+        delay_s = dice.random() * (0.3 if phase == "start" else 0.03)
         launch = launcher.train(config, phase=phase, nth=dice.randint(1, 2), delay_s=delay_s)
         assert launch.code in (DIED, 0), launch.err
         assert last_commit(run_dir) >= max(before, default=0)

@@ -119,6 +119,46 @@ def test_a_run_that_is_killed_after_going_back_still_leaves_that_data_out(
     assert numbers(folder) == numbers(reference) and same_weights(folder, reference)
 
 
+def test_a_run_that_went_back_twice_to_one_checkpoint_before_it_was_killed_leaves_both_out(
+    monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    """Its file of skipped steps has a damaged line, too, which keeps no launch from starting."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "load_state", leaving_out((96, 120), (120, 144)))
+        reference = train(patch, config, "reference", {})
+    bad = dict.fromkeys(range(96, 144, 8), "nan gradient")
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, config, "run", bad | {144: "kill"})
+    path = Path(config["run"]["dir"]) / SKIPPED
+    assert [entry["left_out"] for entry in skipped(path.parent) if "back_to" in entry] == [[96, 120], [120, 144]]
+    path.write_text(path.read_text().replace('"rollbacks"', '"rollbaczs"', 1))
+    folder = train(monkeypatch, config, "run", {})
+    assert numbers(folder) == numbers(reference) and same_weights(folder, reference)
+    assert [entry["left_out"] for entry in skipped(folder) if "back_to" in entry] == [[96, 120], [120, 144]]
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_what_is_judged_late_as_on_a_gpu_comes_to_the_same(
+    monkeypatch: pytest.MonkeyPatch, config: Config, every: int
+) -> None:
+    """A GPU shows what a step was at the next record only. Stopped with and without steps that nobody has seen."""
+    faults = dict.fromkeys(BAD, "nan loss")  # what is refused without limits, which are of steps that were seen
+    reference = without_the_stretch(monkeypatch, merged(config, logging={"every": every}))
+    plain = Guard.add
+    monkeypatch.setattr(Guard, "add", lambda *step: plain(*step) and False)
+    config = merged(
+        config, logging={"every": every}, training={"eval_every": None}, checkpoint={"save_every": 10, "keep_last": 9}
+    )
+    whole = train(monkeypatch, config, "whole", faults)
+    assert same_weights(whole, reference)
+    assert [entry["step"] for entry in skipped(whole) if "left_out" not in entry] == [13, 14, 16]
+    for step in (14, 17, 17):
+        with pytest.raises(Stopped):
+            train(monkeypatch, config, "run", faults, f"training.stop_after={step}")
+    folder = train(monkeypatch, config, "run", faults)
+    assert same_weights(folder, reference) and numbers(folder) == numbers(whole)
+
+
 def test_after_the_last_going_back_the_run_gives_up_with_a_diagnosis(
     monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
