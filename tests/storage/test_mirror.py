@@ -258,7 +258,7 @@ def test_what_a_run_went_back_from_is_not_fetched_though_the_store_was_not_told(
 
 
 @pytest.mark.slow
-def test_two_processes_upload_their_own_parts_and_one_goes_on(
+def test_two_processes_upload_their_own_parts_and_on_new_machines_two_go_on_and_then_one(
     data: Path, bucket: Bucket, tmp_path: Path, call: Call
 ) -> None:
     run_dir = tmp_path / "two"
@@ -276,6 +276,10 @@ def test_two_processes_upload_their_own_parts_and_one_goes_on(
     (expected,) = {(run_dir / "step-00000020" / "rank00001.safetensors").read_bytes()}
     assert bucket.get("run/step-00000020/rank00001.safetensors") == expected
     shutil.rmtree(run_dir)
+    config["training"]["max_steps"] = 22
+    done = launch("cpu-ddp", 2, config)
+    assert done.returncode == 0 and done.stderr.count("fetched") == 1, done.stderr
+    shutil.rmtree(run_dir)
     code, _, err = call(train, "--config", run_dir.with_suffix(".yaml"), "training.max_steps=24")
-    assert code == 0, err
-    assert bucket.steps("run") == [10, 20, 24]
+    assert code == 0 and f"fetched {bucket.url}/run/step-00000022" in err, err
+    assert bucket.steps("run")[-2:] == [22, 24]
