@@ -369,8 +369,13 @@ class Run:
     def _save_for_good(self, *links: str) -> None:
         with self.meter.paused():
             self.saving.until_saved(lambda: self._begin_save(*links), self.observer.warn)
-            self.mirror.wait(self.stopping.left_s)
+            self.mirror.wait(self.stopping.left_s, self._are_all)
         self._report_saves()
+
+    def _are_all(self, done: bool) -> bool:
+        """Whether all ranks are done with what they wait for together; who asks moves on, and does not hang."""
+        self.peers.alive()
+        return all(self.engine.gather(done))
 
     def stop_if_told(self) -> None:
         """Between two steps: obey a signal or `stop_after`, and notice a failed save.

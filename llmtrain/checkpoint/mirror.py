@@ -24,6 +24,7 @@ _LINKS = (LATEST, BEST, FINAL)
 _PEERS_PATIENCE_S = 10.0  # at least; other ranks may take three times as long as rank 0 did before it takes over
 _HURRY_S = 10.0
 _POLL_S = 0.5
+_ROUND_S = 1.0
 _RETRY_S, _MAX_RETRY_S = 15.0, 600.0  # after a failure; doubled after each further one
 _OF_GRACE = 0.8  # of what a signal leaves, uploads get so much: the exit code must still come
 
@@ -51,8 +52,13 @@ class NoMirror:
         """What to warn of since this was last asked."""
         return []
 
-    def wait(self, left_s: float = math.inf) -> None:
-        """Wait for an upload that is under way, and try once more what failed, while there is time."""
+    def wait(self, left_s: float = math.inf, everybody: Callable[[bool], bool] = bool) -> None:
+        """Wait for an upload that is under way, and try once more what failed, while there is time.
+
+        Args:
+            left_s: of what a signal leaves.
+            everybody: asked once a second, with whether this rank is done, whether all are that wait together.
+        """
 
     def hurry(self, wait_s: float = _HURRY_S) -> None:
         """Wait for a short time only."""
@@ -141,13 +147,20 @@ class Mirror(NoMirror):
             warnings, self._warnings = self._warnings, []
         return warnings
 
-    def wait(self, left_s: float = math.inf) -> None:
+    def wait(self, left_s: float = math.inf, everybody: Callable[[bool], bool] = bool) -> None:
         """See `NoMirror`; what is not done in time is left to the next launch, with a warning."""
         wait_s = min(self._wait_s, _OF_GRACE * left_s)
         with self._state:
             self._wanted, self._is_last_try = self._wanted or (None if self._is_last_try else self._failed), True
             self._state.notify_all()
-            done = self._state.wait_for(lambda: not (self._is_working or self._wanted), wait_s)
+        until = time.monotonic() + wait_s
+        while True:
+            with self._state:
+                round_s = min(max(until - time.monotonic(), 0), _ROUND_S)
+                done = self._state.wait_for(lambda: not (self._is_working or self._wanted), round_s)
+            if everybody(done or time.monotonic() >= until):
+                break
+        with self._state:
             if not done and self._wait_s:
                 self._warnings.append(
                     f"{self._remote.url}: an upload is not done after {wait_s:.0f} s and is given up; everything is in "

@@ -171,6 +171,29 @@ def test_a_server_that_dies_costs_a_warning_and_when_it_is_back_the_run_catches_
         server.stop()
 
 
+@pytest.mark.slow
+def test_the_wait_for_a_slow_store_at_the_end_is_not_taken_for_a_hang(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"{bucket.url}/run"})
+    bucket.server.hold.write_text(f"{bucket.name}/run/step-00000030/manifest.json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(config), "health.hang_after_s=2"],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        wait_for_line(process, "step 30/30")
+        time.sleep(8)
+        assert bucket.steps("run") == [10, 20]
+        bucket.server.hold.unlink()
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+        bucket.server.hold.unlink(missing_ok=True)
+    assert process.returncode == 0, output
+    assert bucket.steps("run") == [10, 20, 30]
+
+
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
     """Read the output up to a line with this text."""
     assert process.stdout is not None
