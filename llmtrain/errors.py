@@ -76,6 +76,10 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
         raise
+    except Exception:
+        if "LOCAL_RANK" not in os.environ:
+            raise
+        sys.excepthook(*sys.exc_info())
     finally:
         _leave_exit_code(code)
     if "LOCAL_RANK" in os.environ or code == PeerLostError.exit_code:

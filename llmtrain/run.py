@@ -27,6 +27,7 @@ from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, cl
 from llmtrain.checkpoint.verifying import Choose, choose_together
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
+from llmtrain.data.staging import appears
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Outcome
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
@@ -47,6 +48,8 @@ from llmtrain.observe.record import finite
 from llmtrain.observe.sinks import require_sinks
 from llmtrain.observe.validation import Validation, validate
 from llmtrain.optim.schedule import make_schedule
+
+_NFS_S = 40.0  # so long a host may take to see what another has made: nfs(5), acdirmin 30 s
 
 
 class Run:
@@ -195,7 +198,7 @@ class Run:
 
     def _require_shared_folder(self) -> None:
         """Every rank writes its part of a checkpoint into what rank 0 has just opened, so it must see that."""
-        if not (self.dir / "run.json").is_file():
+        if not appears(self.dir / "run.json", min(_NFS_S, self.config.health.timeout_s / 4)):
             raise UserError(f"{self.dir}: not seen here, though rank 0 made it; choose a run.dir that all hosts share")
 
     def batches(self) -> Iterator[Batch]:

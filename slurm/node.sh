@@ -44,7 +44,8 @@ launch=(
 )
 status=0
 {
-    "${container[@]}" bash -c "$ignore; exec \"\$@\"" node.sh "${launch[@]}" -m "$@" 2>&1 >&3 |
+    # A container may begin in a folder of its own; relative paths are of this one.
+    "${container[@]}" bash -c "cd \"\$1\" && shift && $ignore; exec \"\$@\"" node.sh "$PWD" "${launch[@]}" -m "$@" 2>&1 >&3 |
         tee "$logs/launcher.log" >&2
 } 3>&1 || status=$?
 

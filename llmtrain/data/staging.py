@@ -142,3 +142,19 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def appears(path: Path, within_s: float) -> bool:
+    """Whether a file that another host has just made is there, or comes to be seen here in time.
+
+    NFS may go on saying for half a minute that something is not there; where a folder is listed, it looks again.
+    """
+    until = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        for folder in path.parents[:2]:
+            with contextlib.suppress(OSError):
+                list(folder.iterdir())
+        time.sleep(POLL_S)
+    return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -41,8 +43,15 @@ def make_engine(timeout_s: float) -> Engine:
 
 
 def launch_settings() -> dict[str, str]:
-    """What the launch file decided, as `accelerate launch` hands it on; the same on every machine, or they hang."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCH_VARIABLES)}
+    """What the launch file decided, as `accelerate launch` hands it on; the same on every machine, or they hang.
+
+    Of a file that it names for DeepSpeed, also what is in it.
+    """
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_LAUNCH_VARIABLES)}
+    if file := settings.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        with suppress(OSError):  # DeepSpeed says it better
+            settings["content of deepspeed_config_file"] = " ".join(Path(file).read_text("utf-8", "replace").split())
+    return settings
 
 
 def refuse_contradictions(training: TrainingSection) -> None:

@@ -14,11 +14,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from llmtrain.config import OptimizerSection, TrainingSection
@@ -62,6 +65,8 @@ class DeepSpeedEngine(Processes):
         launch = self._accelerator.state.deepspeed_plugin.deepspeed_config
         config = zero_config(launch, training, optimizer.clip_norm, self.world_size)
         stage = config["zero_optimization"]["stage"]
+        # DeepSpeed sends gradients over a group of its own, which it would make with torch's timeout of half an hour.
+        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
         self.exchanges_in_forward = stage == 3
         if stage == 3:
             # A module at a time, each at once cut over the ranks: no rank ever holds the model whole.

@@ -52,6 +52,7 @@ class Processes:
             self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
             self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
             self._side = SideChannel(timeout_s) if self._accelerator.num_processes > 1 else None
+        self.timeout_s = timeout_s
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device

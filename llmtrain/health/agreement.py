@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import LlmtrainError, PeerLostError, Stopped, UserError, end_everywhere
+from llmtrain.errors import LlmtrainError, Stopped, UserError, end_everywhere
 from llmtrain.observe.provenance import package_versions
 
 Result = TypeVar("Result")
@@ -84,11 +84,11 @@ def patiently(engine: Engine, work: Callable[[], Result]) -> Result:
 
 
 def leave(engine: Engine, error: BaseException | None) -> None:
-    """End the engine; not where a rank is lost, for closing is an exchange too and may wait for it."""
-    if isinstance(error, PeerLostError):
-        return
+    """End the engine; not where this rank ends without the others, for closing is an exchange too."""
     if isinstance(error, LlmtrainError) and error.is_everywhere:
         end_everywhere(error, engine.rank, engine.barrier)
+    elif error is not None and engine.world_size > 1:
+        return
     engine.close()
 
 

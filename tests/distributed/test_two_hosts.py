@@ -103,7 +103,7 @@ def every_checkpoint_is_whole(run_dir: Path) -> bool:
     return bool(steps) and all(CheckpointReader(step_folder(run_dir, step)).verify() == [] for step in steps)
 
 
-@pytest.mark.parametrize(("cut", "file"), [(TwoHosts.pull_cable, "cpu-ddp"), (TwoHosts.lose_frames, "cpu-zero3")])
+@pytest.mark.parametrize(("cut", "file"), [(TwoHosts.pull_cable, "cpu-zero2"), (TwoHosts.lose_frames, "cpu-zero3")])
 def test_a_cut_link_ends_every_rank_within_the_timeout_with_the_peer_named(
     hosts: TwoHosts, config_dict: dict[str, Any], tmp_path: Path, cut: Any, file: str
 ) -> None:
@@ -144,7 +144,7 @@ def test_a_killed_process_ends_the_others_at_once_and_all_name_the_first_cause(
 def test_a_stopped_process_is_told_from_a_lost_host(
     hosts: TwoHosts, config_dict: dict[str, Any], tmp_path: Path
 ) -> None:
-    launch = Launch(hosts, endless(config_dict, timeout_s=6), tmp_path)
+    launch = Launch(hosts, endless(config_dict, timeout_s=6), tmp_path, file="cpu-zero2")
     launch.wait_for_a_checkpoint()
     [trainer] = hosts.beta.trainers()
     os.kill(trainer, signal.SIGSTOP)
