@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, point, pointed, step_folder
 from llmtrain.checkpoint.retention import Retention
+from llmtrain.checkpoint.room import Room
 from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.config import CheckpointSection
 from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
@@ -166,7 +166,7 @@ class CheckpointStore:
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
         self._committed: list[Path] = []
         self._warnings: list[str] = []
-        self._is_room_told = False
+        self._room = Room(run_dir)
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
     def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
@@ -192,6 +192,7 @@ class CheckpointStore:
         fragments = None
         if is_new:  # where the loop waits anyway, what it holds is written itself
             fragments = self._snapshot.take(engine.fragments()) if self._is_async else list(engine.fragments())
+            self._room.measure(engine, sum(fragment.values.nbytes for fragment in fragments))
         arguments = (engine, fragments, state, links, began)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
@@ -298,8 +299,8 @@ class CheckpointStore:
         folder = step_folder(self.run_dir, int(state["step"]))
         try:
             if fragments is not None:
+                self._warnings += self._room.require()
                 folder.mkdir(parents=True, exist_ok=True)
-                self._require_room(folder, sum(f.values.nbytes for f in fragments) * engine.world_size)
                 fmt.write_rank(folder, engine.rank, fragments)
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
@@ -313,22 +314,6 @@ class CheckpointStore:
         self._on_saved(folder)
         if engine.rank == 0:
             self._warnings += self._retention.apply()
-
-    def _require_room(self, folder: Path, needed: int) -> None:
-        """Warn once where less than two more checkpoints fit, and refuse to begin one that does not.
-
-        A disk that is full only while a save fails would fail the run's other files, too.
-
-        Raises:
-            OSError: less than `needed` bytes are free.
-        """
-        free = shutil.disk_usage(folder).free
-        numbers = f"{free / 1e6:,.1f} MB are free, a checkpoint takes {needed / 1e6:,.1f} MB"
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {numbers}")
-        if free < 2 * needed and not self._is_room_told:
-            self._is_room_told = True
-            self._warnings.append(f"{self.run_dir}: the disk is nearly full: {numbers}; free some, or keep fewer")
 
     def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))
