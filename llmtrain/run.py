@@ -21,7 +21,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.mirror import make_mirror
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.remote import bring, local_checkpoint
-from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, progress_of, saved_config
+from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, own_step, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
 from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way, newest_good
 from llmtrain.checkpoint.verifying import Choose, choose_together
@@ -74,7 +74,7 @@ class Run:
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
         self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
-        self._make_store()
+        self._make_store(own_step(self.dir, self.resumed_from))
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
@@ -117,7 +117,7 @@ class Run:
         self.total_steps = self.parts.total_steps(self.progress.step, self.progress.position)
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
 
-    def _make_store(self) -> None:
+    def _make_store(self, saved_step: int | None) -> None:
         data, config = self.parts.data, self.config
         self.store = CheckpointStore(
             self.dir,
@@ -125,6 +125,7 @@ class Run:
             config.to_yaml(),
             data.manifest,
             data.path,
+            saved_step=saved_step,
             on_saved=self.mirror.saved,
             is_needed=self.mirror.holds,
         )
@@ -316,7 +317,7 @@ class Run:
         self.observer.close(f"rolled back to step {self.progress.step:,}")
         self.observer = together(self.engine, self._reopen_folder)
         self._go_on_recording()
-        self._make_store()
+        self._make_store(self.progress.step)
 
     def _reopen_folder(self) -> Observer | NullObserver:
         if self.engine.rank != 0:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CONFIG, CheckpointReader
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.store import OpenVerified, committed_steps, find_checkpoint, newest_good, open_verified
+from llmtrain.checkpoint.store import OpenVerified, find_checkpoint, newest_good, open_verified
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import CorruptError, UserError
@@ -58,6 +59,14 @@ def choose_checkpoint(
             )
     # A run folder means where it got to; its best, which the other verbs take, would throw steps away.
     return newest_good(path, warn, open_one) if committed_steps(path) else open_one(find_checkpoint(path))
+
+
+def own_step(run_dir: Path, reader: CheckpointReader | None) -> int | None:
+    """The step of a checkpoint that lies in the run folder as its own; None: there is none, or it is another run's."""
+    if reader is None:
+        return None
+    step = reader.manifest.step
+    return step if reader.folder.resolve() == step_folder(run_dir, step).resolve() else None
 
 
 def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> Progress:

@@ -144,11 +144,13 @@ class CheckpointStore:
         data: Manifest,
         data_path: Path,
         *,
+        saved_step: int | None = None,
         on_saved: Callable[[Path], None] = lambda _folder: None,
         is_needed: Callable[[Path], bool] = lambda _folder: False,
     ):
-        """`on_saved` is told when this rank's part is written, on rank 0 when the checkpoint is committed; what
-        `is_needed` is not deleted yet. Both are called from the thread that saves."""
+        """`saved_step` is in the run folder already: the run went on from it, or back to it. `on_saved` is told when
+        this rank's part is written, on rank 0 when the checkpoint is committed; what `is_needed` is not deleted yet.
+        Both are called from the thread that saves."""
         self.run_dir = run_dir
         self._is_async, self._on_saved = config.async_save, on_saved
         self._retention = Retention(run_dir, config, is_needed)
@@ -157,7 +159,7 @@ class CheckpointStore:
         # Read once: a data folder that is moved during the run cannot fail a save.
         tokenizer = data_path / TOKENIZER_FOLDER
         self._tokenizer = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
-        self._saved_step: int | None = None
+        self._saved_step = saved_step
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -182,10 +184,9 @@ class CheckpointStore:
         assert self._thread is None, "the save before is not settled"
         began = time.monotonic()
         step = int(state["step"])
-        folder = step_folder(self.run_dir, step)
-        # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so what this
-        # launch saved is remembered and not looked up.
-        is_new = step != self._saved_step and not fmt.is_committed(folder)
+        # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so it is
+        # remembered and not looked up: on a shared file system one may still see what rank 0 has renamed.
+        is_new = step != self._saved_step
         self._saved_step = step
         self._is_given_up.clear()
         self._is_waiting.clear()

@@ -14,6 +14,7 @@ import pytest
 
 from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.resume import own_step
 from llmtrain.checkpoint.store import (
     CheckpointStore,
     clear_way,
@@ -159,6 +160,37 @@ def test_a_save_waits_only_shortly_for_the_file_of_a_lost_rank(
     monkeypatch.undo()
     failure = store.settle(parts.engine)
     assert failure is not None and "rank00001.json did not appear within" in failure
+
+
+def test_which_step_is_saved_already_is_remembered_and_not_looked_up(parts: Assembly, tmp_path: Path) -> None:
+    """Another rank may still see the folder that rank 0 has renamed when the run went back to step 1."""
+    store = store_of(parts, tmp_path)
+    for step in (1, 2):
+        save(store, parts, step)
+    records = [step_folder(tmp_path, step) / "rank00000.json" for step in (1, 2)]
+    before = [path.stat().st_ino for path in records]
+    data = parts.data
+    store = CheckpointStore(
+        tmp_path, CheckpointSection(), parts.config.to_yaml(), data.manifest, data.path, saved_step=1
+    )
+    save(store, parts, 1, "best")
+    assert records[0].stat().st_ino == before[0] and pointed(tmp_path, "best") == step_folder(tmp_path, 1)
+    save(store, parts, 2)
+    assert records[1].stat().st_ino != before[1] and newest_good(tmp_path, print) is not None
+
+
+def test_a_checkpoint_of_another_run_is_not_one_of_this(parts: Assembly, tmp_path: Path) -> None:
+    """So a run that branches off from it and saves at that very step writes it, whatever the folders are called."""
+    run_dir = tmp_path / "run"
+    for folder in (run_dir, tmp_path / "other", run_dir / ".fetched" / "other"):
+        save(store_of(parts, folder), parts, 3)
+        reader = newest_good(folder, print)
+        assert own_step(run_dir, reader) == (3 if folder == run_dir else None)
+    (tmp_path / "link").symlink_to(run_dir)
+    assert own_step(tmp_path / "link", newest_good(run_dir, print)) == 3
+    aside = step_folder(run_dir, 3).rename(run_dir / "step-00000003.aside-1")
+    assert own_step(run_dir, fmt.CheckpointReader(aside)) is None
+    assert own_step(run_dir, None) is None
 
 
 def test_a_data_folder_that_moves_away_fails_no_save(parts: Assembly, tmp_path: Path) -> None:
