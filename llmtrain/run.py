@@ -33,7 +33,7 @@ from llmtrain.engine import Outcome
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import patiently, together
 from llmtrain.health.divergence import Stretch
-from llmtrain.health.guard import Guard
+from llmtrain.health.guard import Guard, first_skip
 from llmtrain.health.peers import Peers, Phase
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
@@ -349,7 +349,7 @@ class Run:
         self.progress.guard = self.guard.state()
         with self.meter.paused():
             self.observer.flush()
-            self.store.save(self.engine, self.progress.to_dict(), links)
+            self.store.save(self.engine, self.progress.to_dict(), links, first_skip(self.progress.guard))
 
     def _settle(self) -> None:
         with self.meter.paused():

@@ -169,9 +169,12 @@ class CheckpointStore:
         self._committed: list[Path] = []
         self._warnings: list[str] = []
         self._room = Room(run_dir)
+        self._began = 0.0
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
-    def save(self, engine: Engine, state: dict[str, Any], links: tuple[str, ...]) -> None:
+    def save(
+        self, engine: Engine, state: dict[str, Any], links: tuple[str, ...], needed_before: int | None = None
+    ) -> None:
         """Begin to write the training state; the save before must be settled.
 
         Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once.
@@ -180,9 +183,10 @@ class CheckpointStore:
             engine: whose fragments are saved.
             state: everything else, JSON-ready; `state["step"]` names the folder.
             links: pointers (`best`, `final`) to set beside `latest` once the checkpoint is committed.
+            needed_before: see `Retention.apply`.
         """
         assert self._thread is None, "the save before is not settled"
-        began = time.monotonic()
+        self._began = time.monotonic()
         step = int(state["step"])
         # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so it is
         # remembered and not looked up: on a shared file system one may still see what rank 0 has renamed.
@@ -194,7 +198,7 @@ class CheckpointStore:
         if is_new:  # where the loop waits anyway, what it holds is written itself
             fragments = self._snapshot.take(engine.fragments()) if self._is_async else list(engine.fragments())
             self._room.measure(engine, sum(fragment.values.nbytes for fragment in fragments))
-        arguments = (engine, fragments, state, links, began)
+        arguments = (engine, fragments, state, links, needed_before)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
 
@@ -294,7 +298,7 @@ class CheckpointStore:
         fragments: list[Fragment] | None,
         state: dict[str, Any],
         links: tuple[str, ...],
-        began: float,
+        needed_before: int | None,
     ) -> None:
         """What the thread does: write this rank's part; on rank 0 also commit, link, and delete what is not kept."""
         folder = step_folder(self.run_dir, int(state["step"]))
@@ -306,7 +310,7 @@ class CheckpointStore:
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
                     self._committed.append(folder)
-                self.last_save_s = time.monotonic() - began
+                self.last_save_s = time.monotonic() - self._began
             if engine.rank == 0:
                 self._link(folder, links)
         except Exception as error:  # of whatever kind: `settle` tells it
@@ -314,7 +318,7 @@ class CheckpointStore:
             return
         self._on_saved(folder)
         if engine.rank == 0:
-            self._warnings += self._retention.apply()
+            self._warnings += self._retention.apply(needed_before)
 
     def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))

@@ -177,3 +177,9 @@ class Guard:
             lr, loss_limit, norm_limit, *seen = map(float, numbers)
             self._facts.append((int(step), int(begin), int(end), lr, loss_limit, norm_limit))
             self._pending.append(torch.tensor(seen))
+
+
+def first_skip(state: Mapping[str, Any]) -> int | None:
+    """The first refused step that a guard's `state()` remembers: the run may have to go back to before it."""
+    pending = [int(step) for step, *_, refused in state["pending"] if float(refused)]
+    return min([step for step, *_ in state["skips"]] + pending, default=None)

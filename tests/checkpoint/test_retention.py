@@ -82,6 +82,101 @@ def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(parts: Assembly, tmp
     assert said.startswith(f"{damaged}: has ") and said.endswith("no longer counts as one to keep")
 
 
+def test_no_good_one_goes_for_a_damaged_or_a_renamed_one(parts: Assembly, tmp_path: Path, size: int) -> None:
+    """They take room all the same, and that is said once."""
+    run_dir = tmp_path / "run"
+    budget = 3 * size + size // 2
+    store = store_of(parts, run_dir, keep_last=9, max_bytes=budget)
+    save(store, parts, 10)
+    damaged = step_folder(run_dir, 10) / "rank00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for step in (20, 30, 40):
+        save(store, parts, step)
+    assert committed_steps(run_dir) == [10, 20, 30, 40]
+    save(store, parts, 50)
+    assert committed_steps(run_dir) == [10, 30, 40, 50]
+    said = store.news()[1]
+    assert [str(budget) in line for line in said] == [False, True] and "damaged or renamed ones take" in said[1]
+    for step in (40, 50):
+        step_folder(run_dir, step).rename(run_dir / f"step-{step:08d}.aside-1")
+    (run_dir / "latest").unlink()
+    after_going_back = store_of(parts, run_dir, keep_last=9, max_bytes=budget)
+    for step, kept in ((35, [10, 30, 35]), (45, [10, 30, 35, 45]), (55, [10, 35, 45, 55])):
+        save(after_going_back, parts, step)
+        assert committed_steps(run_dir) == kept
+    assert len(list(run_dir.glob("*.aside-1"))) == 2
+
+
+@pytest.mark.parametrize("limits", [{"keep_last": 1}, {"keep_last": 3}, {"keep_last": 9, "max_bytes": 1}])
+def test_what_the_run_may_have_to_go_back_to_is_kept_while_skips_are_remembered(
+    parts: Assembly, tmp_path: Path, limits: dict[str, int]
+) -> None:
+    store = store_of(parts, tmp_path, **limits)
+    for step in (8, 10, 12):
+        save(store, parts, step)
+    for step in (14, 16, 18, 20):  # since a step was skipped at 13
+        store.save(parts.engine, {"step": step}, (), 13)
+        assert store.settle(parts.engine) is None
+        assert {12, step} <= {*committed_steps(tmp_path)}
+    assert committed_steps(tmp_path) == ([12, 16, 18, 20] if limits == {"keep_last": 3} else [12, 20])
+    save(store, parts, 22)
+    assert 12 not in committed_steps(tmp_path)
+
+
+def test_the_one_to_go_back_to_is_a_good_one(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path, keep_last=2)
+    for step in (8, 10):
+        save(store, parts, step)
+    (step_folder(tmp_path, 10) / fmt.STATE).unlink()
+    for step in (14, 16, 18):
+        store.save(parts.engine, {"step": step}, (), 13)
+        assert store.settle(parts.engine) is None
+    assert committed_steps(tmp_path) == [8, 10, 16, 18]
+
+
+def test_a_save_looks_at_no_more_checkpoints_than_the_one_before(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Those that are kept for good become many; with a budget, too, each is looked at once in a launch."""
+    opened: list[Path] = []
+
+    class Counted(fmt.CheckpointReader):
+        def __init__(self, folder: Path):
+            opened.append(folder)
+            super().__init__(folder)
+
+    monkeypatch.setattr(fmt, "CheckpointReader", Counted)
+    for name, budget in (("free", None), ("budget", 100 * size)):
+        run_dir, counts = tmp_path / name, []
+        store = store_of(parts, run_dir, keep_last=2, keep_every=10, max_bytes=budget)
+        for step in range(5, 85, 5):
+            save(store, parts, step)
+            counts.append(len(opened))
+            opened.clear()
+        assert committed_steps(run_dir) == [10, 20, 30, 40, 50, 60, 70, 75, 80]
+        assert max(counts) <= 3 and len(counts) == 16
+        again = store_of(parts, run_dir, keep_last=2, keep_every=10, max_bytes=budget)
+        for step in (90, 100):
+            opened.clear()
+            save(again, parts, step)
+        assert len(opened) <= 3
+
+
+def test_a_folder_that_cannot_be_looked_through_costs_a_warning(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(parts, tmp_path, keep_last=1)
+    save(store, parts, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "glob", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        save(store, parts, 2)
+    (said,) = store.news()[1]
+    assert "no longer kept failed: Input/output error; tried again" in said
+    assert committed_steps(tmp_path) == [1, 2]
+    save(store, parts, 3)
+    assert committed_steps(tmp_path) == [3] and store.news()[1] == []
+
+
 def test_nothing_is_deleted_before_a_newer_one_is_committed(parts: Assembly, tmp_path: Path) -> None:
     store = store_of(parts, tmp_path, keep_last=1)
     save(store, parts, 1)
