@@ -90,6 +90,7 @@ class Run:
         if reader := self.resumed_from:
             self.progress = together(self.engine, lambda: progress_of(reader, self.config, data))
             self.engine.load(reader.read)
+            reader.close()
             self._changes = changes(saved_config(reader), self.config)
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
@@ -98,6 +99,7 @@ class Run:
             weights = self._choose(lambda check: initial_weights(folder, self.config, data, check))
             assert weights is not None
             self.engine.load(weights.read, optimizer=False)
+            weights.close()
 
     def _find_rollbacks(self) -> None:
         """A run that went back and ended before it saved goes on as if it had just gone back."""
@@ -306,6 +308,7 @@ class Run:
         self.mirror.rewind(self.progress.step)
         self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
         self.engine.load(reader.read)
+        reader.close()
         self._plan()
         self.meter.load_state(self.progress.meter)
         told = (

@@ -199,6 +199,10 @@ class CheckpointReader:
             values[low - begin : high - begin] = part
         return values
 
+    def close(self) -> None:
+        """Let go of the mapped files, whose room a deletion would not free; what is read later maps them anew."""
+        self._open.clear()
+
     def _saved(self, file: str, key: str, numel: int) -> Any:
         """One fragment, to be sliced before it is read."""
         from safetensors import SafetensorError

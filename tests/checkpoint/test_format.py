@@ -153,3 +153,14 @@ def test_a_file_with_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="cannot be read"):
         reader.read(tensors()[0])
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped on Linux only")
+def test_a_closed_reader_maps_nothing_and_may_be_read_again(tmp_path: Path) -> None:
+    reader = fmt.CheckpointReader(write(tmp_path / "step-00000001", [tensors()]))
+    copies = [reader.read(fragment).clone() for fragment in tensors()]
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    reader.close()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert all(torch.equal(copy, fragment.values) for copy, fragment in zip(copies, tensors(), strict=True))
+    assert torch.equal(reader.read(tensors()[0]), copies[0])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import llmtrain.train
 from llmtrain.checkpoint.folders import FINAL, pointed, step_folder
 from llmtrain.checkpoint.store import open_verified
+from llmtrain.run import Run
 from llmtrain.train import main
 from tests.conftest import small_config
+from tests.faulty_steps import faulty
 
 
 @pytest.fixture
@@ -37,3 +41,22 @@ def test_a_run_that_has_nothing_left_to_do_links_its_last_checkpoint_and_a_branc
     train(data, tmp_path / "branch", "--resume", str(run_dir))
     assert pointed(tmp_path / "branch", FINAL) == step_folder(tmp_path / "branch", 30)
     assert open_verified(step_folder(tmp_path / "branch", 30)).manifest.step == 30
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped on Linux only")
+def test_once_it_has_begun_a_run_holds_no_file_of_a_checkpoint(
+    data: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the one it goes on from nor of the one it goes back to: deleting them must free their room."""
+    seen: list[tuple[int, bool]] = []
+    conclude = llmtrain.train.conclude
+
+    def concluded(run: Run, *rest: Any) -> None:
+        seen.append((run.progress.step, str(run_dir) in Path("/proc/self/maps").read_text()))
+        conclude(run, *rest)
+
+    monkeypatch.setattr("llmtrain.train.conclude", concluded)
+    monkeypatch.setattr("llmtrain.train.accumulate", faulty(dict.fromkeys((235, 243, 251), "nan loss")))
+    train(data, run_dir, "training.max_steps=40", "health.max_skips=3", "health.spike_window=8")
+    assert [step for step, _ in seen] == [31, 32, *range(31, 41)]
+    assert not any(is_mapped for _, is_mapped in seen)
