@@ -74,7 +74,8 @@ class Run:
         self.meter = Meter(self.engine, self.config)
         self.meter.load_state(self.progress.meter)
         self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
-        self._make_store(own_step(self.dir, self.resumed_from))
+        self.store = self._make_store(own_step(self.dir, self.resumed_from))
+        self.saving = Saving(self.store, self.engine, self._now)
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
@@ -119,9 +120,9 @@ class Run:
         self.total_steps = self.parts.total_steps(self.progress.step, self.progress.position)
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
 
-    def _make_store(self, saved_step: int | None) -> None:
+    def _make_store(self, saved_step: int | None) -> CheckpointStore:
         data, config = self.parts.data, self.config
-        self.store = CheckpointStore(
+        return CheckpointStore(
             self.dir,
             config.checkpoint,
             config.to_yaml(),
@@ -131,7 +132,6 @@ class Run:
             on_saved=self.mirror.saved,
             is_needed=self.mirror.holds,
         )
-        self.saving = Saving(self.store, self.engine, self._now)
 
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
@@ -173,7 +173,7 @@ class Run:
         if self.engine.rank != 0:
             return NullObserver()
         manifest, device = self.parts.data.manifest, self.engine.device
-        try:
+        with self._naming_what_cannot_be_written():
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
@@ -183,11 +183,16 @@ class Run:
                 file.write(self.config.to_yaml().encode())
             launch = provenance(manifest, self.parts.data.path, device, self.engine.world_size)
             append_launch(self.dir / "run.json", launch, self._early_warning)
+        return self._make_observer(describe(self.parts, self.total_steps))
+
+    @contextmanager
+    def _naming_what_cannot_be_written(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.dir}: cannot be written: {error.strerror or error}; choose another run.dir"
             ) from error
-        return self._make_observer(describe(self.parts, self.total_steps))
 
     def _make_observer(self, header: dict[str, str]) -> Observer:
         return Observer(
@@ -320,12 +325,13 @@ class Run:
         self.observer.close(f"rolled back to step {self.progress.step:,}")
         self.observer = together(self.engine, self._reopen_folder)
         self._go_on_recording()
-        self._make_store(self.progress.step)
+        self.store.gone_back_to(self.progress.step)
 
     def _reopen_folder(self) -> Observer | NullObserver:
         if self.engine.rank != 0:
             return NullObserver()
-        clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+        with self._naming_what_cannot_be_written():
+            clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
         return self._make_observer({"going on": f"after step {self.progress.step:,} of {self.total_steps:,}"})
 
     def sample(self) -> None:

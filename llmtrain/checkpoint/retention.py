@@ -54,6 +54,11 @@ class Retention:
         self._warnings = []
         return new
 
+    def forget(self) -> None:
+        """What was seen is no longer so: other checkpoints may come to have the same names."""
+        self._good.clear()
+        self._sizes.clear()
+
     def _is_good(self, step: int, *, is_memory_enough: bool = False) -> bool:
         """Look at a checkpoint, once for each commit; what stays for good is looked at once in a launch.
 

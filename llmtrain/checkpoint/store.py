@@ -202,6 +202,11 @@ class CheckpointStore:
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
 
+    def gone_back_to(self, step: int) -> None:
+        """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""
+        self._saved_step = step
+        self._retention.forget()
+
     @property
     def is_under_way(self) -> bool:
         """Whether a save was begun and is not settled; alike on all ranks."""
