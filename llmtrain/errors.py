@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 
 class LlmtrainError(Exception):
     """An end of the program that we foresaw: its message is for the user, its exit code for scripts.
@@ -63,9 +65,10 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     Where the environment has LLMTRAIN_EXIT_CODE_FILE, the first process of each machine leaves its exit code there too:
     the launcher between us and a script does not hand it on.
 
-    A process that a launcher started, or whose peer is lost, does not come back from here, but ends at once. The usual
-    way out passes through libraries with threads of their own, which may wait for half an exchange, or not survive the
-    interpreter: with all work done, one launch of two processes in 25 aborted there (torch 2.13, gloo, a busy machine).
+    A process that a launcher started, whose peer is lost, or that is interrupted does not come back from here, but ends
+    at once. The usual way out passes through libraries with threads of their own, which may wait for half an exchange,
+    or not survive the interpreter: with all work done, one launch of two processes in 25 aborted there (torch 2.13,
+    gloo, a busy machine). And the interpreter waits for a save that is under way, however long that takes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -82,7 +85,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
         sys.excepthook(*sys.exc_info())
     finally:
         _leave_exit_code(code)
-    if "LOCAL_RANK" in os.environ or code == PeerLostError.exit_code:
+    if "LOCAL_RANK" in os.environ or code in (PeerLostError.exit_code, _INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -102,7 +105,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         print("llmtrain: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     return 0
 
 

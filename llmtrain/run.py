@@ -443,6 +443,7 @@ class Run:
         watchdog = Watchdog(self.peers, self.config.health, self.dir, self._finish_save)
         with self.engine.evaluating() as model:
             hook = model.register_forward_hook(self.peers.forwarded)
+        is_interrupted = False
         try:
             with self.peers.watched(), watchdog:
                 yield
@@ -450,14 +451,16 @@ class Run:
             self.store.hurry()
             self.mirror.hurry()
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at once: the process ends in the middle of a save, which then does not exist
+            is_interrupted = True
             self.mirror.hurry(0)
             raise
         finally:
             hook.remove()
-            self.store.join()  # the folder is ours until nothing writes in it
+            if not is_interrupted:
+                self.store.join()  # the folder is ours until nothing writes in it
             self.mirror.wait(self.stopping.left_s)
             for warning in self.mirror.news():
                 self.observer.warn(warning)
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
-            self.observer.close(outcome, draws=self.stopping.has_time)
+            self.observer.close(outcome, draws=self.stopping.has_time and not is_interrupted)

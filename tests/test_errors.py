@@ -33,11 +33,8 @@ def raising(error: BaseException | None) -> Main:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [
-        (None, 0), (UserError("x"), 2), (DivergedError("x"), 3), (CorruptError("x"), 4), (Stopped("x"), 75),
-        (KeyboardInterrupt(), 130),
-    ],
-)  # fmt: skip
+    [(None, 0), (UserError("x"), 2), (DivergedError("x"), 3), (CorruptError("x"), 4), (Stopped("x"), 75)],
+)
 def test_the_exit_code_is_left_in_the_file(code_file: Path, error: BaseException | None, code: int) -> None:
     code_file.write_text("of an earlier launch\n")
     assert run_main(raising(error), []) == code
@@ -93,6 +90,14 @@ def test_a_launched_process_ends_with_its_exit_code_whatever_its_libraries_do(
     done = ended(raised, code_file, RANK="8", LOCAL_RANK="0")
     assert (done.returncode, code_file.read_text(), done.stdout) == (code, f"{code}\n", "its output\n")
     assert len(done.stderr.splitlines()) == (code != 0)
+
+
+def test_an_interrupted_process_ends_at_once_whatever_still_runs(code_file: Path) -> None:
+    """A thread that never ends, as a save on a file system that hangs."""
+    raised = "import threading; threading.Thread(target=threading.Event().wait).start(); raise KeyboardInterrupt"
+    done = ended(raised, code_file)
+    assert (done.returncode, code_file.read_text(), done.stdout) == (130, "130\n", "its output\n")
+    assert done.stderr == "llmtrain: interrupted\n"
 
 
 def test_only_the_first_process_of_a_machine_writes(code_file: Path) -> None:
