@@ -37,8 +37,9 @@ from benchmarks.common import alternate, print_table, write_result
 from benchmarks.scaling import busy_seconds
 from benchmarks.synthetic import write_random_data
 from llmtrain.assemble import Assembly, assemble
+from llmtrain.checkpoint.folders import step_folder
 from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import CheckpointStore, step_folder
+from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import CheckpointSection, make_config
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import make_engine

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmtrain.arguments import VerbParser
 from llmtrain.assemble import Assembly, assemble, describe, resolve_here
-from llmtrain.checkpoint.store import committed_steps
+from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.assemble import Assembly, describe
+from llmtrain.checkpoint.folders import FINAL
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.mirror import make_mirror
@@ -23,7 +24,7 @@ from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.remote import bring, local_checkpoint
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, own_step, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
-from llmtrain.checkpoint.store import FINAL, CheckpointStore, check_writable, clear_way, newest_good
+from llmtrain.checkpoint.store import CheckpointStore, check_writable, clear_way, newest_good
 from llmtrain.checkpoint.verifying import Choose, choose_together
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER

@@ -13,8 +13,8 @@ import torch
 
 from llmtrain.arguments import VerbParser
 from llmtrain.assemble import assemble, describe
+from llmtrain.checkpoint.folders import BEST
 from llmtrain.checkpoint.lock import RunLock
-from llmtrain.checkpoint.store import BEST
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine, make_engine

@@ -61,8 +61,8 @@ def find_subjects(path: Path | str) -> list[Subject]:
     # A checkpoint's reader brings torch along, which prepared data need not wait for.
     if (path / MANIFEST).is_file() and not _is_of_checkpoint(path / MANIFEST):
         return [Subject(path, "data")]
+    from llmtrain.checkpoint.folders import committed_steps, step_folder
     from llmtrain.checkpoint.format import MARKER, is_committed
-    from llmtrain.checkpoint.store import committed_steps, step_folder
 
     if is_committed(path):
         return [Subject(path, "checkpoint")]

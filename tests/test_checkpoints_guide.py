@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel
 
 from llmtrain.checkpoint import tensor_files
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CheckpointManifest, CheckpointReader, RankRecord, TensorInfo
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.store import committed_steps, step_folder
 from llmtrain.data.shards import FileInfo
 from llmtrain.engine import Fragment
 from tests.checkpoint.test_format import write

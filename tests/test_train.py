@@ -23,8 +23,8 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.assemble import assemble
+from llmtrain.checkpoint.folders import committed_steps, point, pointed
 from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import committed_steps, point, pointed
 from llmtrain.config import load_config, make_config
 from llmtrain.engine import make_engine
 from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.remote import local_checkpoint
 from llmtrain.checkpoint.resume import saved_config
-from llmtrain.checkpoint.store import committed_steps, find_checkpoint, open_verified, step_folder
+from llmtrain.checkpoint.store import find_checkpoint, open_verified
 from llmtrain.config import RunConfig
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer

@@ -28,12 +28,10 @@ from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
-__all__ = ["BEST", "FINAL", "LATEST", "CheckpointStore", "committed_steps", "point", "pointed", "step_folder"]
 OpenVerified = Callable[[Path], fmt.CheckpointReader]  # opens a checkpoint, every hash checked; else CorruptError
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
-_RECORDS_GRACE_S = (
-    10.0  # the same once a rank is lost: who is still there has nothing else to do than to write its file
-)
+# The same once a rank is lost: who is still there has nothing else to do than to write its file.
+_RECORDS_GRACE_S = 10.0
 
 
 def check_writable(run_dir: Path) -> None:

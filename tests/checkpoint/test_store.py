@@ -14,17 +14,9 @@ import pytest
 
 from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.folders import committed_steps, point, pointed, step_folder
 from llmtrain.checkpoint.resume import own_step
-from llmtrain.checkpoint.store import (
-    CheckpointStore,
-    clear_way,
-    committed_steps,
-    find_checkpoint,
-    newest_good,
-    point,
-    pointed,
-    step_folder,
-)
+from llmtrain.checkpoint.store import CheckpointStore, clear_way, find_checkpoint, newest_good
 from llmtrain.config import CheckpointSection, make_config
 from llmtrain.engine import make_engine
 from llmtrain.errors import CorruptError, UserError

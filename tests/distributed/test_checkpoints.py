@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.store import committed_steps, step_folder
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.verifying import share
 from llmtrain.data.shards import FileInfo
 from tests.conftest import prose, small_config, write_data

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmtrain.checkpoint.store import committed_steps, step_folder
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from tests.distributed.engines import STEPS, Trained, config_of
 from tests.distributed.launching import environment, launch_command, metrics
 

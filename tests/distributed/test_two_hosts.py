@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import committed_steps, step_folder
 from llmtrain.errors import Stopped
 from llmtrain.train import main
 from tests.conftest import is_one_clear_line

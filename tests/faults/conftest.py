@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from llmtrain.checkpoint.store import committed_steps, open_verified, step_folder
+from llmtrain.checkpoint.folders import committed_steps, step_folder
+from llmtrain.checkpoint.store import open_verified
 from tests.conftest import records, small_config
 
 Config = dict[str, Any]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.store import committed_steps, step_folder
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.data.shards import MANIFEST
 from llmtrain.verify import main as verify
 from tests.conftest import Call, is_one_clear_line

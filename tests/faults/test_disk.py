@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.store import committed_steps
+from llmtrain.checkpoint.folders import committed_steps
 from tests.faults.conftest import (
     Config,
     Launcher,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.store import step_folder
+from llmtrain.checkpoint.folders import step_folder
 from llmtrain.data.shards import FileInfo
 from llmtrain.generate import main as generate
 from llmtrain.verify import main as verify

@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from llmtrain.checkpoint.store import committed_steps
+from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.health.peers import Phase
 from tests.faults.conftest import (
     Config,

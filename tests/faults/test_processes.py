@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmtrain.checkpoint.store import committed_steps, step_folder
+from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.verify import main as verify
 from tests.conftest import Call
 from tests.distributed.launching import environment, launch_command

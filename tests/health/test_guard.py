@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmtrain.checkpoint.store import committed_steps
+from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.errors import DivergedError, Stopped
 from llmtrain.health.guard import SKIPPED, Guard
 from llmtrain.train import main
