@@ -96,9 +96,10 @@ class Site:
     def wait_for_requeue(self, job_id: str) -> None:
         """Wait until the job is back in the queue; let it begin without Slurm's two minutes of pause, and finish."""
         wait_until(lambda: self.cluster.job(job_id).restarts == 1, 60, lambda: self.log(job_id))
-        # Those minutes have a reason: what a node still has to report of the first start would end the second.
+        # Those minutes have a reason: what a node still has to report of the first start would end the second. That
+        # may be on its way even when all are idle.
         wait_until(self.cluster.is_idle, 60, lambda: self.log(job_id))
-        self.cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", "TimeLimit=10")
+        self.cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+10", "TimeLimit=10")
 
 
 def is_told_to_stop(pid: int) -> bool:
