@@ -314,7 +314,9 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(texts, tmp_path):
 
 def slow_command(tmp_path: Path) -> subprocess.Popen[str]:
     """A prepare that is in the middle of its work with two workers."""
-    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"word {i} " * 60}) + "\n" for i in range(150_000)))
+    (tmp_path / "many.jsonl").write_text(
+        "".join(json.dumps({"text": f"word {i} " * 60}) + "\n" for i in range(150_000))
+    )
     command = [*COMMAND, "--input", "many.jsonl", "--tokenizer", "word", "--vocab-size", "500", "--out", "out"]
     process = subprocess.Popen(
         [*command, "--workers", "2"],
