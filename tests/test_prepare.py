@@ -365,8 +365,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing(tmp_path):
     process = slow_command(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors == "llmtrain: interrupted\n"
+    assert (process.returncode, errors) == (130, "llmtrain: interrupted\n")
     assert no_process_left(process.pid)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl"]
 

@@ -113,7 +113,7 @@ class Mirror(NoMirror):
                 warn(f"{self._remote.url}/{folder}: an unfinished checkpoint; removed")
                 self._remove(folder, sizes)
             elif step > resumed_step or (step == resumed_step and self._is_damaged(step)):
-                aside = f"{folder}.aside-{int(time.time())}"
+                aside = f"{folder}.aside-{time.time_ns()}"
                 warn(f"{self._remote.url}/{folder}: later than step {resumed_step}, or damaged; renamed to {aside}")
                 self._set_aside(folder, aside, sizes)
         left = self._remote.sizes()

@@ -103,7 +103,7 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             warn(f"{path}: an unfinished checkpoint; removed")
             shutil.rmtree(path)
         elif int(path.name[5:]) > resumed_step:
-            aside = path.with_name(f"{path.name}.aside-{int(time.time())}")
+            aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")  # a run may go back twice in a second
             warn(f"{path}: later than step {resumed_step}, where this run goes on; renamed to {aside.name}")
             path.rename(aside)
     # A kill between a commit and its links leaves them on older steps.
