@@ -314,9 +314,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(texts, tmp_path):
 
 def slow_command(tmp_path: Path) -> subprocess.Popen[str]:
     """A prepare that is in the middle of its work with two workers."""
-    (tmp_path / "many.jsonl").write_text(
-        "".join(json.dumps({"text": f"word {i} " * 60}) + "\n" for i in range(150_000))
-    )
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"word {i} " * 60}) + "\n" for i in range(60_000)))
     command = [*COMMAND, "--input", "many.jsonl", "--tokenizer", "word", "--vocab-size", "500", "--out", "out"]
     process = subprocess.Popen(
         [*command, "--workers", "2"],
@@ -326,6 +324,8 @@ def slow_command(tmp_path: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell ignores SIGINT for what it starts with `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 -- no other thread runs here
     )
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob("out.partial-*/train-*.bin")):
