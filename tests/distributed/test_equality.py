@@ -45,7 +45,10 @@ def test_float32_losses_norms_and_rates_are_those_of_one_process(
     } - {"samples-rank00000.jsonl"}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "processes", "micro"), [("cpu-ddp", 2, 2), ("cpu-zero2", 2, 3), ("cpu-zero3", 2, 3)])
+@pytest.mark.parametrize(("name", "processes", "micro"), [
+    ("cpu-ddp", 2, 2), ("cpu-zero1", 2, 2), ("cpu-zero2", 2, 3), ("cpu-zero3", 2, 3), ("zero3", 4, 3),
+    ("cpu-zero3-offload", 2, 2),
+])  # fmt: skip
 def test_bf16_losses_are_those_of_one_process_and_the_masters_are_float32(
     trained: Trained, name: str, processes: int, micro: int
 ) -> None:
