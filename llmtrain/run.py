@@ -105,8 +105,7 @@ class Run:
 
     def _find_rollbacks(self) -> None:
         """A run that went back and ended before it saved goes on as if it had just gone back."""
-        reader = self.resumed_from
-        if reader is None or reader.folder.resolve().parent != self.dir.resolve():
+        if own_step(self.dir, self.resumed_from) is None:
             return
         found = together(
             self.engine, lambda: self.guard.find_rollbacks(self.progress.step) if self.engine.rank == 0 else []

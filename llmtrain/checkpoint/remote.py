@@ -73,14 +73,9 @@ def read_manifest(remote: Remote, step: int) -> tuple[fmt.CheckpointManifest, by
 def problems_of(remote: Remote, step: int) -> tuple[fmt.CheckpointManifest, list[str]]:
     """Read every file of a remote checkpoint; return one line for each that is wrong."""
     manifest, _, _ = read_manifest(remote, step)
-    sizes, problems = remote.sizes(step_name(step)), []
-    for file in manifest.files:
-        name = f"{step_name(step)}/{file.path}"
-        if sizes.get(name) != file.bytes:
-            problems.append(f"{remote.url}/{name}: has {sizes.get(name)} bytes where the manifest says {file.bytes}")
-        elif remote.hashed(name)[1] != file.sha256:
-            problems.append(f"{remote.url}/{name}: content differs from the hash in the manifest")
-    return manifest, problems
+    folder = step_name(step)
+    files = ((f"{folder}/{file.path}", file.bytes, file.sha256) for file in manifest.files)
+    return manifest, remote.problems(files, folder)
 
 
 def fetch_step(remote: Remote, step: int, into: Path) -> Path:

@@ -25,8 +25,9 @@ _FIXED = {
     "optimizer": ["name"],
 }  # fmt: skip
 # What changes nothing about the numbers, and so is not worth a line.
-_SILENT = {"run.dir", "run.name", "training.stop_after", "model.init_from", "data.workers", "data.path"}
-_SILENT |= {"checkpoint.remote"}
+_SILENT = {
+    "run.dir", "run.name", "training.stop_after", "model.init_from", "data.workers", "data.path", "checkpoint.remote",
+}  # fmt: skip
 
 
 def choose_checkpoint(

@@ -76,17 +76,10 @@ def problems_of(remote: Remote) -> tuple[Manifest, list[str]]:
     text = remote.read(MANIFEST)
     if text is None:
         raise UserError(f"{remote.url}: neither prepared data nor a checkpoint nor a run with checkpoints")
-    manifest, problems = _parse(text, remote), []
-    sizes = remote.sizes()
+    manifest = _parse(text, remote)
     for file in manifest.files():
         check_inside(Path("/data"), file.path, Path(f"{remote.url}/{MANIFEST}"))
-        if sizes.get(file.path) != file.bytes:
-            problems.append(
-                f"{remote.url}/{file.path}: has {sizes.get(file.path)} bytes where the manifest says {file.bytes}"
-            )
-        elif remote.hashed(file.path)[1] != file.sha256:
-            problems.append(f"{remote.url}/{file.path}: content differs from the hash in the manifest")
-    return manifest, problems
+    return manifest, remote.problems((file.path, file.bytes, file.sha256) for file in manifest.files())
 
 
 def _parse(text: bytes, remote: Remote) -> Manifest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,10 +62,6 @@ class Remote:
         self._fs, self._root = _open(self.url, parts.scheme)
         self._has_folders = parts.scheme in _WITH_FOLDERS
 
-    def child(self, name: str) -> Remote:
-        """A folder in this one."""
-        return Remote(f"{self.url}/{name}")
-
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Every file in a folder and below it: its name relative to this `Remote`, and its bytes."""
         with self._asking(f"{self.url}/{folder}", "listed"):
@@ -73,29 +69,15 @@ class Remote:
             found = self._fs.find(self._path(folder), detail=True)
             return {self._relative(name): int(info["size"] or 0) for name, info in found.items()}
 
-    def folders(self) -> list[str]:
-        """The names of the folders directly in this one."""
-        with self._asking(self.url, "listed"):
-            self._fs.invalidate_cache()
-            try:
-                entries = self._fs.ls(self._root, detail=True)
-            except FileNotFoundError as error:
-                if "bucket does not exist" in str(
-                    error
-                ):  # S3 says so; a folder that nobody has written to is just not there
-                    raise
-                return []
-            return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if _is_folder(entry))
-
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None if it is not there."""
         with self._asking(f"{self.url}/{name}", "read"):
             try:
                 content: bytes = self._fs.cat_file(self._path(name))
             except FileNotFoundError as error:
-                if "bucket does not exist" in str(error):
-                    raise
-                return None
+                if _is_absent(error):
+                    return None
+                raise
             return content
 
     def write(self, name: str, content: bytes) -> None:
@@ -128,6 +110,16 @@ class Remote:
                 size += len(piece)
                 take(piece)
         return size, digest.hexdigest()
+
+    def problems(self, files: Iterable[tuple[str, int, str]], folder: str = "") -> list[str]:
+        """Read files of a folder, each given by name, bytes and SHA-256; return one line for each that is wrong."""
+        sizes, found = self.sizes(folder), []
+        for name, size, sha256 in files:
+            if sizes.get(name) != size:
+                found.append(f"{self.url}/{name}: has {sizes.get(name)} bytes where the manifest says {size}")
+            elif self.hashed(name)[1] != sha256:
+                found.append(f"{self.url}/{name}: content differs from the hash in the manifest")
+        return found
 
     def fetch(self, name: str, local: Path, sha256: str) -> None:
         """Copy a file to this machine, hashed while it is written and flushed to disk.
@@ -171,7 +163,7 @@ class Remote:
                 try:
                     self._fs.rm_file(self._path(name))
                 except FileNotFoundError as error:
-                    if "bucket does not exist" in str(error):
+                    if not _is_absent(error):
                         raise
 
     def check_writable(self) -> None:
@@ -227,5 +219,6 @@ def _open(url: str, protocol: str) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
-def _is_folder(entry: dict[str, Any]) -> bool:
-    return bool(entry["type"] == "directory")
+def _is_absent(error: FileNotFoundError) -> bool:
+    """Whether only the file is not there; where the whole bucket is missing, S3 says so."""
+    return "bucket does not exist" not in str(error)

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmtrain.assemble import Assembly, assemble
+from llmtrain.assemble import Assembly
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, committed_steps, step_folder
-from llmtrain.checkpoint.store import CheckpointStore, clear_way
-from llmtrain.config import CheckpointSection, make_config
-from llmtrain.engine import make_engine
+from llmtrain.checkpoint.store import clear_way
+from llmtrain.config import make_config
 from llmtrain.errors import UserError
-
-
-@pytest.fixture
-def parts(config_dict: dict[str, Any]) -> Any:
-    with closing(make_engine(60.0)) as engine:
-        yield assemble(make_config(config_dict), engine)
-
-
-def store_of(parts: Assembly, folder: Path, **settings: Any) -> CheckpointStore:
-    section = CheckpointSection(**settings)
-    return CheckpointStore(folder, section, parts.config.to_yaml(), parts.data.manifest, parts.data.path)
-
-
-def save(store: CheckpointStore, parts: Assembly, step: int, *links: str) -> None:
-    store.save(parts.engine, {"step": step}, links)
-    assert store.settle(parts.engine) is None
+from tests.checkpoint.conftest import save, store_of
 
 
 @pytest.fixture

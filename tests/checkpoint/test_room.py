@@ -7,18 +7,17 @@ import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llmtrain.assemble import Assembly, assemble
+from llmtrain.assemble import Assembly
 from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.checkpoint.store import CheckpointStore
-from llmtrain.config import CheckpointSection, make_config
-from llmtrain.engine import Fragment, make_engine
+from llmtrain.config import CheckpointSection
+from llmtrain.engine import Fragment
 
 SIZES = (60_000, 5_000, 5_000)  # values of each rank
 TOTAL = 4 * sum(SIZES)
@@ -50,12 +49,6 @@ class Rank:
     def fragments(self) -> Iterator[Fragment]:
         begin = sum(SIZES[: self.rank])
         yield Fragment("model/w", (sum(SIZES),), begin, torch.ones(SIZES[self.rank]))
-
-
-@pytest.fixture
-def parts(config_dict: dict[str, Any]) -> Any:
-    with closing(make_engine(60.0)) as engine:
-        yield assemble(make_config(config_dict), engine)
 
 
 @pytest.mark.parametrize("spare", [TOTAL, TOTAL - 1, -1])

@@ -6,36 +6,19 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmtrain.assemble import Assembly, assemble
+from llmtrain.assemble import Assembly
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, point, pointed, step_folder
 from llmtrain.checkpoint.resume import own_step
 from llmtrain.checkpoint.store import CheckpointStore, clear_way, find_checkpoint, newest_good
-from llmtrain.config import CheckpointSection, make_config
-from llmtrain.engine import make_engine
+from llmtrain.config import CheckpointSection
 from llmtrain.errors import CorruptError, UserError
-
-
-@pytest.fixture
-def parts(config_dict: dict[str, Any]) -> Any:
-    with closing(make_engine(60.0)) as engine:
-        yield assemble(make_config(config_dict), engine)
-
-
-def store_of(parts: Assembly, folder: Path, **settings: Any) -> CheckpointStore:
-    section = CheckpointSection(**settings)
-    return CheckpointStore(folder, section, parts.config.to_yaml(), parts.data.manifest, parts.data.path)
-
-
-def save(store: CheckpointStore, parts: Assembly, step: int, *links: str) -> None:
-    store.save(parts.engine, {"step": step}, links)
-    assert store.settle(parts.engine) is None
+from tests.checkpoint.conftest import save, store_of
 
 
 def test_kept_are_the_last_the_best_the_final_and_every_nth(parts: Assembly, tmp_path: Path) -> None:
