@@ -22,10 +22,17 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.mirror import make_mirror
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.remote import bring, local_checkpoint
-from llmtrain.checkpoint.resume import changes, choose_checkpoint, initial_weights, own_step, progress_of, saved_config
+from llmtrain.checkpoint.restore import Choose, Restorer
+from llmtrain.checkpoint.resume import accept_weights, changes, choose_checkpoint, own_step, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
-from llmtrain.checkpoint.store import CheckpointStore, check_writable, clear_way, newest_good
-from llmtrain.checkpoint.verifying import Choose, choose_together
+from llmtrain.checkpoint.store import (
+    CheckpointStore,
+    OpenVerified,
+    check_writable,
+    clear_way,
+    find_checkpoint,
+    newest_good,
+)
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.staging import appears
@@ -64,10 +71,10 @@ class Run:
         for warning in parts.warnings:
             self._early_warning(warning)
         resume = bring(self.engine, self.config, resume, lock)
-        self.resumed_from = self._choose(lambda check: choose_checkpoint(self.dir, resume, self._early_warning, check))
         self.progress = Progress()
         self._changes: list[str] = []
-        self._restore(resume)
+        self._restorer = Restorer(self.engine, self.config.health.timeout_s, self.stopping.is_told_here)
+        self.resumed_from = self._start_or_go_on(resume)
         self.guard = Guard(self.config, self.dir, self.engine.rank)
         self.guard.load_state(self.progress.guard)
         self._find_rollbacks()
@@ -81,27 +88,37 @@ class Run:
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
-    def _choose(self, choose: Choose) -> CheckpointReader | None:
-        """Open a checkpoint that rank 0 chooses; every rank checks a share of its hashes."""
-        timeout_s, is_told = self.config.health.timeout_s, self.stopping.is_told_here
-        return together(self.engine, lambda: choose_together(self.engine, choose, timeout_s, is_told))
+    def _load(self, choose: Choose) -> CheckpointReader | None:
+        """Go to where a checkpoint that rank 0 chooses had come; None: it chooses none, and nothing has changed."""
+        reader = together(self.engine, lambda: self._restorer.restore(choose, self._progress_of))
+        if reader:
+            self.engine.publish()
+            self.progress = together(self.engine, lambda: self._progress_of(reader))
+        return reader
 
-    def _restore(self, resume: str) -> None:
-        """Fill the engine from the checkpoint, or from the weights that the run is to start with."""
-        data, start = self.parts.data.manifest, self.config.model.init_from
-        if reader := self.resumed_from:
-            self.progress = together(self.engine, lambda: progress_of(reader, self.config, data))
-            self.engine.load(reader.read)
-            reader.close()
+    def _progress_of(self, reader: CheckpointReader) -> Progress:
+        return progress_of(reader, self.config, self.parts.data.manifest)
+
+    def _start_or_go_on(self, resume: str) -> CheckpointReader | None:
+        """Fill the engine from a checkpoint of the run, or from the weights that it is to start with."""
+        reader = self._load(lambda open_one: choose_checkpoint(self.dir, resume, self._early_warning, open_one))
+        if reader:
             self._changes = changes(saved_config(reader), self.config)
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
-        elif start:
-            folder = str(patiently(self.engine, lambda: local_checkpoint(start)))
-            weights = self._choose(lambda check: initial_weights(folder, self.config, data, check))
-            assert weights is not None
-            self.engine.load(weights.read, optimizer=False)
-            weights.close()
+        elif start := self.config.model.init_from:
+            self._load_weights(patiently(self.engine, lambda: local_checkpoint(start)))
+        return reader
+
+    def _load_weights(self, path: Path) -> None:
+        def accept(reader: CheckpointReader) -> None:
+            accept_weights(reader, self.config, self.parts.data.manifest)
+
+        def choose(open_one: OpenVerified) -> CheckpointReader:
+            return open_one(find_checkpoint(path))
+
+        together(self.engine, lambda: self._restorer.restore(choose, accept, optimizer=False))
+        self.engine.publish()
 
     def _find_rollbacks(self) -> None:
         """A run that went back and ended before it saved goes on as if it had just gone back."""
@@ -304,16 +321,13 @@ class Run:
         self._settle()
         self._report_saves()
         self._now("going back")
-        reader = self._choose(lambda check: newest_good(self.dir, self.observer.warn, check, before=stretch.step))
+        left, launches = self.progress.step, self.progress.launches
+        reader = self._load(lambda open_one: newest_good(self.dir, self.observer.warn, open_one, before=stretch.step))
         if reader is None:
             raise DivergedError(self.guard.diagnosis(f"there is no checkpoint from before step {stretch.step:,}"))
-        left, launches = self.progress.step, self.progress.launches
-        self.progress = together(self.engine, lambda: progress_of(reader, self.config, self.parts.data.manifest))
         self.progress.launches = launches
         self.mirror.rewind(self.progress.step)
         self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
-        self.engine.load(reader.read)
-        reader.close()
         self._plan()
         self.meter.load_state(self.progress.meter)
         told = (

@@ -35,11 +35,12 @@ def read_checkpoint() -> Any:
 
 def read_by_llmtrain(folder: Path) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(folder)
-    sizes = {name: int(np.prod(info.shape, dtype=int)) for name, info in reader.tensors().items()}
-    return {
-        name: reader.read(Fragment(name, info.shape, 0, torch.empty(sizes[name]))).view(info.shape)
+    wanted = [
+        Fragment(name, info.shape, 0, torch.empty(int(np.prod(info.shape, dtype=int))))
         for name, info in reader.tensors().items()
-    }
+    ]
+    assert not reader.load(wanted, [file.path for file in reader.tensor_files()])
+    return {fragment.name: fragment.values.view(fragment.shape) for fragment in wanted}
 
 
 def test_the_reader_reads_every_tensor_of_a_trained_run(read_checkpoint: Any, trained_run: Path) -> None:

@@ -22,15 +22,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmtrain.checkpoint.tensor_files import write_files
+from llmtrain.checkpoint.tensor_reader import Wish, read_file
 from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Fragment
@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 STATE = "state.json"
 CONFIG = "config.yaml"
+_TENSORS = ".safetensors"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -129,7 +130,7 @@ def is_committed(folder: Path) -> bool:
 
 
 class CheckpointReader:
-    """A committed checkpoint: opened by its manifest alone, verified on request, read slice by slice.
+    """A committed checkpoint: opened by its manifest alone, verified on request or while any slices of it are loaded.
 
     Raises:
         CorruptError: the manifest or a record is damaged, or names a file outside the folder.
@@ -145,11 +146,24 @@ class CheckpointReader:
         for file in self.manifest.files:
             check_inside(folder, file.path, folder / MANIFEST)
         self._tensors: dict[str, TensorInfo] | None = None
-        self._open: dict[str, Any] = {}
 
     def verify(self, report: Report = lambda _bytes: None) -> list[str]:
         """Check the size and hash of every file, in parallel; return one line for each that is wrong."""
         return verify_files(self.folder, list(self.manifest.files), report)
+
+    def check_records(self) -> None:
+        """Check the hashes of all files but those of tensors: of what says what is to be loaded, and where it goes.
+
+        Raises:
+            CorruptError: one differs.
+        """
+        records = [file for file in self.manifest.files if not file.path.endswith(_TENSORS)]
+        if problems := verify_files(self.folder, records):
+            raise CorruptError("; ".join(problems[:3]))
+
+    def tensor_files(self) -> list[FileInfo]:
+        """The files that hold tensors."""
+        return [file for file in self.manifest.files if file.path.endswith(_TENSORS)]
 
     def state(self) -> dict[str, Any]:
         """The parsed `state.json`."""
@@ -174,59 +188,55 @@ class CheckpointReader:
             self._tensors = joined
         return self._tensors
 
-    def read(self, wanted: Fragment) -> torch.Tensor:
-        """Return the saved values of the slice that `wanted` names, from however many files.
+    def load(
+        self, wanted: Iterable[Fragment], check: Collection[str], report: Report = lambda _bytes: None
+    ) -> list[str]:
+        """Fill the fragments' values with what was saved of them, and check the size and hash of the files named.
+
+        Each file is read once, for both.
+
+        Args:
+            wanted: any slices of the saved tensors, on any device.
+            check: paths of tensor files, as in the manifest.
+            report: called with the number of bytes that were read, before they are used.
 
         Returns:
-            1-D, on the host; perhaps a view of the mapped file, so to be copied while that is there, not kept.
+            one line for each file that is wrong; if there is one, what was filled is worth nothing.
+
+        Raises:
+            UserError: a tensor was not saved, or in another shape.
+            CorruptError: a record is damaged or contradicts itself.
         """
+        wishes: dict[str, list[Wish]] = {name: [] for name in check}
+        for fragment in wanted:
+            for name, wish in self._wishes(fragment):
+                wishes.setdefault(name, []).append(wish)
+        infos = {info.path: info for info in self.manifest.files}
+        if strange := wishes.keys() - infos.keys():
+            raise CorruptError(f"{self.folder}: a record names '{min(strange)}', which is not in the manifest")
+
+        def read(path: Path, report: Report) -> str | None:
+            name = path.relative_to(self.folder).as_posix()
+            sha256 = read_file(path, wishes[name], whole=name in check, report=report)
+            return sha256 if name in check else None
+
+        return verify_files(self.folder, [infos[name] for name in wishes], report, read)
+
+    def _wishes(self, wanted: Fragment) -> Iterator[tuple[str, Wish]]:
+        """Which parts of which files make up a slice."""
         info = self.tensors().get(wanted.name)
         if info is None:
             raise UserError(f"{self.folder}: holds no '{wanted.name}'; it was saved with another model or optimizer")
         if info.shape != wanted.shape:
             raise UserError(f"{self.folder}: '{wanted.name}' has shape {info.shape}, the run wants {wanted.shape}")
         begin, end = wanted.start, wanted.start + wanted.values.numel()
-        parts: list[tuple[int, int, torch.Tensor]] = []
         for file, start, numel in info.fragments:
             low, high = max(begin, start), min(end, start + numel)
             if low < high:
-                saved = self._saved(file, f"{wanted.name}@{start}", numel)
-                parts.append((low, high, saved[low - start : high - start].to(wanted.values.dtype)))
-        if len(parts) == 1:
-            return parts[0][2]  # the mapped file itself: copied once, to where it belongs
-        values = torch.empty(end - begin, dtype=wanted.values.dtype)
-        for low, high, part in parts:
-            values[low - begin : high - begin] = part
-        return values
-
-    def close(self) -> None:
-        """Let go of the mapped files, whose room a deletion would not free; what is read later maps them anew."""
-        self._open.clear()
-
-    def _saved(self, file: str, key: str, numel: int) -> Any:
-        """One fragment, to be sliced before it is read."""
-        from safetensors import SafetensorError
-
-        try:
-            saved = self._mapped(file).get_slice(key)
-        except SafetensorError as error:
-            raise CorruptError(f"{self.folder / file}: is not what its record says: {error}") from error
-        if saved.get_shape() != [numel]:
-            shape = saved.get_shape()
-            raise CorruptError(f"{self.folder / file}: '{key}' has shape {shape}, its record says [{numel}]")
-        return saved
-
-    def _mapped(self, file: str) -> Any:
-        """The memory-mapped safetensors file, opened once."""
-        if file not in self._open:
-            from safetensors import SafetensorError, safe_open
-
-            check_inside(self.folder, file, self.folder / MANIFEST)
-            try:
-                self._open[file] = safe_open(self.folder / file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CorruptError(f"{self.folder / file}: cannot be read: {error}") from error
-        return self._open[file]
+                yield (
+                    file,
+                    Wish(f"{wanted.name}@{start}", numel, low - start, wanted.values[low - begin : high - begin]),
+                )
 
 
 def _read_text(path: Path) -> str:

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.remote import local_checkpoint
 from llmtrain.checkpoint.resume import saved_config
-from llmtrain.checkpoint.store import find_checkpoint, open_verified
+from llmtrain.checkpoint.store import find_checkpoint
 from llmtrain.config import RunConfig
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,22 +43,29 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
         UserError: there is no checkpoint.
         CorruptError: it is damaged; other checkpoints of the run are named.
     """
-    reader = _open(path)
+    path = local_checkpoint(path)
+    folder = find_checkpoint(path)
+    with _naming_others(path, folder):
+        reader = CheckpointReader(folder)
+        reader.check_records()
     config = _usable_here(saved_config(reader), compiled)
     engine = make_engine(config.health.timeout_s)
     try:
         engine.build(lambda: Transformer(config.model, config.data.seq_len), config.training, optimizer=None)
-        engine.load(reader.read, optimizer=False)
-        yield TrainedModel(engine, load_tokenizer(reader.folder / TOKENIZER_FOLDER), config, reader)
+        with _naming_others(path, folder):
+            files = [file.path for file in reader.tensor_files()]
+            if problems := reader.load(engine.to_fill(optimizer=False), files):
+                raise CorruptError("; ".join(problems[:3]))
+        engine.publish()
+        yield TrainedModel(engine, load_tokenizer(folder / TOKENIZER_FOLDER), config, reader)
     finally:
         engine.close()
 
 
-def _open(path: Path | str) -> CheckpointReader:
-    path = local_checkpoint(path)
-    folder = find_checkpoint(path)
+@contextmanager
+def _naming_others(path: Path, folder: Path) -> Iterator[None]:
     try:
-        return open_verified(folder)
+        yield
     except CorruptError as error:
         others = [str(other) for step in committed_steps(path) if (other := step_folder(path, step)) != folder]
         advice = f"; the run has others to name instead: {', '.join(others)}" if others else ""

@@ -125,20 +125,17 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def initial_weights(
-    path: str, config: RunConfig, data: Manifest, open_one: OpenVerified = open_verified
-) -> CheckpointReader:
-    """Open another run or checkpoint whose weights (only) start this run: `model.init_from`.
+def accept_weights(reader: CheckpointReader, config: RunConfig, data: Manifest) -> None:
+    """Check that a checkpoint's weights can start this run: `model.init_from`.
 
     Raises:
         UserError: its tokenizer or model is another one.
     """
-    reader = open_one(find_checkpoint(Path(path)))
     check_tokenizer(reader, data)
     saved, now = saved_config(reader).model, config.model
     for key in _FIXED["model"]:
         if getattr(saved, key) != getattr(now, key):
             raise UserError(
-                f"model.init_from {path}: its {key} is {getattr(saved, key)}, this run's is {getattr(now, key)}"
+                f"model.init_from {reader.folder}: its {key} is {getattr(saved, key)}, this run's is "
+                f"{getattr(now, key)}"
             )
-    return reader

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, ReadFragment
+from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer, step_unless
 
@@ -85,15 +85,18 @@ class AccelerateEngine(Processes):
                 if isinstance(value, Tensor):
                     yield f"optimizer/{name}/{slot}", value
 
-    def load(self, read: ReadFragment, *, optimizer: bool = True) -> None:
+    def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
         """See `Engine`. An optimizer has no state before its first step, so a step without effect makes it."""
         if optimizer:
             self._make_optimizer_state()
-        with torch.no_grad():
-            for name, tensor in self._state_tensors():
-                if optimizer or name.startswith("model/"):
-                    saved = read(Fragment(name, tuple(tensor.shape), 0, tensor.flatten()))
-                    tensor.copy_(saved.view(tensor.shape))
+        return [
+            Fragment(name, tuple(tensor.shape), 0, tensor.detach().view(-1))
+            for name, tensor in self._state_tensors()
+            if optimizer or name.startswith("model/")
+        ]
+
+    def publish(self) -> None:
+        """See `Engine`. The model computes with the very tensors that were written."""
 
     def _make_optimizer_state(self) -> None:
         for group in self._optimizer.param_groups:

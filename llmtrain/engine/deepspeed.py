@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, ReadFragment
+from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome
 from llmtrain.engine.zero_config import zero_config
 from llmtrain.engine.zero_gate import ZeroGate
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
@@ -142,13 +142,14 @@ class DeepSpeedEngine(Processes):
             if fragment.shape or owned.start == 0:
                 yield fragment
 
-    def load(self, read: ReadFragment, *, optimizer: bool = True) -> None:
+    def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
         """See `Engine`."""
         if optimizer:
             self._layout.make_state()
-        for _, fragment in self._state():
-            if optimizer or fragment.name.startswith("model/"):
-                fragment.values.copy_(read(fragment))
+        return [fragment for _, fragment in self._state() if optimizer or fragment.name.startswith("model/")]
+
+    def publish(self) -> None:
+        """See `Engine`."""
         self._layout.publish()
 
     def close(self) -> None:

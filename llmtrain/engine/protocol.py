@@ -50,7 +50,6 @@ class Outcome:
 
 NO_LIMITS = Limits()
 Value = TypeVar("Value")
-ReadFragment = Callable[[Fragment], Tensor]  # the saved values of a fragment: its name and place say which
 
 
 class Engine(Protocol):
@@ -129,8 +128,11 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the training state; together the ranks' parts cover it exactly once."""
 
-    def load(self, read: ReadFragment, *, optimizer: bool = True) -> None:
-        """Fill the training state (or the weights only) from a reader that knows any slice of it."""
+    def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
+        """All of the training state (or of the weights only) that this rank needs, to be written; then `publish`."""
+
+    def publish(self) -> None:
+        """Let what was written into the training state take effect, on all ranks."""
 
     def close(self) -> None:
         """End the engine and, where there is one, the process group."""

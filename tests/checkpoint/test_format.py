@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint import tensor_reader
 from llmtrain.checkpoint.store import open_verified
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
@@ -41,17 +43,19 @@ def cut(values: torch.Tensor, borders: list[int]) -> list[Fragment]:
 
 
 @given(
-    size=st.integers(1, 60), saved=st.lists(st.integers(0, 60), max_size=4), asked=st.tuples(*[st.integers(0, 60)] * 2)
-)
+    size=st.integers(1, 60), saved=st.lists(st.integers(0, 60), max_size=4),
+    asked=st.tuples(*[st.integers(0, 60)] * 2), is_checked=st.booleans(),
+)  # fmt: skip
 def test_any_slice_is_read_back_however_it_was_cut(
-    tmp_path_factory: pytest.TempPathFactory, size: int, saved: list[int], asked: tuple[int, int]
+    tmp_path_factory: pytest.TempPathFactory, size: int, saved: list[int], asked: tuple[int, int], is_checked: bool
 ) -> None:
     values = torch.arange(size, dtype=torch.float32)
     ranks = [[fragment] for fragment in cut(values, [min(b, size) for b in saved])]
     reader = fmt.CheckpointReader(write(tmp_path_factory.mktemp("c") / "step-00000001", ranks))
     low, high = sorted(min(a, size) for a in asked)
     wanted = Fragment("model/w", (size,), low, torch.empty(high - low))
-    assert torch.equal(reader.read(wanted), values[low:high])
+    assert not reader.load([wanted], [file.path for file in reader.tensor_files()] if is_checked else ())
+    assert torch.equal(wanted.values, values[low:high])
 
 
 def tensors() -> list[Fragment]:
@@ -112,9 +116,9 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> 
 def test_what_does_not_fit_is_refused_with_a_reason(tmp_path: Path) -> None:
     reader = fmt.CheckpointReader(write(tmp_path / "a", [tensors()]))
     with pytest.raises(UserError, match="holds no 'model/none'"):
-        reader.read(Fragment("model/none", (1,), 0, torch.empty(1)))
+        reader.load([Fragment("model/none", (1,), 0, torch.empty(1))], ())
     with pytest.raises(UserError, match=r"has shape \(3, 5\), the run wants \(5, 3\)"):
-        reader.read(Fragment("model/a", (5, 3), 0, torch.empty(15)))
+        reader.load([Fragment("model/a", (5, 3), 0, torch.empty(15))], ())
 
 
 @pytest.mark.parametrize(("slices", "reason"), [
@@ -128,7 +132,7 @@ def test_fragments_that_are_not_the_whole_tensor_are_refused(
     ranks = [[Fragment("model/w", (10,), start, torch.zeros(numel))] for start, numel in slices]
     reader = fmt.CheckpointReader(write(tmp_path / "c", ranks))
     with pytest.raises(CorruptError, match=reason):
-        reader.read(Fragment("model/w", (10,), 0, torch.empty(10)))
+        reader.load([Fragment("model/w", (10,), 0, torch.empty(10))], ())
 
 
 def test_a_file_with_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
@@ -150,17 +154,71 @@ def test_a_file_with_a_pickle_in_it_is_not_executed(tmp_path: Path) -> None:
     before = fmt.CheckpointReader(folder).manifest
     fmt.commit(folder, before.model_copy(update={"files": files}))
     reader = open_verified(folder)
-    with pytest.raises(CorruptError, match="cannot be read"):
-        reader.read(tensors()[0])
+    [problem] = reader.load(tensors(), ())
+    assert "rank00000.safetensors: cannot be read" in problem
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped on Linux only")
-def test_a_closed_reader_maps_nothing_and_may_be_read_again(tmp_path: Path) -> None:
-    reader = fmt.CheckpointReader(write(tmp_path / "step-00000001", [tensors()]))
-    copies = [reader.read(fragment).clone() for fragment in tensors()]
-    assert str(tmp_path) in Path("/proc/self/maps").read_text()
-    reader.close()
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-    assert all(torch.equal(copy, fragment.values) for copy, fragment in zip(copies, tensors(), strict=True))
-    assert torch.equal(reader.read(tensors()[0]), copies[0])
+def test_values_of_another_type_are_converted(tmp_path: Path) -> None:
+    reader = fmt.CheckpointReader(write(tmp_path / "c", [tensors()]))
+    wanted = [Fragment(f.name, f.shape, f.start, torch.empty(f.values.shape, dtype=torch.float64)) for f in tensors()]
+    assert not reader.load(wanted, ())
+    assert all(torch.equal(a.values, b.values.double()) for a, b in zip(wanted, tensors(), strict=True))
+
+
+def test_pieces_of_any_size_end_in_the_right_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors begin and end anywhere in a piece; between two that are wanted, others lie that are not."""
+    generator = torch.Generator().manual_seed(0)
+    saved = [
+        Fragment(f"model/{i}", (n,), 0, torch.randn(n, generator=generator)) for i, n in enumerate((5, 300, 1, 70))
+    ]
+    reader = fmt.CheckpointReader(write(tmp_path / "c", [saved]))
+    for piece in (1, 7, 64, 1000):
+        monkeypatch.setattr(tensor_reader, "_PIECE_BYTES", piece)
+        for names in itertools.product((False, True), repeat=4):
+            for check in ([], ["rank00000.safetensors"]):
+                chosen = [f for f, is_wanted in zip(saved, names, strict=True) if is_wanted]
+                wanted = [Fragment(f.name, f.shape, 0, torch.zeros(f.values.shape)) for f in chosen]
+                assert not reader.load(wanted, check)
+                assert all(torch.equal(a.values, b.values) for a, b in zip(wanted, chosen, strict=True))
+
+
+def test_what_is_loaded_is_hashed_on_the_way(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", [tensors(), cut(torch.ones(9), [])])
+    with (folder / "rank00001.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x00")
+    reader = fmt.CheckpointReader(folder)
+    [problem] = reader.load([], [file.path for file in reader.tensor_files()])
+    assert "rank00001.safetensors: content differs" in problem
+    assert not reader.load(tensors(), ["rank00000.safetensors"])
+
+
+@pytest.mark.parametrize("change", [
+    {"data_offsets": [0, 1 << 60]}, {"data_offsets": [-8, 52]}, {"data_offsets": [60, 0]}, {"shape": [16]},
+    {"dtype": "F64"}, {"dtype": "OBJECT"}, {"shape": [3, 5]}, {"more": 1},
+])  # fmt: skip
+def test_a_header_that_lies_reads_nothing_from_elsewhere(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write(tmp_path / "c", [tensors()])
+    path = folder / "rank00000.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model/a@0"] |= change
+    lying = json.dumps(header).encode()
+    reader = fmt.CheckpointReader(folder)
+    path.write_bytes(len(lying).to_bytes(8, "little") + lying + content[8 + length :])
+    wishes = [tensor_reader.Wish("model/a@0", 15, 0, torch.empty(15))]
+    with pytest.raises(CorruptError, match=r"header is wrong|its record says"):
+        tensor_reader.read_file(path, wishes, whole=False, report=lambda _bytes: None)
+    [problem] = reader.load(tensors(), ())
+    assert "rank00000.safetensors" in problem
+
+
+@pytest.mark.parametrize("start", [b"", b"\xff" * 8, (10**6).to_bytes(8, "little"), b"\x02" + b"\x00" * 7 + b"[]"])
+def test_a_file_that_is_no_tensor_file_is_refused(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(start)
+    with pytest.raises(CorruptError, match="cannot be read: its"):
+        wish = tensor_reader.Wish("a@0", 1, 0, torch.empty(1))
+        tensor_reader.read_file(path, [wish], whole=True, report=lambda _bytes: None)

@@ -16,7 +16,6 @@ import pytest
 
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, step_folder
-from llmtrain.checkpoint.verifying import share
 from llmtrain.data.shards import FileInfo
 from tests.conftest import prose, small_config, write_data
 from tests.distributed.launching import metrics, start_ranks
@@ -53,15 +52,15 @@ def test_ranks_check_their_shares_walk_back_obey_a_signal_and_wait_for_a_slow_fi
 
     run_dir = Path(shutil.copytree(trained_run, tmp_path / "run", symlinks=True))
     newest, older = (step_folder(run_dir, step) for step in (30, 20))
-    _, of_rank_1 = share(list(fmt.CheckpointReader(newest).manifest.files), 2)
-    damaged = newest / of_rank_1[0].path
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    damaged = newest / "more.safetensors"  # rank 0 has enough with the other
+    damaged.touch()
+    add_file(newest, damaged.name, "0" * 64)
     pieces = [b"slow"] * 28
-    os.mkfifo(older / "pipe")
-    add_file(older, "pipe", hashlib.sha256(b"".join(pieces)).hexdigest())
+    os.mkfifo(older / "pipe.safetensors")
+    add_file(older, "pipe.safetensors", hashlib.sha256(b"".join(pieces)).hexdigest())
 
     def feed() -> None:
-        with (older / "pipe").open("wb", buffering=0) as pipe:
+        with (older / "pipe.safetensors").open("wb", buffering=0) as pipe:
             for piece in pieces:
                 pipe.write(piece)
                 time.sleep(0.5)
@@ -73,16 +72,16 @@ def test_ranks_check_their_shares_walk_back_obey_a_signal_and_wait_for_a_slow_fi
 
     def is_read() -> bool:
         try:
-            opened.append(os.open(older / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+            opened.append(os.open(older / "pipe.safetensors", os.O_WRONLY | os.O_NONBLOCK))
         except OSError:  # nobody reads yet
             return False
         return True
 
     wait_until(is_read, ranks)
-    ranks[1].send_signal(signal.SIGTERM)  # while the checkpoint is checked
+    ranks[1].send_signal(signal.SIGTERM)  # while the checkpoint is read
     (code, said), (other_code, other) = ended(ranks)
     assert (code, other_code) == (75, 75), said + other
-    assert (said + other).count("stopped by a signal while the checkpoint was checked: nothing to save") == 1
+    assert (said + other).count("stopped by a signal while the checkpoint was read: nothing to save") == 1
     os.close(opened[0])
 
     threading.Thread(target=feed, daemon=True).start()

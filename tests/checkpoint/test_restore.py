@@ -7,13 +7,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrain.assemble import assemble
+from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.checkpoint.restore import Restorer, share
 from llmtrain.checkpoint.resume import choose_checkpoint
-from llmtrain.checkpoint.verifying import choose_together, share
+from llmtrain.config import load_config
 from llmtrain.data.shards import FileInfo
-from llmtrain.engine import make_engine
+from llmtrain.engine import Fragment, make_engine
 from llmtrain.errors import CorruptError
 
 
@@ -32,15 +36,21 @@ def test_one_process_checks_everything_too(trained_run: Path, tmp_path: Path) ->
     with (folder / "step-00000030" / "rank00000.safetensors").open("r+b") as file:
         file.truncate(10)
     said: list[str] = []
+    seen: list[CheckpointReader] = []
     with closing(make_engine(60.0)) as engine:
-        reader = choose_together(
-            engine, lambda check: choose_checkpoint(folder, "auto", said.append, check), 60.0, lambda: False
-        )
+        assemble(load_config(folder / "config.yaml"), engine)
+        restorer = Restorer(engine, 60.0, lambda: False)
+        reader = restorer.restore(lambda one: choose_checkpoint(folder, "auto", said.append, one), seen.append)
         assert reader is not None and reader.manifest.step == 20
         assert len(said) == 1 and "step-00000030/rank00000.safetensors" in said[0]
+        assert [one.manifest.step for one in seen] == [30, 20]
+        wanted = [Fragment(f.name, f.shape, 0, torch.empty_like(f.values)) for f in engine.to_fill(optimizer=False)]
+        assert not reader.load(wanted, ())
+        assert all(
+            torch.equal(a.values, b.values) for a, b in zip(wanted, engine.to_fill(optimizer=False), strict=True)
+        )
         (folder / "step-00000010" / "state.json").unlink()
         with pytest.raises(CorruptError, match=r"step-00000010/state\.json"):
-            choose_together(
-                engine, lambda check: choose_checkpoint(tmp_path / "new", str(folder / "step-00000010"), print, check),
-                60.0, lambda: False,
-            )  # fmt: skip
+            restorer.restore(
+                lambda one: choose_checkpoint(tmp_path / "new", str(folder / "step-00000010"), print, one), print
+            )

@@ -1,0 +1,163 @@
+"""Tensor files back into the training state: each byte is read once, hashed on its way to where it belongs.
+
+A file that this rank checks is read from start to end; of another, only what is wanted. What is wanted is copied out of
+a small buffer that is still in the processor's cache, so a load costs no memory and hardly more time than the reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from llmtrain.data.shards import Report
+from llmtrain.errors import CorruptError
+
+_PIECE_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The values of one saved fragment from `first` on, as many as `into` (1-D, on any device) has room for."""
+
+    key: str  # in the file
+    numel: int  # of the fragment
+    first: int
+    into: Tensor
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dtype: Literal["F32", "BF16", "F16", "F64", "I64"]
+    shape: tuple[int]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Bytes `begin` to `end` of the file belong here."""
+
+    begin: int
+    end: int
+    into: Tensor  # uint8, 1-D
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
+
+
+def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, report: Report) -> str:
+    """Fulfil the wishes from one safetensors file.
+
+    Args:
+        path: of the file.
+        wishes: in any order.
+        whole: read everything, also what nobody wishes for.
+        report: called before what was read is used; what it raises ends the reading.
+
+    Returns:
+        SHA-256 of the file, if it was read whole; else of what was read.
+
+    Raises:
+        CorruptError: the file is not what the wishes expect. Some of them may be fulfilled already.
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+    memory = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        converted: list[tuple[Tensor, Tensor]] = []
+        copies = _copies(path, file.fileno(), size, list(wishes), converted)
+        first = 0
+        for begin, end in [(0, None)] if whole else _spans(copies):
+            if begin:
+                file.seek(begin)
+            at = begin
+            while at != end and (count := file.readinto(memory[: end and end - at])):
+                report(count)
+                digest.update(memory[:count])
+                while first < len(copies) and copies[first].end <= at:
+                    first += 1
+                _copy_out(copies, first, buffer, at, at + count)
+                at += count
+            if end is not None and at < end:
+                raise CorruptError(f"{path}: ends at byte {at:,}, where it had {size:,} before")
+        for values, into in converted:
+            into.copy_(values)
+    return digest.hexdigest()
+
+
+def _copy_out(copies: Sequence[_Copy], first: int, buffer: Tensor, begin: int, end: int) -> None:
+    """Give bytes `begin` to `end` of the file, which are in the buffer, to all whom they concern."""
+    for index in range(first, len(copies)):
+        copy = copies[index]
+        if copy.begin >= end:
+            break
+        low, high = max(copy.begin, begin), min(copy.end, end)
+        if low < high:
+            copy.into[low - copy.begin : high - copy.begin].copy_(buffer[low - begin : high - begin])
+
+
+def _copies(
+    path: Path, descriptor: int, size: int, wishes: Sequence[Wish], converted: list[tuple[Tensor, Tensor]]
+) -> list[_Copy]:
+    """Where in the file the wishes lie, in its order; values of another type are read beside and `converted` later."""
+    if not wishes:
+        return []
+    data, header = _header(path, descriptor, size)
+    copies = []
+    for wish in wishes:
+        entry = header.get(wish.key)
+        if entry is None:
+            raise CorruptError(f"{path}: is not what its record says: it has no '{wish.key}'")
+        dtype = _DTYPES[entry.dtype]
+        begin, end = (data + offset for offset in entry.data_offsets)
+        if (
+            entry.shape != (wish.numel,)
+            or end - begin != wish.numel * dtype.itemsize
+            or not data <= begin <= end <= size
+        ):
+            raise CorruptError(
+                f"{path}: '{wish.key}' has shape {list(entry.shape)} at bytes {entry.data_offsets} of {entry.dtype}, "
+                f"its record says [{wish.numel}]"
+            )
+        into = wish.into
+        if into.dtype != dtype:
+            into = torch.empty(wish.into.shape, dtype=dtype)
+            converted.append((into, wish.into))
+        begin += wish.first * dtype.itemsize
+        copies.append(_Copy(begin, begin + into.nbytes, into.view(torch.uint8)))
+    return sorted(copies, key=lambda copy: copy.begin)
+
+
+def _header(path: Path, descriptor: int, size: int) -> tuple[int, Mapping[str, _Entry]]:
+    """Where the tensors' bytes begin, and what is where behind that."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
+        raise CorruptError(f"{path}: cannot be read: its first 8 bytes say that its header has {length:,} bytes")
+    try:
+        return 8 + length, _HEADER.validate_json(os.pread(descriptor, length, 8))
+    except ValidationError as error:
+        raise CorruptError(f"{path}: cannot be read: its header is wrong: {error.errors()[0]['msg']}") from error
+
+
+def _spans(copies: Sequence[_Copy]) -> list[tuple[int, int | None]]:
+    """What to read where not everything is: the copies' bytes, joined where a gap is not worth a seek."""
+    spans: list[tuple[int, int]] = []
+    for copy in copies:
+        if spans and copy.begin - spans[-1][1] < _PIECE_BYTES:
+            spans[-1] = (spans[-1][0], max(copy.end, spans[-1][1]))
+        else:
+            spans.append((copy.begin, copy.end))
+    return [(begin, end) for begin, end in spans]
