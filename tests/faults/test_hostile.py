@@ -156,7 +156,7 @@ def _cut(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("lie", "reason"), [
-    (_elsewhere, "outside the folder"), (_twice_the_half, "gap or an overlap"), (_longer, "values"),
+    (_elsewhere, "not in the manifest"), (_twice_the_half, "gap or an overlap"), (_longer, "values"),
     (_elsewhere_in_it, "gap or an overlap"), (_cut, "its record says [1]"),
 ])  # fmt: skip
 def test_a_record_that_lies_about_its_tensors(
