@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
@@ -46,7 +45,7 @@ class Snapshot:
         if self._memory is None or self._memory.nbytes != size:
             if self._memory is not None and is_locked:
                 _require(_cuda().cudaHostUnregister(self._memory.data_ptr()))
-            self._memory = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
+            self._memory = torch.empty(size, dtype=torch.uint8)
             if is_locked:  # `pin_memory` would take the next power of two
                 _require(_cuda().cudaHostRegister(self._memory.data_ptr(), size, 0))
         return self._memory
