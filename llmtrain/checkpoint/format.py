@@ -189,7 +189,12 @@ class CheckpointReader:
         return self._tensors
 
     def load(
-        self, wanted: Iterable[Fragment], check: Collection[str], report: Report = lambda _bytes: None
+        self,
+        wanted: Iterable[Fragment],
+        check: Collection[str],
+        *,
+        is_shared: bool = False,
+        report: Report = lambda _bytes: None,
     ) -> list[str]:
         """Fill the fragments' values with what was saved of them, and check the size and hash of the files named.
 
@@ -198,6 +203,7 @@ class CheckpointReader:
         Args:
             wanted: any slices of the saved tensors, on any device.
             check: paths of tensor files, as in the manifest.
+            is_shared: other ranks read the same files.
             report: called with the number of bytes that were read, before they are used.
 
         Returns:
@@ -217,7 +223,7 @@ class CheckpointReader:
 
         def read(path: Path, report: Report) -> str | None:
             name = path.relative_to(self.folder).as_posix()
-            sha256 = read_file(path, wishes[name], whole=name in check, report=report)
+            sha256 = read_file(path, wishes[name], whole=name in check, is_shared=is_shared, report=report)
             return sha256 if name in check else None
 
         return verify_files(self.folder, [infos[name] for name in wishes], report, read)

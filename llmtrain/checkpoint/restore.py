@@ -9,6 +9,7 @@ system that gives nothing for `health.timeout_s`.
 from __future__ import annotations
 
 import heapq
+import math
 import platform
 import re
 import threading
@@ -127,10 +128,14 @@ class Restorer:
             if reader.digest != digest:
                 line = f"{folder}: is another checkpoint here than on rank 0; all hosts must see the same run.dir"
                 return [f"{line}{place}"]
-            lines = reader.load(wanted, self._share(reader), report)
+            lines = reader.load(wanted, self._share(reader), is_shared=self._is_alike(wanted), report=report)
         except LlmtrainError as error:
             return [f"{error}{place}"]
         return [f"{line}{place}" for line in lines]
+
+    def _is_alike(self, wanted: list[Fragment]) -> bool:
+        """Whether all ranks want the same: whole tensors."""
+        return self._engine.world_size > 1 and all(f.values.numel() == math.prod(f.shape) for f in wanted)
 
     def _share(self, reader: CheckpointReader) -> set[str]:
         """The files that this rank checks: where it can, those that it has to read anyway."""

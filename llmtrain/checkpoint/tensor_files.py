@@ -1,32 +1,25 @@
-"""Tensor fragments into safetensors files, several at a time, each hashed on its way to the disk.
-
-Written past the page cache where the file system allows it (O_DIRECT): half the processor time, twice the speed, and
-the memory-mapped training data stays in memory. Measured in docs/LOG.md.
-"""
+"""Tensor fragments into safetensors files, several at a time, each hashed on its way to the disk."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmtrain.checkpoint.direct_io import DirectFile, aligned_piece
 from llmtrain.data.shards import FileInfo
 from llmtrain.engine import Fragment
 
 FILE_BYTES = 512 << 20  # a file is closed once it has this many bytes of tensors
 _THREADS = 4  # of each rank; one hashes 1 to 2 GB/s
-_PIECE_BYTES = 8 << 20
-_DIRECT = getattr(os, "O_DIRECT", 0)  # none on macOS
 _DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
@@ -74,72 +67,49 @@ def _write_one(path: Path, fragments: Sequence[Fragment]) -> FileInfo:
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    file = _HashedFile(path)
-    try:
+    with _HashedFile(path) as file:
         file.write(np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8))
         for fragment in fragments:
             file.write(fragment.values.cpu().contiguous().view(torch.uint8).numpy())
         return file.finish()
-    finally:
-        file.close()
 
 
 class _HashedFile:
-    """A new file written from start to end in large aligned pieces, as O_DIRECT wants them."""
+    """A new file written from start to end in large aligned pieces."""
 
     def __init__(self, path: Path):
         self._path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
-        self._is_direct = bool(_DIRECT)
-        try:
-            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._is_direct = False  # a file system in memory, say
-            self._descriptor = os.open(path, flags, 0o666)
-        self._piece = np.frombuffer(mmap.mmap(-1, _PIECE_BYTES), np.uint8)  # begins at a page
+        self._file = DirectFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._piece = aligned_piece()
         self._filled = self._bytes = 0
         self._digest = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.__exit__(*failure)
 
     def write(self, data: npt.NDArray[np.uint8]) -> None:
         done = 0
         while done < len(data):
-            take = min(len(data) - done, _PIECE_BYTES - self._filled)
+            take = min(len(data) - done, len(self._piece) - self._filled)
             self._piece[self._filled : self._filled + take] = data[done : done + take]
             self._filled += take
             done += take
-            if self._filled == _PIECE_BYTES:
+            if self._filled == len(self._piece):
                 self._write_piece()
 
     def finish(self) -> FileInfo:
         """Write what is left and wait until all is on the disk."""
-        self._stop_direct()  # the rest is no whole number of blocks
+        self._file.stop_direct()  # the rest is no whole number of blocks
         self._write_piece()
-        os.fsync(self._descriptor)
+        os.fsync(self._file.descriptor)
         return FileInfo(path=self._path.name, bytes=self._bytes, sha256=self._digest.hexdigest())
 
-    def close(self) -> None:
-        os.close(self._descriptor)
-
     def _write_piece(self) -> None:
-        left = memoryview(self._piece)[: self._filled]  # type: ignore[arg-type]
-        self._digest.update(left)
-        self._bytes += len(left)
+        filled = memoryview(self._piece)[: self._filled]  # type: ignore[arg-type]
+        self._digest.update(filled)
+        self._bytes += len(filled)
         self._filled = 0
-        while len(left):
-            try:
-                left = left[os.write(self._descriptor, left) :]
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._is_direct:
-                    raise
-                self._stop_direct()  # opened so, but not written: some network file systems
-            if len(left):
-                self._stop_direct()  # a short write, after which nothing is aligned: the disk is full, most likely
-
-    def _stop_direct(self) -> None:
-        if self._is_direct:
-            import fcntl
-
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~_DIRECT)
-            self._is_direct = False
+        self._file.write(filled)

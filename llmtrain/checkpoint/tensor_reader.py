@@ -1,7 +1,7 @@
 """Tensor files back into the training state: each byte is read once, hashed on its way to where it belongs.
 
 A file that this rank checks is read from start to end; of another, only what is wanted. What is wanted is copied out of
-a small buffer that is still in the processor's cache, so a load costs no memory and hardly more time than the reading.
+a small buffer, so a load costs no memory and hardly more time than the reading.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from llmtrain.checkpoint.direct_io import DirectFile, aligned_piece
 from llmtrain.data.shards import Report
 from llmtrain.errors import CorruptError
 
-_PIECE_BYTES = 1 << 20
+_GAP_BYTES = 1 << 20  # read over, for it costs less than to begin anew behind it
 _MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 _DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
@@ -56,13 +57,14 @@ class _Copy:
 _HEADER = TypeAdapter(dict[str, _Entry])
 
 
-def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, report: Report) -> str:
+def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, is_shared: bool, report: Report) -> str:
     """Fulfil the wishes from one safetensors file.
 
     Args:
         path: of the file.
         wishes: in any order.
         whole: read everything, also what nobody wishes for.
+        is_shared: others on this machine read it too, so let it pass through the page cache.
         report: called before what was read is used; what it raises ends the reading.
 
     Returns:
@@ -73,18 +75,18 @@ def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, report: Report
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
-    buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
-    memory = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    piece = aligned_piece()
+    buffer, memory = torch.from_numpy(piece), memoryview(piece)  # type: ignore[arg-type]
+    with DirectFile(path, os.O_RDONLY, is_direct=whole and not is_shared) as file:
+        size = os.fstat(file.descriptor).st_size
         converted: list[tuple[Tensor, Tensor]] = []
-        copies = _copies(path, file.fileno(), size, list(wishes), converted)
+        copies = _copies(path, size, list(wishes), converted)
         first = 0
         for begin, end in [(0, None)] if whole else _spans(copies):
             if begin:
-                file.seek(begin)
+                os.lseek(file.descriptor, begin, os.SEEK_SET)
             at = begin
-            while at != end and (count := file.readinto(memory[: end and end - at])):
+            while at != end and (count := file.read_into(memory[: end and end - at])):
                 report(count)
                 digest.update(memory[:count])
                 while first < len(copies) and copies[first].end <= at:
@@ -109,13 +111,11 @@ def _copy_out(copies: Sequence[_Copy], first: int, buffer: Tensor, begin: int, e
             copy.into[low - copy.begin : high - copy.begin].copy_(buffer[low - begin : high - begin])
 
 
-def _copies(
-    path: Path, descriptor: int, size: int, wishes: Sequence[Wish], converted: list[tuple[Tensor, Tensor]]
-) -> list[_Copy]:
+def _copies(path: Path, size: int, wishes: Sequence[Wish], converted: list[tuple[Tensor, Tensor]]) -> list[_Copy]:
     """Where in the file the wishes lie, in its order; values of another type are read beside and `converted` later."""
     if not wishes:
         return []
-    data, header = _header(path, descriptor, size)
+    data, header = _header(path, size)
     copies = []
     for wish in wishes:
         entry = header.get(wish.key)
@@ -141,22 +141,24 @@ def _copies(
     return sorted(copies, key=lambda copy: copy.begin)
 
 
-def _header(path: Path, descriptor: int, size: int) -> tuple[int, Mapping[str, _Entry]]:
+def _header(path: Path, size: int) -> tuple[int, Mapping[str, _Entry]]:
     """Where the tensors' bytes begin, and what is where behind that."""
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise CorruptError(f"{path}: cannot be read: its first 8 bytes say that its header has {length:,} bytes")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise CorruptError(f"{path}: cannot be read: its first 8 bytes say that its header has {length:,} bytes")
+        header = file.read(length)
     try:
-        return 8 + length, _HEADER.validate_json(os.pread(descriptor, length, 8))
+        return 8 + length, _HEADER.validate_json(header)
     except ValidationError as error:
         raise CorruptError(f"{path}: cannot be read: its header is wrong: {error.errors()[0]['msg']}") from error
 
 
 def _spans(copies: Sequence[_Copy]) -> list[tuple[int, int | None]]:
-    """What to read where not everything is: the copies' bytes, joined where a gap is not worth a seek."""
+    """What to read where not everything is: the copies' bytes, joined over small gaps."""
     spans: list[tuple[int, int]] = []
     for copy in copies:
-        if spans and copy.begin - spans[-1][1] < _PIECE_BYTES:
+        if spans and copy.begin - spans[-1][1] < _GAP_BYTES:
             spans[-1] = (spans[-1][0], max(copy.end, spans[-1][1]))
         else:
             spans.append((copy.begin, copy.end))

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from llmtrain.checkpoint import direct_io, tensor_reader
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint import tensor_reader
 from llmtrain.checkpoint.store import open_verified
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
@@ -173,13 +173,13 @@ def test_pieces_of_any_size_end_in_the_right_place(tmp_path: Path, monkeypatch: 
         Fragment(f"model/{i}", (n,), 0, torch.randn(n, generator=generator)) for i, n in enumerate((5, 300, 1, 70))
     ]
     reader = fmt.CheckpointReader(write(tmp_path / "c", [saved]))
-    for piece in (1, 7, 64, 1000):
-        monkeypatch.setattr(tensor_reader, "_PIECE_BYTES", piece)
+    for piece in (100, 1000, 4096, 8192):
+        monkeypatch.setattr(direct_io, "PIECE_BYTES", piece)
         for names in itertools.product((False, True), repeat=4):
-            for check in ([], ["rank00000.safetensors"]):
+            for check, is_shared in itertools.product(([], ["rank00000.safetensors"]), (False, True)):
                 chosen = [f for f, is_wanted in zip(saved, names, strict=True) if is_wanted]
                 wanted = [Fragment(f.name, f.shape, 0, torch.zeros(f.values.shape)) for f in chosen]
-                assert not reader.load(wanted, check)
+                assert not reader.load(wanted, check, is_shared=is_shared)
                 assert all(torch.equal(a.values, b.values) for a, b in zip(wanted, chosen, strict=True))
 
 
@@ -210,7 +210,7 @@ def test_a_header_that_lies_reads_nothing_from_elsewhere(tmp_path: Path, change:
     path.write_bytes(len(lying).to_bytes(8, "little") + lying + content[8 + length :])
     wishes = [tensor_reader.Wish("model/a@0", 15, 0, torch.empty(15))]
     with pytest.raises(CorruptError, match=r"header is wrong|its record says"):
-        tensor_reader.read_file(path, wishes, whole=False, report=lambda _bytes: None)
+        tensor_reader.read_file(path, wishes, whole=False, is_shared=False, report=lambda _bytes: None)
     [problem] = reader.load(tensors(), ())
     assert "rank00000.safetensors" in problem
 
@@ -221,4 +221,4 @@ def test_a_file_that_is_no_tensor_file_is_refused(tmp_path: Path, start: bytes) 
     path.write_bytes(start)
     with pytest.raises(CorruptError, match="cannot be read: its"):
         wish = tensor_reader.Wish("a@0", 1, 0, torch.empty(1))
-        tensor_reader.read_file(path, [wish], whole=True, report=lambda _bytes: None)
+        tensor_reader.read_file(path, [wish], whole=True, is_shared=False, report=lambda _bytes: None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtrain.checkpoint import tensor_files
+from llmtrain.checkpoint import direct_io, tensor_files
 from llmtrain.checkpoint.tensor_files import write_files
 from llmtrain.engine import Fragment
 
@@ -28,7 +28,7 @@ def fragments(sizes: list[int]) -> list[Fragment]:
 def test_what_is_written_in_any_pieces_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int, file_bytes: int
 ) -> None:
-    monkeypatch.setattr(tensor_files, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(direct_io, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(tensor_files, "FILE_BYTES", file_bytes)
     saved = fragments([1, 3000, 0, 1024, 7, 5000, 2])
     written = write_files(tmp_path, "rank00000", iter(saved))
@@ -49,7 +49,7 @@ def test_a_rank_that_holds_nothing_writes_a_file_of_nothing(tmp_path: Path) -> N
 
 def test_a_disk_that_takes_no_more_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's limit on the size of a file: a short write first, then a refusal, as on a full disk."""
-    monkeypatch.setattr(tensor_files, "_PIECE_BYTES", 8192)
+    monkeypatch.setattr(direct_io, "PIECE_BYTES", 8192)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
