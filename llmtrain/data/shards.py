@@ -368,5 +368,5 @@ def verify_files(
             return str(error)
         return None if same else f"{path}: content differs from the hash in the manifest"
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=8) as pool:
         return [line for line in pool.map(problem, files) if line]
