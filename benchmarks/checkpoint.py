@@ -9,8 +9,8 @@ have another cache behind it); then the folder is deleted.
 - `save s`: until the call returns, as shipped. `durable s`: until fsync on every file has returned too. Of the peers
   only DCP flushes by itself; llmtrain always does, and it alone hashes what it writes and checks that when it loads.
 - `load s`: until the state is back in the model and an optimizer that has none yet; llmtrain's parts stand beside it.
-- `stall s`: how long an asynchronous save keeps the loop. A turn makes two; the one before stands apart, for it finds its
-  memory as the others left it, and the very first has to get it. (`save s` of that row is of both.)
+- `stall s`: how long an asynchronous save keeps the loop. A turn makes two; the one before stands apart, for it finds
+  its memory as the others left it, and the very first has to get it. (`save s` of that row is of both.)
 - `CPU save s`, `CPU load s`: processor seconds of this process, which hardly move when others use the machine.
 - `extra`: highest anonymous memory of the process during the turn beyond what it had before, as a share of the state.
 
@@ -290,7 +290,8 @@ def table_row(name: str, turns: list[dict[str, float]]) -> dict[str, Any]:
         return statistics.median(turn[key] for turn in turns[1:]) if key in turns[0] else None
 
     timed_keys = [
-        "save s", "durable s", "stall s", "stall after others s", "load s", "open s", "read s", "CPU save s", "CPU load s",
+        "save s", "durable s", "stall s", "stall after others s", "load s", "open s", "read s", "CPU save s",
+        "CPU load s",
     ]  # fmt: skip
     row: dict[str, Any] = {"contender": name, **{key: median(key) for key in timed_keys}}
     for key in ("extra", "extra, load"):
