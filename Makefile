@@ -39,8 +39,9 @@ demo: $(VENV)/.installed-base
 	@echo
 	@echo "The curves are in checkpoints/demo/training_curve.png and checkpoints/demo/loss_by_epoch.png."
 
+# Two tests at a time: most start processes and wait for them.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
