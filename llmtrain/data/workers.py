@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -102,7 +102,7 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
     processes: list[SpawnProcess] = []
     connections: list[Connection] = []
     try:
-        with _interrupts_ignored():
+        with _interrupts_blocked():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(make_function, theirs), daemon=True)
@@ -123,16 +123,17 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C goes to the whole terminal: children started here never see it, and the parent ends them instead."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C goes to the whole terminal: children started here never see it, and the parent, which does, ends them.
+
+    One that comes while they start is not lost: it waits until they have.
+    """
+    resource_tracker.ensure_running()  # started by the first child it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(make_function: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:
