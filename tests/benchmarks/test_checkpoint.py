@@ -33,10 +33,10 @@ def test_all_contenders_save_and_load_the_same_state(tmp_path: Path) -> None:
     for row in rows:
         assert 0 < row["save s"] <= row["durable s"]
         if row["contender"] == "llmtrain, async":
-            assert 0 < row["stall s"] < row["save s"] and row["load s"] is None
+            assert 0 < row["stall s"] + row["stall after others s"] < row["save s"] and row["load s"] is None
         else:
             assert row["load s"] > 0 and row["stall s"] is None
-    assert 0 < rows[0]["open s"] + rows[0]["verify s"] + rows[0]["read s"] <= rows[0]["load s"]
+    assert 0 < rows[0]["open s"] + rows[0]["read s"] <= rows[0]["load s"]
     assert facts["state GB"] == pytest.approx(12 * 6.45e6 * 1e-9, rel=0.5)
     assert all(len(turns) == 2 for turns in facts["turns, the first not counted"].values())
     assert list(tmp_path.iterdir()) == [out], "what was written is deleted"
