@@ -39,9 +39,9 @@ demo: $(VENV)/.installed-base
 	@echo
 	@echo "The curves are in checkpoints/demo/training_curve.png and checkpoints/demo/loss_by_epoch.png."
 
-# Two tests at a time: most start processes and wait for them.
+# Two files at a time, for most tests start processes and wait for them.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"

@@ -102,15 +102,10 @@ def _one_thread() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that runs the real command pays for importing torch each time.
-
-    Two tests run at a time (pytest-xdist): those of a file one after the other, for they share what they have made, and
-    so do those of Slurm, which has one cluster.
-    """
+    """A test that runs the real command pays for importing torch each time."""
     for item in items:
         if "llmtrain" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else str(item.path)))
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from llmtrain.config import OptimizerSection
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
-from llmtrain.optim.optimizers import make_elementwise, muon_groups, orthogonal_update
+from llmtrain.optim.muon import orthogonal_update
+from llmtrain.optim.optimizers import make_elementwise, muon_groups
 
 
 class FlatMuon(torch.optim.Optimizer):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from llmtrain.config import OptimizerSection
-
-_ADJUST_LR = "match_rms_adamw"
+from llmtrain.optim.muon import Muon
 
 
 class Combined(torch.optim.Optimizer):
@@ -37,50 +36,11 @@ class Combined(torch.optim.Optimizer):
             step_unless(optimizer, getattr(self, "found_inf", None))
 
 
-class Muon(torch.optim.Muon):
-    """torch's, which also honours `found_inf`, as torch's fused optimizers do: 1 leaves everything as it is.
-
-    Without a wait for the device: each matrix is stepped, and put back where the flag says so. That costs room for one
-    matrix and its momentum, and a few passes over them, beside five rounds of matrix products.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Step each matrix, unless `found_inf` is 1."""
-        assert closure is None, "a closure would run once for each matrix"
-        refused: Tensor | None = getattr(self, "found_inf", None)
-        if refused is None:
-            super().step()  # type: ignore[no-untyped-call]
-            return
-        groups = self.param_groups
-        for group in groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._step_matrix(matrix, group, refused != 0)
-        self.param_groups = groups
-
-    def _step_matrix(self, matrix: Tensor, group: dict[str, Any], refused: Tensor) -> None:
-        momentum = self.state[matrix].get("momentum_buffer")
-        before = matrix.clone(), torch.zeros_like(matrix) if momentum is None else momentum.clone()
-        self.param_groups = [{**group, "params": [matrix]}]
-        super().step()  # type: ignore[no-untyped-call]
-        for now, old in zip((matrix, self.state[matrix]["momentum_buffer"]), before, strict=True):
-            now.copy_(torch.where(refused, old, now))
-
-
 def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor | None) -> None:
     """Step an optimizer of `make_optimizer`; where `refused` (float32 scalar, on its device) is 1, nothing changes."""
     # What torch's own gradient scaler sets; fused kernels look at it on the device.
     optimizer.found_inf = refused  # type: ignore[attr-defined]
     optimizer.step()
-
-
-def orthogonal_update(momentum: Tensor, lr: float) -> Tensor:
-    """What Muon adds to a matrix, shape (rows, columns), for what its momentum makes of the gradient."""
-    change = nn.Parameter(torch.zeros_like(momentum))
-    change.grad = momentum
-    torch.optim.Muon([change], lr=lr, momentum=0.0, weight_decay=0.0, adjust_lr_fn=_ADJUST_LR).step()  # type: ignore[no-untyped-call]
-    return change.detach()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -107,12 +67,11 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters of `model`, which already lies on its device.
 
-    `muon` orthogonalises the momentum of the blocks' matrices (Jordan et al. 2024), its update scaled to the size of
-    AdamW's (Liu et al. 2025, section 2.2) so that one learning rate and decay serve both; AdamW takes the rest.
+    `muon` takes the blocks' matrices, AdamW the rest, at one learning rate and decay.
     """
     if config.name == "muon":
         muon, rest = muon_groups(model, config)
-        return Combined([Muon(**muon, adjust_lr_fn=_ADJUST_LR), make_elementwise(config, rest)])
+        return Combined([Muon(**muon), make_elementwise(config, rest)])
     groups = parameter_groups(model)
     decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
     undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
