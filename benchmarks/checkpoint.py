@@ -181,7 +181,8 @@ def llmtrain_contenders(bench: Bench) -> dict[str, tuple[Action, Action | None]]
     def load(folder: Path) -> dict[str, float]:
         began = time.perf_counter()
         reader = CheckpointReader(folder)
-        reader.check_records()
+        if problems := reader.check_records():
+            raise RuntimeError(problems[0])
         wanted = bench.engine.to_fill()
         opened = time.perf_counter()
         if problems := reader.load(wanted, [file.path for file in reader.tensor_files()]):

@@ -27,7 +27,7 @@ def aligned_piece() -> npt.NDArray[np.uint8]:
 
 
 class DirectFile:
-    """A file that is read or written from start to end in aligned pieces, all of a size but the last.
+    """A file that is read or written in pieces: past the page cache from start to end, all aligned but the last.
 
     Args:
         path: of the file.

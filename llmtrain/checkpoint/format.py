@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -151,15 +152,14 @@ class CheckpointReader:
         """Check the size and hash of every file, in parallel; return one line for each that is wrong."""
         return verify_files(self.folder, list(self.manifest.files), report)
 
-    def check_records(self) -> None:
-        """Check the hashes of all files but those of tensors: of what says what is to be loaded, and where it goes.
+    def check_records(self, report: Report = lambda _bytes: None) -> list[str]:
+        """Check all files but those of tensors: what says what is to be loaded, and where it goes.
 
-        Raises:
-            CorruptError: one differs.
+        Returns:
+            one line for each that is wrong.
         """
         records = [file for file in self.manifest.files if not file.path.endswith(_TENSORS)]
-        if problems := verify_files(self.folder, records):
-            raise CorruptError("; ".join(problems[:3]))
+        return verify_files(self.folder, records, report)
 
     def tensor_files(self) -> list[FileInfo]:
         """The files that hold tensors."""
@@ -174,18 +174,23 @@ class CheckpointReader:
             raise CorruptError(f"{path}: not JSON: {error}") from error
         return state
 
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self, report: Report = lambda _bytes: None) -> dict[str, TensorInfo]:
         """All tensors by name, the ranks' records joined."""
         if self._tensors is None:
-            joined: dict[str, TensorInfo] = {}
+            shapes: dict[str, tuple[int, ...]] = {}
+            fragments: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
             for rank in range(self.manifest.world_size):
                 path = self.folder / f"rank{rank:05d}.json"
-                for name, info in _parse(RankRecord, path, _read_text(path)).tensors.items():
-                    before = joined[name].fragments if name in joined else ()
-                    joined[name] = TensorInfo(shape=info.shape, fragments=before + info.fragments)
-            for name, info in joined.items():
-                info.check(f"{self.folder}: '{name}'")
-            self._tensors = joined
+                text = _read_text(path)
+                report(len(text))
+                for name, info in _parse(RankRecord, path, text).tensors.items():
+                    shapes[name] = info.shape
+                    fragments[name] += info.fragments
+            self._tensors = {
+                name: TensorInfo(shape=shape, fragments=tuple(fragments[name])) for name, shape in shapes.items()
+            }
+            for name, joined in self._tensors.items():
+                joined.check(f"{self.folder}: '{name}'")
         return self._tensors
 
     def load(
@@ -213,6 +218,7 @@ class CheckpointReader:
             UserError: a tensor was not saved, or in another shape.
             CorruptError: a record is damaged or contradicts itself.
         """
+        self.tensors(report)
         wishes: dict[str, list[Wish]] = {name: [] for name in check}
         for fragment in wanted:
             for name, wish in self._wishes(fragment):
@@ -221,8 +227,10 @@ class CheckpointReader:
         if strange := wishes.keys() - infos.keys():
             raise CorruptError(f"{self.folder}: a record names '{min(strange)}', which is not in the manifest")
 
+        names = {self.folder / name: name for name in wishes}
+
         def read(path: Path, report: Report) -> str | None:
-            name = path.relative_to(self.folder).as_posix()
+            name = names[path]
             sha256 = read_file(path, wishes[name], whole=name in check, is_shared=is_shared, report=report)
             return sha256 if name in check else None
 

@@ -47,7 +47,8 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
     folder = find_checkpoint(path)
     with _naming_others(path, folder):
         reader = CheckpointReader(folder)
-        reader.check_records()
+        if problems := reader.check_records():
+            raise CorruptError("; ".join(problems[:3]))
     config = _usable_here(saved_config(reader), compiled)
     engine = make_engine(config.health.timeout_s)
     try:

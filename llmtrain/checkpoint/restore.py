@@ -34,9 +34,18 @@ Choose = Callable[[OpenVerified], CheckpointReader | None]
 class _Round:
     """What a rank says after each while of reading."""
 
-    is_done: bool
-    problems: tuple[str, ...]
-    is_told: bool  # to stop
+    is_over: bool
+    problems: tuple[str, ...] = ()  # of the checkpoint
+    failure: tuple[type[LlmtrainError], str] | None = None  # of something else: no other checkpoint would help
+    is_told: bool = False  # to stop
+
+
+class _TogetherError(Exception):
+    """All ranks leave at the same place, each with what it has to say."""
+
+    def __init__(self, here: Exception):
+        super().__init__(str(here))
+        self.here = here
 
 
 class Restorer:
@@ -60,14 +69,23 @@ class Restorer:
             the one that was chosen, on all ranks; `Engine.publish` is left to be called.
 
         Raises:
-            Stopped: a rank was told to stop; on rank 0 only.
+            Stopped: a rank was told to stop.
+            UserError: the checkpoint does not hold what this run needs.
             LlmtrainError: what `choose` and `accept` raise, on rank 0 only; see `together`.
             CorruptError: the chosen one cannot be opened on this rank.
         """
-        if self._engine.rank:
-            return self._follow(optimizer)
+        try:
+            return self._follow(optimizer) if self._engine.rank else self._lead(choose, accept, optimizer)
+        except _TogetherError as error:
+            raise error.here from error.here.__cause__
+
+    def _lead(
+        self, choose: Choose, accept: Callable[[CheckpointReader], object], optimizer: bool
+    ) -> CheckpointReader | None:
         try:
             chosen = choose(lambda folder: self._open(folder, accept, optimizer))
+        except _TogetherError:
+            raise
         except Exception as error:
             if not is_exchange_failure(error):
                 self._call(None, is_chosen=True)
@@ -81,57 +99,88 @@ class Restorer:
             folder, digest, is_chosen = self._engine.gather(("", "", False))[0]
             if is_chosen:
                 return CheckpointReader(Path(folder)) if folder else None
-            self._load(Path(folder), digest, optimizer)
+            if folder:
+                self._load(Path(folder), digest, optimizer)
 
     def _call(self, reader: CheckpointReader | None, *, is_chosen: bool) -> None:
-        """Rank 0 says what comes next: a checkpoint to load, or what was chosen."""
+        """Rank 0 says what comes next: a checkpoint to load, what was chosen, or that it is not so far yet."""
         self._engine.gather((str(reader.folder), reader.digest, is_chosen) if reader else ("", "", is_chosen))
 
     def _open(self, folder: Path, accept: Callable[[CheckpointReader], object], optimizer: bool) -> CheckpointReader:
         reader = CheckpointReader(folder)  # where this fails, the others need not hear of it
-        reader.check_records()
+        self._check_records(reader)
         accept(reader)
         self._call(reader, is_chosen=False)
-        problems = self._load(folder, reader.digest, optimizer)
-        if problems is None:
-            raise Stopped(
-                "stopped by a signal while the checkpoint was read: nothing to save; the same command goes on"
-            )
-        if problems:
+        if problems := self._load(folder, reader.digest, optimizer):
             raise CorruptError("; ".join(problems[:_MOST_TOLD]))
         return reader
 
-    def _load(self, folder: Path, digest: str, optimizer: bool) -> list[str] | None:
-        """Load what this rank needs and check its share; return what any rank found wrong; None: told to stop."""
-        wanted = self._engine.to_fill(optimizer=optimizer)  # here, for ranks may talk in it
-        work = _Work(lambda report: self._read(folder, digest, wanted, report))
+    def _check_records(self, reader: CheckpointReader) -> None:
+        work = _Work(reader.check_records)
+        while not work.is_over:
+            work.wait(min(_ROUND_S, self._timeout_s / 4))
+            if self._is_told():
+                raise _stopped()
+            if work.idle_s > self._timeout_s:
+                raise CorruptError(self._unreadable(reader.folder))
+            if not work.is_over:
+                self._call(None, is_chosen=False)
+        if work.failure:
+            raise work.failure
+        if work.problems:
+            raise CorruptError("; ".join(work.problems[:_MOST_TOLD]))
+
+    def _load(self, folder: Path, digest: str, optimizer: bool) -> list[str]:
+        """Load what this rank needs and check its share; return what any rank found wrong, the same on all."""
+        work = self._start_loading(folder, digest, optimizer)
+        given_up: tuple[str, ...] = ()  # for good, also where the storage answers after all
         while True:
             work.wait(min(_ROUND_S, self._timeout_s / 4))
-            problems = tuple(work.problems[:_MOST_TOLD])
-            if is_stuck := work.idle_s > self._timeout_s:
+            if work.idle_s > self._timeout_s:
                 work.abandon()
-                place = _place(self._engine)
-                problems = (f"{folder}: nothing could be read from it for {self._timeout_s:g} s ({place})",)
-            rounds = self._engine.gather(_Round(work.is_done or is_stuck, problems, self._is_told()))
+                given_up = (self._unreadable(folder),)
+            is_over = work.is_over  # before what it found, or that would be what it had found until then
+            problems = given_up or tuple(work.problems[:_MOST_TOLD])
+            rounds = self._engine.gather(_Round(is_over, problems, _told(work.failure), self._is_told()))
             if any(told.is_told for told in rounds):
                 work.abandon()
-                return None
-            if all(told.is_done for told in rounds):
-                work.raise_failure()
-                return [line for told in rounds for line in told.problems]
+                raise _TogetherError(_stopped())
+            if all(told.is_over for told in rounds):
+                break
+        failed = [told.failure for told in rounds if told.failure]
+        if failed:
+            kind, text = failed[0]
+            raise _TogetherError(work.failure or kind(text))
+        return [line for told in rounds for line in told.problems]
+
+    def _start_loading(self, folder: Path, digest: str, optimizer: bool) -> _Work:
+        try:
+            wanted = self._engine.to_fill(optimizer=optimizer)  # here, for ranks may talk in it
+        except Exception as error:  # no memory for the optimizer's state, say: the others must hear of it
+            if is_exchange_failure(error):
+                raise
+            return _Work.failed(error)
+        return _Work(lambda report: self._read(folder, digest, wanted, report))
 
     def _read(self, folder: Path, digest: str, wanted: list[Fragment], report: Report) -> list[str]:
         """Load and check on this rank; return what is wrong."""
-        place = f" ({_place(self._engine)})" if self._engine.rank else ""
+        place = f" ({self._place})" if self._engine.rank else ""
         try:
             reader = CheckpointReader(folder)
             if reader.digest != digest:
                 line = f"{folder}: is another checkpoint here than on rank 0; all hosts must see the same run.dir"
                 return [f"{line}{place}"]
             lines = reader.load(wanted, self._share(reader), is_shared=self._is_alike(wanted), report=report)
-        except LlmtrainError as error:
+        except CorruptError as error:
             return [f"{error}{place}"]
         return [f"{line}{place}" for line in lines]
+
+    def _unreadable(self, folder: Path) -> str:
+        return f"{folder}: nothing could be read from it for {self._timeout_s:g} s ({self._place})"
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self._engine.rank} on {platform.node()}"
 
     def _is_alike(self, wanted: list[Fragment]) -> bool:
         """Whether all ranks want the same: whole tensors."""
@@ -152,8 +201,14 @@ class Restorer:
         return {file.path for file in [*own, *share(others, ranks)[rank]]}
 
 
-def _place(engine: Engine) -> str:
-    return f"rank {engine.rank} on {platform.node()}"
+def _stopped() -> Stopped:
+    return Stopped("stopped by a signal while the checkpoint was read: nothing to save; the same command goes on")
+
+
+def _told(failure: Exception | None) -> tuple[type[LlmtrainError], str] | None:
+    if failure is None:
+        return None
+    return (type(failure), str(failure)) if isinstance(failure, LlmtrainError) else (LlmtrainError, repr(failure))
 
 
 def share(files: list[FileInfo], ranks: int) -> list[list[FileInfo]]:
@@ -176,20 +231,28 @@ class _Work:
 
     def __init__(self, work: Callable[[Report], list[str]]):
         self.problems: list[str] = []
+        self.failure: Exception | None = None  # not of what is read: raised when the others have been told
         self._is_abandoned = False
-        self._failure: Exception | None = None
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._run, args=(work,), name="loading", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def failed(cls, failure: Exception) -> _Work:
+        """Work that could not be begun."""
+
+        def fail(_report: Report) -> list[str]:
+            raise failure
+
+        return cls(fail)
 
     def _run(self, work: Callable[[Report], list[str]]) -> None:
         try:
             self.problems = work(self._note)
         except _AbandonedError:
             return
-        except Exception as error:  # a bug of ours: the others are told, then it is raised
-            self._failure = error
-            self.problems = [repr(error)]
+        except Exception as error:  # of whatever kind
+            self.failure = error
 
     def _note(self, _bytes: int) -> None:
         if self._is_abandoned:  # the state may be filled from elsewhere by now
@@ -201,19 +264,14 @@ class _Work:
         self._is_abandoned = True
 
     @property
-    def is_done(self) -> bool:
-        return not self._thread.is_alive()
+    def is_over(self) -> bool:
+        return self._is_abandoned or not self._thread.is_alive()
 
     @property
     def idle_s(self) -> float:
         """Seconds since something was read."""
-        return 0.0 if self.is_done else time.monotonic() - self._last
+        return 0.0 if self.is_over else time.monotonic() - self._last
 
     def wait(self, seconds: float) -> None:
         """Wait for the end, but not longer than this."""
-        self._thread.join(seconds)
-
-    def raise_failure(self) -> None:
-        """Raise what nobody foresaw."""
-        if self._failure:
-            raise self._failure
+        self._thread.join(0.0 if self._is_abandoned else seconds)

@@ -54,7 +54,7 @@ class _Copy:
     into: Tensor  # uint8, 1-D
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str]])  # `__metadata__` has texts
 
 
 def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, is_shared: bool, report: Report) -> str:
@@ -95,6 +95,7 @@ def read_file(path: Path, wishes: Iterable[Wish], *, whole: bool, is_shared: boo
                 at += count
             if end is not None and at < end:
                 raise CorruptError(f"{path}: ends at byte {at:,}, where it had {size:,} before")
+        report(0)
         for values, into in converted:
             into.copy_(values)
     return digest.hexdigest()
@@ -119,7 +120,7 @@ def _copies(path: Path, size: int, wishes: Sequence[Wish], converted: list[tuple
     copies = []
     for wish in wishes:
         entry = header.get(wish.key)
-        if entry is None:
+        if not isinstance(entry, _Entry):
             raise CorruptError(f"{path}: is not what its record says: it has no '{wish.key}'")
         dtype = _DTYPES[entry.dtype]
         begin, end = (data + offset for offset in entry.data_offsets)
@@ -141,7 +142,7 @@ def _copies(path: Path, size: int, wishes: Sequence[Wish], converted: list[tuple
     return sorted(copies, key=lambda copy: copy.begin)
 
 
-def _header(path: Path, size: int) -> tuple[int, Mapping[str, _Entry]]:
+def _header(path: Path, size: int) -> tuple[int, Mapping[str, _Entry | dict[str, str]]]:
     """Where the tensors' bytes begin, and what is where behind that."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -126,7 +126,7 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
 def _interrupts_blocked() -> Iterator[None]:
     """Ctrl-C goes to the whole terminal: children started here never see it, and the parent, which does, ends them.
 
-    One that comes while they start is not lost: it waits until they have.
+    One that comes while they start is not lost.
     """
     resource_tracker.ensure_running()  # started by the first child it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
