@@ -190,15 +190,10 @@ class Restorer:
         """The files that this rank checks: where it can, those that it has to read anyway."""
         ranks, rank = self._engine.world_size, self._engine.rank
         is_same = reader.manifest.world_size == ranks
-        names = [f"rank{one:05d}" for one in range(ranks)] if is_same else []
-        own, others = [], []
-        for file in reader.tensor_files():
-            writer = re.split("[-.]", file.path)[0]
-            if is_same and writer == names[rank]:
-                own.append(file)
-            elif writer not in names:
-                others.append(file)
-        return {file.path for file in [*own, *share(others, ranks)[rank]]}
+        writers = {f"rank{one:05d}": one for one in range(ranks)} if is_same else {}
+        owned = [(writers.get(re.split("[-.]", file.path)[0]), file) for file in reader.tensor_files()]
+        dealt = share([file for owner, file in owned if owner is None], ranks)[rank]
+        return {file.path for file in [*dealt, *(file for owner, file in owned if owner == rank)]}
 
 
 def _stopped() -> Stopped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -27,6 +26,7 @@ from llmtrain.data.shards import FileInfo
 from llmtrain.engine import Fragment, make_engine
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 from llmtrain.health.agreement import together
+from tests.checkpoint.conftest import Rank, Ranks
 from tests.checkpoint.test_format import write
 
 
@@ -68,35 +68,18 @@ def test_one_process_checks_everything_too(trained_run: Path, tmp_path: Path) ->
 VALUES = torch.arange(1.0, 41.0)
 
 
-class Ranks:
-    """What two threads that stand for ranks tell each other."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.told: list[Any] = [None, None]
-
-
-class Rank:
-    """The part of an engine that loading uses: each rank wants a half."""
-
-    world_size = 2
+class Loader(Rank):
+    """What loading uses beside that: each of two ranks wants a half."""
 
     def __init__(self, rank: int, ranks: Ranks, names: tuple[str, ...] = ("model/w",)):
-        self.rank, self._ranks, self._names = rank, ranks, names
-        self.state = torch.zeros(20)
-
-    def gather(self, value: Any) -> list[Any]:
-        self._ranks.told[self.rank] = value
-        self._ranks.barrier.wait()
-        told = list(self._ranks.told)
-        self._ranks.barrier.wait()
-        return told
+        super().__init__(rank, ranks)
+        self._names, self.state = names, torch.zeros(20)
 
     def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
         return [Fragment(name, (40,), 20 * self.rank, self.state) for name in self._names]
 
 
-class Poor(Rank):
+class Poor(Loader):
     """Has no memory for what is to be filled."""
 
     def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
@@ -146,8 +129,8 @@ def test_a_rank_whose_storage_hung_for_too_long_and_came_back_does_not_say_that_
     monkeypatch.setattr(restore, "_ROUND_S", 0.1)
     monkeypatch.setattr(direct_io, "PIECE_BYTES", 16)
     monkeypatch.setattr(DirectFile, "read_into", read_slowly)
-    ranks, said = Ranks(), list[str]()
-    engines = [Rank(0, ranks), Rank(1, ranks)]
+    ranks, said = Ranks(2), list[str]()
+    engines = [Loader(0, ranks), Loader(1, ranks)]
     readers = restored(engines, tmp_path, timeout_s=1.0, said=said.append)
     assert [reader.manifest.step for reader in readers] == [1, 1]
     assert torch.equal(torch.cat([engine.state for engine in engines]), VALUES)
@@ -157,9 +140,9 @@ def test_a_rank_whose_storage_hung_for_too_long_and_came_back_does_not_say_that_
 def test_what_does_not_fit_is_no_damage(tmp_path: Path) -> None:
     """No older checkpoint is tried, for it would not fit either, or worse: it would."""
     save_two(tmp_path, [1, 2])
-    ranks, said = Ranks(), list[str]()
+    ranks, said = Ranks(2), list[str]()
     names = ("model/w", "optimizer/w/momentum_buffer")
-    failures = restored([Rank(0, ranks, names), Rank(1, ranks, names)], tmp_path, said=said.append)
+    failures = restored([Loader(0, ranks, names), Loader(1, ranks, names)], tmp_path, said=said.append)
     assert [type(failure) for failure in failures] == [UserError, UserError]
     assert all("holds no 'optimizer/w/momentum_buffer'" in str(failure) for failure in failures)
     assert not said
@@ -168,8 +151,8 @@ def test_what_does_not_fit_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("poor", [(0,), (1,), (0, 1)])
 def test_a_rank_without_memory_for_the_state_ends_all_at_the_same_place(tmp_path: Path, poor: tuple[int, ...]) -> None:
     save_two(tmp_path, [1, 2])
-    ranks = Ranks()
-    failures = restored([(Poor if rank in poor else Rank)(rank, ranks) for rank in (0, 1)], tmp_path)
+    ranks = Ranks(2)
+    failures = restored([(Poor if rank in poor else Loader)(rank, ranks) for rank in (0, 1)], tmp_path)
     for rank, failure in enumerate(failures):
         assert isinstance(failure, torch.OutOfMemoryError if rank in poor else LlmtrainError)
         assert "not enough" in str(failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,33 +17,14 @@ from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import CheckpointSection
 from llmtrain.engine import Fragment
+from tests.checkpoint.conftest import Rank, Ranks
 
 SIZES = (60_000, 5_000, 5_000)  # values of each rank
 TOTAL = 4 * sum(SIZES)
 
 
-class Ranks:
-    """What threads that stand for ranks tell each other."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(len(SIZES), timeout=60)
-        self.told: list[Any] = [None] * len(SIZES)
-
-
-class Rank:
-    """The part of an engine that saving uses."""
-
-    name, world_size = "threads", len(SIZES)
-
-    def __init__(self, rank: int, ranks: Ranks):
-        self.rank, self._ranks = rank, ranks
-
-    def gather(self, value: Any) -> list[Any]:
-        self._ranks.told[self.rank] = value
-        self._ranks.barrier.wait()
-        told = list(self._ranks.told)
-        self._ranks.barrier.wait()
-        return told
+class Saver(Rank):
+    """What saving uses beside that."""
 
     def fragments(self) -> Iterator[Fragment]:
         begin = sum(SIZES[: self.rank])
@@ -63,12 +43,12 @@ def test_uneven_shares_are_added_up_and_not_multiplied(
         return Usage(10**12, 0, TOTAL + spare - written)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    ranks = Ranks()
+    ranks = Ranks(len(SIZES))
 
     def save(rank: int) -> tuple[str | None, list[str]]:
         data = parts.data
         store = CheckpointStore(tmp_path, CheckpointSection(), parts.config.to_yaml(), data.manifest, data.path)
-        engine: Any = Rank(rank, ranks)
+        engine: Any = Saver(rank, ranks)
         store.save(engine, {"step": 1}, ())
         return store.settle(engine), store.news()[1]
 
