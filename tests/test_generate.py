@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -148,6 +149,7 @@ class Terminal:
         )  # fmt: skip
         os.close(theirs)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a character may come in two reads
 
     def until(self, text: str, timeout_s: float = 60) -> str:
         """Read until `text` has appeared; return what came before it."""
@@ -155,7 +157,8 @@ class Terminal:
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             if select.select([self._end], [], [], 0.1)[0]:
-                self.seen += os.read(self._end, 4096).decode().replace("\r\n", "\n")
+                self.seen += self._decoder.decode(os.read(self._end, 4096))
+                self.seen = self.seen.replace("\r\n", "\n")
         before, _, self.seen = self.seen.partition(text)
         return before
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
     processes: list[SpawnProcess] = []
     connections: list[Connection] = []
     try:
-        with _interrupts_blocked():
+        with _interrupts_held():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(make_function, theirs), daemon=True)
@@ -123,17 +124,25 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def _interrupts_held() -> Iterator[None]:
     """Ctrl-C goes to the whole terminal: children started here never see it, and the parent, which does, ends them.
 
-    One that comes while they start is not lost.
+    One that comes while they start is not lost: it is handled once they have.
     """
     resource_tracker.ensure_running()  # started by the first child it would unblock the signal
+    in_main = threading.current_thread() is threading.main_thread()  # where alone Python runs handlers
+    held: list[int] = []
+    # Blocked for the children, who inherit that, and noted by a handler, as another thread may take the signal.
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if in_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _work(make_function: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:

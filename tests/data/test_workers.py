@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,26 +26,35 @@ def make_double() -> Callable[[int], int]:
     return double
 
 
-def test_an_interrupt_while_workers_start_is_not_lost() -> None:
+@pytest.mark.parametrize("another_thread", [False, True])
+def test_an_interrupt_while_workers_start_is_not_lost(another_thread: bool) -> None:
+    """Also when a thread that does not block signals takes it, as the kernel is free to let it."""
+
     def interrupt_and_start() -> None:
-        with workers._interrupts_blocked():
+        with workers._interrupts_held():
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # so that whoever takes it has
             started.append("all of it")
 
     started: list[str] = []
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    if another_thread:
+        thread.start()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             interrupt_and_start()
     finally:
         signal.signal(signal.SIGINT, before)
+        ended.set()
     assert started == ["all of it"]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="shows a process's blocked signals on Linux only")
 def test_what_is_started_meanwhile_never_sees_one() -> None:
-    with workers._interrupts_blocked():
+    with workers._interrupts_held():
         blocked = subprocess.check_output([sys.executable, "-c", SHOW_BLOCKED])
     assert int(blocked, 16) & 1 << (signal.SIGINT - 1)
 
