@@ -1,15 +1,99 @@
-"""Cross-entropy of next-token prediction, as a sum: the one place that divides is the engine."""
+"""Cross-entropy of next-token prediction, as a sum: the one place that divides is the engine.
+
+The logits of a batch may take more memory than all else: for 8 × 2048 tokens and a vocabulary of 50,304 they are 3.3 GB
+in float32, and as much again for their gradient. So beyond a limit they are made for a few tokens at a time, and what
+is needed of them backward is computed at once: they are never all there, and never made twice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
 IGNORE_INDEX = -100  # target that counts for nothing, torch's default
+MOST_LOGITS = 1 << 24  # that are held at once: 64 MB in float32, whatever the vocabulary
 
 
-def cross_entropy_sum(logits_BSV: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Sum of -log p(target) in nats over all targets that are not -100; computed in float32, 0 when there are none."""
     return F.cross_entropy(
-        logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits_BSV.float().flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    """The same for the logits `hidden @ weightᵀ`, in memory that does not grow with the vocabulary.
+
+    Args:
+        hidden_BSD: in any floating type; multiplied in autocast's where that is on.
+        weight_VD: of the head.
+        targets_BS: int64.
+    """
+    hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
+    if len(targets_N) <= _tokens_at_once(weight_VD):
+        return cross_entropy_sum(F.linear(hidden_ND, weight_VD), targets_N)
+    loss: Tensor = _InParts.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def loss_and_correct(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    """The same without a gradient, and how many targets have the highest logit: (2,), float32."""
+    sums = hidden_BSD.new_zeros(2, dtype=torch.float32)
+    hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
+    for part in _parts(len(targets_N), weight_VD):
+        logits = F.linear(hidden_ND[part], weight_VD)
+        correct = (logits.argmax(-1) == targets_N[part]).sum()
+        sums += torch.stack((cross_entropy_sum(logits, targets_N[part]), correct))
+    return sums
+
+
+class _InParts(torch.autograd.Function):
+    """For as many tokens at a time as the limit lets; the gradients of the sum are made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        wants_gradient = any(ctx.needs_input_grad)
+        hidden_gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else hidden_ND
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else weight_VD
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        with torch.autocast(device, enabled=False):
+            weight = weight_VD.to(dtype)  # once: autocast would do it for each part
+            for part in _parts(len(targets_N), weight_VD):
+                hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
+                logits = (hidden @ weight.T).float()
+                loss += cross_entropy_sum(logits, targets)
+                if wants_gradient:
+                    gradient = _logits_gradient(logits, targets).to(dtype)
+                    hidden_gradient_ND[part] = gradient @ weight
+                    weight_gradient_VD += gradient.T @ hidden
+        ctx.gradients = hidden_gradient_ND, weight_gradient_VD
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient_ND, weight_gradient_VD = ctx.gradients
+        ctx.gradients = None  # scaled where they lie, for they may be large: once
+        return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None
+
+
+def _logits_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Softmax minus one at the target; 0 where there is none."""
+    gradient_NV = logits_NV.softmax(dim=-1)
+    at_N1 = targets_N.clamp(min=0)[:, None]
+    gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
+    return gradient_NV.mul_((targets_N != IGNORE_INDEX)[:, None])
+
+
+def _tokens_at_once(weight_VD: Tensor) -> int:
+    return max(1, MOST_LOGITS // len(weight_VD))
+
+
+def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:
+    step = _tokens_at_once(weight_VD)
+    return (slice(begin, begin + step) for begin in range(0, tokens, step))

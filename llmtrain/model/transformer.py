@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llmtrain.config import ModelSection
-from llmtrain.model.loss import cross_entropy_sum
+from llmtrain.model.loss import linear_cross_entropy_sum, loss_and_correct
 
 
 @dataclass
@@ -129,6 +129,17 @@ class Block(nn.Module):
         return x_BSD
 
 
+class Head(nn.Linear):
+    """Logits, or what is made of them; one module, so that whatever gathers a module's weights has them for both."""
+
+    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, count_correct: bool = False) -> Tensor:
+        """See `Transformer.forward`."""
+        if targets_BS is None:
+            return super().forward(hidden_BSD)
+        make = loss_and_correct if count_correct else linear_cross_entropy_sum
+        return make(hidden_BSD, self.weight, targets_BS)
+
+
 class Transformer(nn.Module):
     """Token ids in, logits (or the summed loss) out.
 
@@ -150,7 +161,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         rotation = None
@@ -165,6 +176,7 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        count_correct: bool = False,
     ) -> Tensor:
         """Predict the next token at every position.
 
@@ -173,17 +185,17 @@ class Transformer(nn.Module):
             targets_BS: int64 ids, -100 where there is no target; None asks for logits.
             cache: positions already seen; extended in place.
             last_only: logits of the last position only, (B, 1, V).
+            count_correct: see below.
 
         Returns:
-            the loss summed over the targets, in nats (scalar float32), or the logits (B, S, V).
+            the logits (B, S, V); with targets the loss summed over them, in nats (float32 scalar), and with
+            `count_correct` also the number of targets that have the highest logit (float32 (2,), without a gradient).
         """
         hidden_BSD = self.hidden(ids_BS, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
-        if targets_BS is None:
-            logits_BSV: Tensor = self.head(hidden_BSD)
-            return logits_BSV
-        return cross_entropy_sum(self.head(hidden_BSD), targets_BS)
+        out: Tensor = self.head(hidden_BSD, targets_BS, count_correct)
+        return out
 
     def hidden(self, ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalised residual stream (B, S, D) after the last block."""

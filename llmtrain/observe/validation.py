@@ -10,7 +10,7 @@ import torch
 
 from llmtrain.data.batches import inputs_and_targets
 from llmtrain.engine import Engine
-from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum
+from llmtrain.model.loss import IGNORE_INDEX
 from llmtrain.observe.record import perplexity
 
 
@@ -45,9 +45,7 @@ def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int) -> Vali
     with engine.evaluating() as model:
         for tokens in batches:
             inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
-            logits_BSV = model(inputs_BS)
-            loss = cross_entropy_sum(logits_BSV, targets_BS)
-            correct = (logits_BSV.argmax(-1) == targets_BS).sum()
-            sums += torch.stack((loss, correct, (targets_BS != IGNORE_INDEX).sum())).to(sums.dtype)
+            sums[:2] += model(inputs_BS, targets_BS, count_correct=True)
+            sums[2] += (targets_BS != IGNORE_INDEX).sum()
     loss_sum, correct_sum, count = engine.sum(sums).tolist()
     return Validation(loss_sum / count, correct_sum / count, int(count))
