@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
 IGNORE_INDEX = -100  # target that counts for nothing, torch's default
-MOST_LOGITS = 1 << 24  # that are held at once: 64 MB in float32, whatever the vocabulary
+MOST_LOGITS = 1 << 26  # that are held at once: 268 MB in float32, whatever the vocabulary
 
 
 def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
@@ -66,12 +66,15 @@ class _InParts(torch.autograd.Function):
             weight = weight_VD.to(dtype)  # once: autocast would do it for each part
             for part in _parts(len(targets_N), weight_VD):
                 hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
-                logits = (hidden @ weight.T).float()
-                loss += cross_entropy_sum(logits, targets)
+                log_p_NV = (hidden @ weight.T).float().log_softmax(dim=-1)
+                loss += F.nll_loss(log_p_NV, targets, ignore_index=IGNORE_INDEX, reduction="sum")
                 if wants_gradient:
-                    gradient = _logits_gradient(logits, targets).to(dtype)
-                    hidden_gradient_ND[part] = gradient @ weight
-                    weight_gradient_VD += gradient.T @ hidden
+                    gradient_NV = _logits_gradient(log_p_NV, targets).to(dtype)
+                    hidden_gradient_ND[part] = gradient_NV @ weight
+                    if dtype == torch.float32:
+                        weight_gradient_VD.addmm_(gradient_NV.T, hidden)
+                    else:
+                        weight_gradient_VD += gradient_NV.T @ hidden
         ctx.gradients = hidden_gradient_ND, weight_gradient_VD
         return loss
 
@@ -82,9 +85,9 @@ class _InParts(torch.autograd.Function):
         return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None
 
 
-def _logits_gradient(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Softmax minus one at the target; 0 where there is none."""
-    gradient_NV = logits_NV.softmax(dim=-1)
+def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Softmax minus one at the target, 0 where there is none; written over the argument."""
+    gradient_NV = log_p_NV.exp_()
     at_N1 = targets_N.clamp(min=0)[:, None]
     gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
     return gradient_NV.mul_((targets_N != IGNORE_INDEX)[:, None])
