@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-FITTING = ["startup", "batches", "prepare", "loop", "muon", "traffic", "scaling", "checkpoint"]
+FITTING = ["startup", "batches", "prepare", "loop", "muon", "loss", "traffic", "scaling", "checkpoint"]
 
 
 def main() -> None:

@@ -62,6 +62,17 @@ def test_bf16_losses_are_those_of_one_process_and_the_masters_are_float32(
             assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F32"}  # noqa: SIM118
 
 
+@pytest.mark.parametrize(("name", "processes"), [("cpu-ddp", 2), ("cpu-zero2", 2), ("cpu-zero3", 3)])
+def test_a_loss_in_parts_is_the_loss_under_every_engine(
+    trained: Trained, data: Path, tmp_path: Path, name: str, processes: int
+) -> None:
+    """Its head is tied to the embedding and gathered by hooks of the engine; validation makes it in parts too."""
+    config = config_of(data, tmp_path / "run", 2)
+    done = launch(name, processes, config, program=(str(Path(__file__).with_name("train_in_parts.py")),))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_equal_numbers(tmp_path / "run", trained("single", 1, 4), FLOAT32)
+
+
 @pytest.mark.parametrize(("name", "processes", "micro"), [("cpu-zero2", 2, 2), ("cpu-zero3", 3, 2)])
 def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, processes: int, micro: int) -> None:
     """Its products are in float32 on a CPU; on flat slices it would be off in the first digits."""
