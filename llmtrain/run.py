@@ -27,7 +27,7 @@ from llmtrain.checkpoint.resume import accept_weights, changes, choose_checkpoin
 from llmtrain.checkpoint.saving import Saving
 from llmtrain.checkpoint.store import (
     CheckpointStore,
-    OpenVerified,
+    OpenCheckpoint,
     check_writable,
     clear_way,
     find_checkpoint,
@@ -114,7 +114,7 @@ class Run:
         def accept(reader: CheckpointReader) -> None:
             accept_weights(reader, self.config, self.parts.data.manifest)
 
-        def choose(open_one: OpenVerified) -> CheckpointReader:
+        def choose(open_one: OpenCheckpoint) -> CheckpointReader:
             return open_one(find_checkpoint(path))
 
         together(self.engine, lambda: self._restorer.restore(choose, accept, optimizer=False))

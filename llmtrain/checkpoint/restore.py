@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import OpenVerified
+from llmtrain.checkpoint.store import OpenCheckpoint
 from llmtrain.data.shards import FileInfo, Report
 from llmtrain.engine import Engine, Fragment
 from llmtrain.engine.rendezvous import is_exchange_failure
@@ -27,7 +27,7 @@ from llmtrain.errors import CorruptError, LlmtrainError, Stopped
 
 _ROUND_S = 1.0
 _MOST_TOLD = 3  # problems, of each rank and in all: a lost disk has thousands
-Choose = Callable[[OpenVerified], CheckpointReader | None]
+Choose = Callable[[OpenCheckpoint], CheckpointReader | None]
 
 
 @dataclass(frozen=True, slots=True)

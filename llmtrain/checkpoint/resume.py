@@ -9,7 +9,7 @@ from typing import Any
 from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.format import CONFIG, CheckpointReader
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.store import OpenVerified, find_checkpoint, newest_good, open_verified
+from llmtrain.checkpoint.store import OpenCheckpoint, find_checkpoint, newest_good
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import CorruptError, UserError
@@ -31,7 +31,7 @@ _SILENT = {
 
 
 def choose_checkpoint(
-    run_dir: Path, resume: str, warn: Callable[[str], None], open_one: OpenVerified = open_verified
+    run_dir: Path, resume: str, warn: Callable[[str], None], open_one: OpenCheckpoint
 ) -> CheckpointReader | None:
     """Open (by `open_one`) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
 

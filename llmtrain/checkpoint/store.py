@@ -28,7 +28,7 @@ from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
-OpenVerified = Callable[[Path], fmt.CheckpointReader]  # opens a checkpoint, every hash checked; else CorruptError
+OpenCheckpoint = Callable[[Path], fmt.CheckpointReader]  # which raises CorruptError where one is not good
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 # The same once a rank is lost: who is still there has nothing else to do than to write its file.
 _RECORDS_GRACE_S = 10.0
@@ -58,23 +58,10 @@ def find_checkpoint(path: Path) -> Path:
     return pointed(path, BEST) or step_folder(path, steps[-1])
 
 
-def open_verified(folder: Path) -> fmt.CheckpointReader:
-    """Open a checkpoint and check every hash.
-
-    Raises:
-        CorruptError: something differs; the first problem is named.
-    """
-    reader = fmt.CheckpointReader(folder)
-    problems = reader.verify()
-    if problems:
-        raise CorruptError("; ".join(problems[:3]))
-    return reader
-
-
 def newest_good(
-    run_dir: Path, warn: Callable[[str], None], open_one: OpenVerified = open_verified, before: int | None = None
+    run_dir: Path, warn: Callable[[str], None], open_one: OpenCheckpoint, before: int | None = None
 ) -> fmt.CheckpointReader | None:
-    """The newest checkpoint (of a step below `before`) whose every hash is right; damaged ones cost a warning.
+    """The newest checkpoint (of a step below `before`) that `open_one` opens; damaged ones cost a warning.
 
     Raises:
         CorruptError: there are checkpoints, and none is good.

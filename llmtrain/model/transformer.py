@@ -86,6 +86,23 @@ class Attention(nn.Module):
         return y_BSD
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)², with a backward pass that does not mask again what is zero already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Keep relu(x) for the backward pass."""
+        relu = F.relu(x)
+        ctx.save_for_backward(relu)
+        return relu.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """2 relu(x) times the gradient, bit for bit what autograd makes of `relu(x).square()`."""
+        relu: Tensor = ctx.saved_tensors[0]
+        return (gradient * relu).mul_(2)
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), GELU, or squared ReLU (So et al. 2021)."""
 
@@ -103,7 +120,7 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             hidden_BSF = F.silu(self.gate(x_BSD)) * up_BSF
         elif self.squared:
-            hidden_BSF = F.relu(up_BSF).square()
+            hidden_BSF = SquaredReLU.apply(up_BSF)  # type: ignore[no-untyped-call]
         else:
             hidden_BSF = F.gelu(up_BSF)
         y_BSD: Tensor = self.down(hidden_BSF)
@@ -232,15 +249,16 @@ class Transformer(nn.Module):
 
         Matrices: normal with standard deviation 1/√fan_in, so that activations keep their size at any width; those that
         write to the residual stream divided by √(2 × layers), so that it does at any depth (Radford et al. 2019).
-        Embeddings: small beside what the blocks write, or a tied head would predict that every token repeats; capped so
-        that the first logits stay near zero. An untied head starts at zero. So the first loss is ln(vocab). Measured
+        An untied head starts at zero and its embedding at standard deviation 1, so that a token is as loud in the
+        residual stream as what the blocks write. A tied one must be small beside that, or the head would predict that
+        every token repeats; capped so that the first logits stay near zero. So the first loss is ln(vocab). Measured
         against other choices in docs/LOG.md.
 
         Args:
             opened: entered around each module's parameters while they are written; where they are cut over ranks, it
                 makes them whole.
         """
-        embedding_std = min(0.02, 0.3 * self.config.dim**-0.5)
+        small = min(0.02, 0.3 * self.config.dim**-0.5)
         residual_scale = (2 * self.config.layers) ** -0.5
         for name, module in self.named_modules():
             parameters = list(module.parameters(recurse=False))
@@ -254,8 +272,10 @@ class Transformer(nn.Module):
                         nn.init.normal_(module.weight, std=module.in_features**-0.5)
                         if name.endswith(("attention.out", "ff.down")):
                             module.weight.mul_(residual_scale)
+                    case nn.Embedding() if module is self.embedding and not self.config.tie_embeddings:
+                        nn.init.normal_(module.weight, std=1.0)
                     case nn.Embedding():
-                        nn.init.normal_(module.weight, std=embedding_std)
+                        nn.init.normal_(module.weight, std=small)
                     case nn.RMSNorm() | nn.LayerNorm():
                         nn.init.ones_(module.weight)
                     case _:

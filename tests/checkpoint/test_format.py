@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from llmtrain.checkpoint import direct_io, tensor_reader
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.store import open_verified
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
+from tests.verified import open_verified
 
 
 def write(folder: Path, ranks: list[list[Fragment]], step: int = 1) -> Path:

@@ -11,11 +11,11 @@ import pytest
 
 import llmtrain.train
 from llmtrain.checkpoint.folders import FINAL, pointed, step_folder
-from llmtrain.checkpoint.store import open_verified
 from llmtrain.run import Run
 from llmtrain.train import main
 from tests.conftest import small_config
 from tests.faulty_steps import faulty
+from tests.verified import open_verified
 
 
 @pytest.fixture

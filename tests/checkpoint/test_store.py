@@ -19,6 +19,7 @@ from llmtrain.checkpoint.store import CheckpointStore, clear_way, find_checkpoin
 from llmtrain.config import CheckpointSection
 from llmtrain.errors import CorruptError, UserError
 from tests.checkpoint.conftest import save, store_of
+from tests.verified import open_verified
 
 
 def test_kept_are_the_last_the_best_the_final_and_every_nth(parts: Assembly, tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_checkpoint_comes_back_slice_by_slice(parts: Assembly, tmp_path: Path)
     before = {f.name: f.values.clone() for f in parts.engine.fragments()}
     for fragment in parts.engine.fragments():
         fragment.values.zero_()
-    reader = newest_good(tmp_path, print)
+    reader = newest_good(tmp_path, print, open_verified)
     assert reader is not None
     assert not reader.load(parts.engine.to_fill(optimizer=False), ())
     after = {f.name: f.values for f in parts.engine.fragments()}
@@ -67,14 +68,14 @@ def test_the_newest_good_one_is_found_behind_damaged_ones(parts: Assembly, tmp_p
         with (step_folder(tmp_path, step) / name).open("r+b") as file:
             file.truncate(10)
     said: list[str] = []
-    reader = newest_good(tmp_path, said.append)
+    reader = newest_good(tmp_path, said.append, open_verified)
     assert reader is not None
     assert reader.manifest.step == 1
     assert len(said) == 2
     (step_folder(tmp_path, 1) / fmt.MANIFEST).write_text("{}")
     with pytest.raises(CorruptError, match="none of its 3 checkpoints is good"):
-        newest_good(tmp_path, said.append)
-    assert newest_good(tmp_path / "empty", said.append) is None
+        newest_good(tmp_path, said.append, open_verified)
+    assert newest_good(tmp_path / "empty", said.append, open_verified) is None
 
 
 def test_a_failing_save_is_reported_and_leaves_earlier_ones(parts: Assembly, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_which_step_is_saved_already_is_remembered_and_not_looked_up(parts: Asse
     save(store, parts, 1, "best")
     assert records[0].stat().st_ino == before[0] and pointed(tmp_path, "best") == step_folder(tmp_path, 1)
     save(store, parts, 2)
-    assert records[1].stat().st_ino != before[1] and newest_good(tmp_path, print) is not None
+    assert records[1].stat().st_ino != before[1] and newest_good(tmp_path, print, open_verified) is not None
 
 
 def test_a_checkpoint_of_another_run_is_not_one_of_this(parts: Assembly, tmp_path: Path) -> None:
@@ -159,10 +160,10 @@ def test_a_checkpoint_of_another_run_is_not_one_of_this(parts: Assembly, tmp_pat
     run_dir = tmp_path / "run"
     for folder in (run_dir, tmp_path / "other", run_dir / ".fetched" / "other"):
         save(store_of(parts, folder), parts, 3)
-        reader = newest_good(folder, print)
+        reader = newest_good(folder, print, open_verified)
         assert own_step(run_dir, reader) == (3 if folder == run_dir else None)
     (tmp_path / "link").symlink_to(run_dir)
-    assert own_step(tmp_path / "link", newest_good(run_dir, print)) == 3
+    assert own_step(tmp_path / "link", newest_good(run_dir, print, open_verified)) == 3
     aside = step_folder(run_dir, 3).rename(run_dir / "step-00000003.aside-1")
     assert own_step(run_dir, fmt.CheckpointReader(aside)) is None
     assert own_step(run_dir, None) is None
@@ -174,7 +175,7 @@ def test_a_data_folder_that_moves_away_fails_no_save(parts: Assembly, tmp_path: 
     store = CheckpointStore(tmp_path / "run", section, parts.config.to_yaml(), parts.data.manifest, copied)
     shutil.rmtree(copied)
     save(store, parts, 1)
-    assert newest_good(tmp_path / "run", print) is not None
+    assert newest_good(tmp_path / "run", print, open_verified) is not None
 
 
 def test_paths_of_the_verbs(parts: Assembly, tmp_path: Path) -> None:

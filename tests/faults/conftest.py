@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint.folders import committed_steps, step_folder
-from llmtrain.checkpoint.store import open_verified
 from tests.conftest import records, small_config
+from tests.verified import open_verified
 
 Config = dict[str, Any]
 STEPS = 8

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
 from llmtrain.config import PRESETS, ModelSection, make_config, resolve
 from llmtrain.model.cost import flops_per_token, model_flops_utilization, parameter_count
-from llmtrain.model.transformer import KVCache, Transformer
+from llmtrain.model.transformer import KVCache, SquaredReLU, Transformer
 from llmtrain.optim.optimizers import make_optimizer, parameter_groups
 
 SEQ_LEN = 32
@@ -222,3 +223,19 @@ def test_flops_agree_with_those_torch_counts(variant: dict[str, Any]) -> None:
 def test_utilization_of_an_unknown_device_is_unknown() -> None:
     assert model_flops_utilization(1e14, "Some GPU", 1) is None
     assert model_flops_utilization(989e12, "NVIDIA H200", 2) == pytest.approx(0.5)
+
+
+def test_squared_relu_has_the_gradient_of_autograd_bit_for_bit() -> None:
+    x = torch.randn(7, 33, requires_grad=True)
+    gradient = torch.randn(7, 33)
+    (expected,) = torch.autograd.grad(F.relu(x).square(), x, gradient)
+    y = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    (ours,) = torch.autograd.grad(y, x, gradient)
+    assert torch.equal(y, F.relu(x).square()) and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_untied_embedding_is_as_loud_as_the_blocks_and_a_tied_one_quiet(tie: bool) -> None:
+    """The standard error of a standard deviation of n normal numbers is 1/√(2n) of it; four of them are let pass."""
+    weight = build(500, tie_embeddings=tie).embedding.weight
+    assert weight.std().item() == pytest.approx(0.02 if tie else 1.0, rel=4 / math.sqrt(2 * weight.numel()))
