@@ -136,6 +136,13 @@ class ScheduleSection(Section):
     cycle_mult: Annotated[float, Field(ge=1)] = 1.0  # warm_restarts: each cycle is this much longer than the last
 
 
+class ProfileSection(Section):
+    """Which optimizer steps are profiled; see llmtrain/observe/profile.py."""
+
+    start: PositiveInt = 10  # the first of them; 1 is the run's first, which is slower than the others
+    steps: PositiveInt = 3
+
+
 class TrainingSection(Section):
     """Batch, length of the run, numerics, and what happens every so many steps.
 
@@ -157,6 +164,7 @@ class TrainingSection(Section):
     sample_prompts: tuple[str, ...] = ("\n",)
     sample_tokens: PositiveInt = 200
     stop_after: PositiveInt | None = None
+    profile: ProfileSection | None = None
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

@@ -51,6 +51,7 @@ from llmtrain.observe.files import replacing
 from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
 from llmtrain.observe.observer import NullObserver, Observer
+from llmtrain.observe.profile import profiled
 from llmtrain.observe.provenance import append_launch, provenance
 from llmtrain.observe.record import finite
 from llmtrain.observe.sinks import require_sinks
@@ -159,6 +160,9 @@ class Run:
         require_sinks(self.config)
         check_writable(self.dir)
         self.mirror.check_writable()
+
+    def _say(self, text: str) -> None:
+        self.observer.message(text)
 
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:
@@ -459,7 +463,7 @@ class Run:
             hook = model.register_forward_hook(self.peers.forwarded)
         is_interrupted = False
         try:
-            with self.peers.watched(), watchdog:
+            with self.peers.watched(), watchdog, profiled(self.config, self.engine, self.peers, self._say):
                 yield
         except PeerLostError:
             self.store.hurry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import itertools
 import json
 import math
@@ -692,3 +693,28 @@ def test_a_folder_that_cannot_be_written_is_refused(
     assert result.returncode == 2, result
     assert "cannot be written" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_profile_says_where_the_time_goes_and_changes_no_number(
+    config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run(merged(config_dict, training={"max_steps": 8}, run={"dir": str(tmp_path / "plain")}))
+    capsys.readouterr()
+    profiled = run(merged(config_dict, training={"max_steps": 8, "profile": {"start": 3, "steps": 2}}))
+    said = capsys.readouterr().out
+    assert numbers(profiled) == numbers(plain)
+    assert f"profile of steps 3 to 4; traces: {profiled / 'profile'}" in said
+    result = json.loads((profiled / "profile" / "rank00000.json").read_text())
+    assert (result["first_step"], result["steps"], result["exchanges_ms_per_step"]) == (3, 2, 0)
+    phases = {"between steps", "data", "forward", "backward", "update"}
+    assert phases <= result["ms_per_step"].keys() and all(ms > 0 for ms in result["ms_per_step"].values())
+    assert result["ms_per_step"]["backward"] > result["ms_per_step"]["between steps"]
+    assert all(f"  {phase} " in said for phase in phases) and "ms a step" in said
+    with gzip.open(profiled / "profile" / "rank00000.trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert len([event for event in events if event.get("name", "").startswith("Optimizer.step")]) == 2
+
+
+def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(config_dict: Config) -> None:
+    folder = run(merged(config_dict, training={"max_steps": 4, "profile": {"start": 3, "steps": 50}}))
+    assert json.loads((folder / "profile" / "rank00000.json").read_text())["steps"] == 2

@@ -95,6 +95,7 @@ class Peers:
         self.here, self._moved_at = _START, time.monotonic()
         self.longest_s: dict[Phase, float] = {}  # that this rank ever took to move on, for each phase it has left
         self.dump_stacks: Callable[[], object] = lambda: None
+        self.listener: Callable[[int, Phase], object] | None = None  # told of each new place
         self._others: list[Place] = []
         self.farewells: dict[int, Farewell] = {}  # of ranks that have ended
         self._is_leaving = False
@@ -113,6 +114,8 @@ class Peers:
         """Note where in the loop this rank is."""
         self.alive()
         self.here = Here(self.here.number + 1, step, phase)
+        if self.listener:
+            self.listener(step, phase)
 
     def alive(self) -> None:
         """Note that this rank moves on within its phase."""

@@ -100,6 +100,18 @@ def test_zero3_that_keeps_nothing_whole_evaluates_and_samples(data: Path, tmp_pa
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("name", ["cpu-ddp", "cpu-zero2", "cpu-zero3"])
+def test_a_profile_shows_what_each_rank_exchanges(data: Path, tmp_path: Path, name: str) -> None:
+    config = config_of(data, tmp_path / "run", 2)
+    config["training"] |= {"max_steps": 5, "profile": {"start": 2, "steps": 2}}
+    done = launch(name, 2, config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "profile of steps 2 to 3" in done.stdout and "ms of these" in done.stdout
+    for rank in range(2):
+        profile = json.loads((tmp_path / "run" / "profile" / f"rank{rank:05d}.json").read_text())
+        assert profile["steps"] == 2 and profile["exchanges_ms_per_step"] > 0
+
+
 def ledger(run_dir: Path, processes: int, micro: int) -> list[list[int]]:
     """The global batches, put together again from what each rank wrote: rows come in turns of `micro`."""
     ranks = []
