@@ -718,3 +718,11 @@ def test_a_profile_says_where_the_time_goes_and_changes_no_number(
 def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(config_dict: Config) -> None:
     folder = run(merged(config_dict, training={"max_steps": 4, "profile": {"start": 3, "steps": 50}}))
     assert json.loads((folder / "profile" / "rank00000.json").read_text())["steps"] == 2
+
+
+def test_a_stop_in_the_middle_of_a_profile_is_a_stop(config_dict: Config) -> None:
+    config = merged(config_dict, training={"max_steps": 8, "stop_after": 4, "profile": {"start": 3, "steps": 50}})
+    with pytest.raises(Stopped):
+        run(config)
+    folder = run(merged(config, training={"stop_after": None, "profile": {"start": 6, "steps": 2}}))
+    assert json.loads((folder / "profile" / "rank00000.json").read_text())["first_step"] == 6

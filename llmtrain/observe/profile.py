@@ -27,7 +27,11 @@ _EXCHANGES = ("nccl:", "gloo:", "mpi:", "ucc:")  # how torch.distributed's backe
 
 @contextmanager
 def profiled(config: RunConfig, engine: Engine, peers: Peers, say: Callable[[str], None]) -> Iterator[None]:
-    """Profile those steps of the loop inside that `training.profile` names; `say` is told the result."""
+    """Profile those steps of the loop inside that `training.profile` names; `say` is told the result.
+
+    Where the loop is left by an error or a signal nothing is written: a lost rank may keep the device waiting for ever,
+    and the time from a signal to the end belongs to the checkpoint.
+    """
     if config.training.profile is None:
         yield
         return
@@ -37,7 +41,7 @@ def profiled(config: RunConfig, engine: Engine, peers: Peers, say: Callable[[str
         yield
     finally:
         peers.listener = None
-        profiler.close()
+    profiler.close()
 
 
 class Profiler:
