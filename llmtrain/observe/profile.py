@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmtrain.config import ProfileSection, RunConfig
 from llmtrain.engine import Engine
+from llmtrain.errors import PeerLostError
 from llmtrain.health.peers import Peers
 from llmtrain.observe.files import replacing
 
@@ -39,9 +40,15 @@ def profiled(config: RunConfig, engine: Engine, peers: Peers, say: Callable[[str
     peers.listener = profiler.moved_on
     try:
         yield
+    except PeerLostError:
+        raise  # the process leaves without the interpreter's end
+    except BaseException:
+        profiler.discard()  # or the interpreter's end would crash in it
+        raise
+    else:
+        profiler.close()
     finally:
         peers.listener = None
-    profiler.close()
 
 
 class Profiler:
@@ -72,6 +79,12 @@ class Profiler:
         """The run ends: what was profiled until now is written."""
         if self._profile:
             self._end()
+
+    def discard(self) -> None:
+        """The run is left: nothing is written."""
+        if self._profile:
+            self._profile.stop()
+            self._profile = None
 
     def _begin(self) -> None:
         self._seconds.clear()
