@@ -97,9 +97,8 @@ def write_rank(folder: Path, rank: int, fragments: Iterable[Fragment]) -> None:
             here = (info.path, f.start, f.values.numel())
             tensors[f.name] = TensorInfo(shape=f.shape, fragments=(*before, here))
     # Rank 0 takes the record for a sign that this rank is done, so it must appear whole.
-    unfinished = folder / f".rank{rank:05d}.json"
-    write_file(unfinished, RankRecord(files=tuple(info for info, _ in files), tensors=tensors).model_dump_json())
-    unfinished.replace(folder / f"rank{rank:05d}.json")
+    record = RankRecord(files=tuple(info for info, _ in files), tensors=tensors)
+    write_whole(folder / f"rank{rank:05d}.json", record.model_dump_json())
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -108,6 +107,13 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a small file that is either not there or whole, at any moment."""
+    unfinished = path.with_name(f".{path.name}")
+    write_file(unfinished, content)
+    unfinished.replace(path)
 
 
 def describe_file(folder: Path, path: Path) -> FileInfo:
@@ -120,7 +126,7 @@ def commit(folder: Path, manifest: CheckpointManifest) -> None:
     text = manifest.model_dump_json(indent=1)
     write_file(folder / MANIFEST, text)
     sync_path(folder)
-    write_file(folder / MARKER, hashlib.sha256(text.encode()).hexdigest())
+    write_whole(folder / MARKER, hashlib.sha256(text.encode()).hexdigest())
     sync_path(folder)
     sync_path(folder.parent)
 

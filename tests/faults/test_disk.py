@@ -72,7 +72,7 @@ def test_a_full_disk(launcher: Launcher, data: Path, disk: Path, begun: Path, un
 
 MOMENTS = {
     "records": ("write", "/metrics.jsonl"), "saving": ("open", "/step-00000006/rank"),
-    "commit": ("open", "/step-00000006/COMMITTED"), "deletion": ("os.remove", "/step-00000006/COMMITTED"),
+    "commit": ("open", "/step-00000006/.COMMITTED"), "deletion": ("os.remove", "/step-00000006/COMMITTED"),
 }  # fmt: skip
 
 

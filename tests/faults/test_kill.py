@@ -66,7 +66,8 @@ def test_at_every_change_of_the_run_folder(
     """Opening a run that goes on, logging, saving (each file of it), linking, deleting, ending."""
     config = config_of(data, tmp_path / "run")
     events = launcher.events(config_of(data, copied(begun, tmp_path / "counted")))
-    assert sum("COMMITTED" in event for event in events) == 8  # two saves: opened, written, synced; two deletions
+    # Two saves: the marker opened, written, synced, renamed; two deletions.
+    assert sum("COMMITTED" in event for event in events) == 10
     tries = spread(distinct(events), 26)
     for number in tries:
         copied(begun, tmp_path / "run")
@@ -78,7 +79,7 @@ def test_at_every_change_of_the_run_folder(
 def test_before_the_first_checkpoint(launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path) -> None:
     """From an empty folder to the end of the first save: there is nothing to lose, and nothing in the way."""
     events = launcher.events(config_of(data, tmp_path / "counted"))
-    first = next(index for index, event in enumerate(events) if event.startswith("write") and "COMMITTED" in event)
+    first = next(index for index, event in enumerate(events) if event.startswith("os.rename") and "COMMITTED" in event)
     for number in spread(distinct(events[: first + 1]), 6):
         config = config_of(data, tmp_path / str(number))
         assert launcher.train(config, event=number).code == DIED, events[number - 1]
