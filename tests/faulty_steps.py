@@ -16,7 +16,7 @@ import torch
 
 import llmtrain.train
 from llmtrain.data.batches import Batch
-from llmtrain.engine import Engine, Outcome
+from llmtrain.engine import Engine, Outcome, Verdict
 from llmtrain.errors import run_main
 from llmtrain.health.guard import Guard
 
@@ -56,7 +56,7 @@ def _without_update(engine: Any) -> None:
     def step(*_: object) -> Outcome:
         del engine.step
         engine._optimizer.zero_grad(set_to_none=True)
-        return Outcome(torch.zeros(()), torch.tensor([0.0, 0.0, 1.0]))
+        return Outcome(torch.zeros(()), Verdict(0.0, 0.0, is_refused=True))
 
     engine.step = step
 

@@ -133,13 +133,9 @@ class Batch:
 
     layout: Layout
     begin: int  # position of the first sample of the global batch
+    end: int  # position after the last one
     target_count: int  # target tokens in the global batch, over all ranks
     _loader: Iterator[Tokens_BS]
-
-    @property
-    def end(self) -> int:
-        """Position after the global batch."""
-        return self.layout.end_of_batch(self.begin)
 
     @property
     def epoch(self) -> int:
@@ -202,7 +198,7 @@ def batches(
     while True:
         position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)
-        yield Batch(layout, position, (end - position) * windows.seq_len, loader)
+        yield Batch(layout, position, end, (end - position) * windows.seq_len, loader)
         position = end
 
 

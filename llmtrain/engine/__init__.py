@@ -4,6 +4,15 @@ The loop, checkpoints and metrics know `Engine` only; nothing outside this folde
 """
 
 from llmtrain.engine.choose import launch_settings, make_engine, refuse_contradictions
-from llmtrain.engine.protocol import Engine, Fragment, Limits, Outcome
+from llmtrain.engine.protocol import Engine, Fragment, Limits, Outcome, Verdict
 
-__all__ = ["Engine", "Fragment", "Limits", "Outcome", "launch_settings", "make_engine", "refuse_contradictions"]
+__all__ = [
+    "Engine",
+    "Fragment",
+    "Limits",
+    "Outcome",
+    "Verdict",
+    "launch_settings",
+    "make_engine",
+    "refuse_contradictions",
+]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmtrain.config import OptimizerSection, TrainingSection
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome
+from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, Verdict
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer, step_unless
 
@@ -59,12 +59,15 @@ class AccelerateEngine(Processes):
         return loss_sum.detach()
 
     def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
-        """See `Engine`. The flag goes from the device to the optimizer's kernels, on a CPU too: one way for all."""
+        """See `Engine`. On a GPU the flag goes to the optimizer's kernels, and the host never sees it."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         seen = self.judge(loss, norm, limits)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        step_unless(self._optimizer, seen[2])
+        if isinstance(seen, Verdict):  # a refused step is a step too: the first makes the optimizer's state
+            step_unless(self._optimizer, norm.new_ones(()) if seen.is_refused else None)
+        else:
+            step_unless(self._optimizer, seen[2])
         self._optimizer.zero_grad(set_to_none=True)
         return Outcome(norm, seen)
 

@@ -111,7 +111,7 @@ class DeepSpeedEngine(Processes):
         self._gate.next = (loss, limits)
         self._model.step()
         seen = self._gate.take()
-        norm = seen[1] if seen[2] else self._model.get_global_grad_norm()
+        norm = seen.grad_norm if seen.is_refused else self._model.get_global_grad_norm()
         return Outcome(torch.as_tensor(norm, device=self.device), seen)
 
     def parameter_norm(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from llmtrain.engine.asking import SideChannel
-from llmtrain.engine.protocol import Limits
+from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
@@ -67,15 +68,29 @@ class Processes:
         dist.all_reduce(total)
         return total
 
-    def judge(self, loss: Tensor | None, norm: Tensor, limits: Limits) -> Tensor:
-        """`Outcome.seen` of a step, where `norm` lies; the same bits on all ranks, whatever their norms differ by.
+    @property
+    def host_sees_all(self) -> bool:
+        """Whether every number is known to the host at once: there is no device beside it."""
+        return self.device.type == "cpu"
+
+    def judge(self, loss: Tensor | None, norm: Tensor, limits: Limits) -> Verdict | Tensor:
+        """`Outcome.seen` of a step; the same bits on all ranks, whatever their norms differ by.
 
         Costs one exchange of two numbers, and no wait for the device: the limits go to it as arguments of a kernel.
         """
+        if self.host_sees_all:
+            return self._judge_on_host(0.0 if loss is None else loss.item(), norm.item(), limits)
         share = torch.zeros_like(norm) if loss is None else loss.to(norm)
         both = self.sum(torch.stack([share, norm / self.world_size]).float())
         is_fine = both.isfinite().all() & (both[0] < limits.loss) & (both[1] < limits.grad_norm)
         return torch.cat([both, (~is_fine).float().view(1)])
+
+    def _judge_on_host(self, loss: float, norm: float, limits: Limits) -> Verdict:
+        """The same where every operation on a tensor of one number would cost as much as all of this."""
+        if self.world_size > 1:
+            loss, norm = self.sum(torch.tensor([loss, norm / self.world_size])).tolist()
+        is_fine = math.isfinite(loss) and loss < limits.loss and norm < limits.grad_norm  # so a norm that is no number
+        return Verdict(loss, norm, not is_fine)
 
     def any(self, flag: bool) -> bool:
         """See `Engine`."""

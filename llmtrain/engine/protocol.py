@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,14 +38,28 @@ class Limits:
     grad_norm: float = math.inf  # global, before clipping
 
 
+class Verdict(NamedTuple):
+    """A step as all ranks together saw it."""
+
+    loss: float  # nats per target
+    grad_norm: float  # global, before clipping
+    is_refused: bool
+
+    @classmethod
+    def read(cls, seen: Tensor) -> Self:
+        """From `Outcome.seen`; the host waits for the device on which that lies."""
+        loss, grad_norm, refused = seen.tolist()
+        return cls(loss, grad_norm, bool(refused))
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step showed."""
 
     grad_norm: Tensor  # global, before clipping; on the device
-    # float32 (3,): loss and gradient norm as all ranks together saw them, and 1 where the step was refused, else 0.
-    # It lies on the host where the engine knows it there anyway; on a device nobody has waited for it.
-    seen: Tensor
+    # Where the host knows it anyway, a verdict. On a device nobody has waited for it: float32 (3,), the loss, the norm,
+    # and 1 where the step was refused, else 0.
+    seen: Verdict | Tensor
 
 
 NO_LIMITS = Limits()

@@ -14,7 +14,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor
 
 from llmtrain.engine.processes import Processes
-from llmtrain.engine.protocol import NO_LIMITS, Limits
+from llmtrain.engine.protocol import NO_LIMITS, Limits, Verdict
 
 
 class ZeroGate:
@@ -23,7 +23,7 @@ class ZeroGate:
     def __init__(self, zero: Any, stage: int, processes: Processes):
         self._processes = processes
         self.next: tuple[Tensor | None, Limits] = (None, NO_LIMITS)  # the loss and the limits of the step to come
-        self._seen: Tensor | None = None
+        self._seen: Verdict | None = None
         if stage == 3:
             norms_of_groups = zero._get_norm_groups
 
@@ -41,7 +41,7 @@ class ZeroGate:
 
             zero.scaled_global_norm = judged_norm
 
-    def take(self) -> Tensor:
+    def take(self) -> Verdict:
         """`Outcome.seen` of the step that was just taken."""
         seen, self._seen = self._seen, None
         if seen is None:  # another release of DeepSpeed, which gets its norm in another way
@@ -51,5 +51,6 @@ class ZeroGate:
     def _refuses(self, norm: Any) -> bool:
         device = self._processes.device
         self._refused_norm = torch.tensor(float("inf"), device=device)
-        self._seen = self._processes.judge(self.next[0], torch.as_tensor(norm, device=device), self.next[1]).cpu()
-        return bool(self._seen[2])
+        seen = self._processes.judge(self.next[0], torch.as_tensor(norm, device=device), self.next[1])
+        self._seen = seen if isinstance(seen, Verdict) else Verdict.read(seen)
+        return self._seen.is_refused

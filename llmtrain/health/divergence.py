@@ -12,14 +12,13 @@ section 5.1). After `max_rollbacks` of these it gives up.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from llmtrain.config import HealthSection
 from llmtrain.engine import Limits
+from llmtrain.health.robust import RobustWindow
 
 # Added to the deviations, so that a run as even as a clock does not take a breath for a spike: at the default z of 10 a
 # loss is let pass up to half a nat above the median, and a norm up to ten times the median.
@@ -56,8 +55,8 @@ class DivergencePolicy:
 
     def __init__(self, config: HealthSection):
         self._config = config
-        self._losses: deque[float] = deque(maxlen=config.spike_window)  # of applied steps
-        self._log_norms: deque[float] = deque(maxlen=config.spike_window)
+        self._losses = RobustWindow(config.spike_window)  # of applied steps
+        self._log_norms = RobustWindow(config.spike_window)
         self._skips: list[tuple[int, int, int]] = []  # step, begin, end of those within the last `spike_window` steps
         self.rollbacks = 0
         self.left_out: list[tuple[int, int]] = []  # positions from, to before
@@ -69,7 +68,7 @@ class DivergencePolicy:
             share: of a full batch's targets that this one has. The mean of fewer varies more, by the root.
         """
         z = self._config.spike_z
-        if z is None or len(self._losses) < self._config.spike_window:
+        if z is None or not self._losses.is_full:
             return Limits()
         wide = z / math.sqrt(share)
         log_norm = _above(self._log_norms, wide, _NORM_FLOOR)
@@ -80,8 +79,8 @@ class DivergencePolicy:
         """Take in a step that is over; say why it was refused, if it was."""
         self._skips = [skip for skip in self._skips if skip[0] > seen.step - self._config.spike_window]
         if not seen.is_refused:
-            self._losses.append(seen.loss)
-            self._log_norms.append(math.log(max(seen.grad_norm, 1e-30)))
+            self._losses.add(seen.loss)
+            self._log_norms.add(math.log(max(seen.grad_norm, 1e-30)))
             return None
         self._skips.append((seen.step, seen.begin, seen.end))
         return self._reason(seen)
@@ -101,8 +100,8 @@ class DivergencePolicy:
     def state(self) -> dict[str, Any]:
         """All that is remembered, JSON-ready."""
         return {
-            "losses": list(self._losses),
-            "log_norms": list(self._log_norms),
+            "losses": list(self._losses.newest),
+            "log_norms": list(self._log_norms.newest),
             "skips": [list(skip) for skip in self._skips],
             "rollbacks": self.rollbacks,
             "left_out": [list(positions) for positions in self.left_out],
@@ -111,8 +110,8 @@ class DivergencePolicy:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()`; an empty one is the beginning. A smaller window keeps the newest."""
         window = self._config.spike_window
-        self._losses = deque(state.get("losses", ()), maxlen=window)
-        self._log_norms = deque(state.get("log_norms", ()), maxlen=window)
+        self._losses = RobustWindow(window, state.get("losses", ()))
+        self._log_norms = RobustWindow(window, state.get("log_norms", ()))
         self._skips = [(step, begin, end) for step, begin, end in state.get("skips", ())]
         self.rollbacks = int(state.get("rollbacks", 0))
         self.left_out = [(begin, end) for begin, end in state.get("left_out", ())]
@@ -120,17 +119,15 @@ class DivergencePolicy:
     def _reason(self, seen: Seen) -> str:
         found = []
         for name, value, limit, typical in (
-            ("loss", seen.loss, seen.limits.loss, median(self._losses or (math.nan,))),
-            ("gradient norm", seen.grad_norm, seen.limits.grad_norm, math.exp(median(self._log_norms or (math.nan,)))),
+            ("loss", seen.loss, seen.limits.loss, self._losses.median),
+            ("gradient norm", seen.grad_norm, seen.limits.grad_norm, lambda: math.exp(self._log_norms.median())),
         ):
             if not math.isfinite(value):
                 found.append(f"{name} {value}")
-            elif not value < limit:
-                found.append(f"{name} {value:.4g}, limit {limit:.4g}, usually {typical:.4g}")
+            elif not value < limit:  # which is finite, so the window is full
+                found.append(f"{name} {value:.4g}, limit {limit:.4g}, usually {typical():.4g}")
         return "; ".join(found) or "at the limit"  # a float32 compared on a device, in a last bit
 
 
-def _above(values: deque[float], z: float, floor: float) -> float:
-    middle = median(values)
-    deviation = median(abs(value - middle) for value in values)
-    return middle + z * (_MAD_TO_SIGMA * deviation + floor)
+def _above(window: RobustWindow, z: float, floor: float) -> float:
+    return window.median() + z * (_MAD_TO_SIGMA * window.deviation() + floor)

@@ -18,7 +18,7 @@ import torch
 from llmtrain.config import RunConfig
 from llmtrain.data.batches import Batch
 from llmtrain.data.order import sample_ids
-from llmtrain.engine import Limits, Outcome
+from llmtrain.engine import Limits, Outcome, Verdict
 from llmtrain.health.divergence import DivergencePolicy, Seen, Stretch
 from llmtrain.observe.files import LineAppender, read_steps, replacing
 from llmtrain.observe.observer import NullObserver
@@ -39,7 +39,7 @@ class Guard:
         self._config, self._path, self._rank = config, run_dir / SKIPPED, rank
         self.policy = DivergencePolicy(config.health)
         self._facts: list[_Facts] = []  # of the steps that the policy has not seen
-        self._pending: list[torch.Tensor] = []  # and what they showed
+        self._pending: list[Verdict | torch.Tensor] = []  # and what they showed
         self._limits = Limits()
         self._last: Seen | None = None  # refused
 
@@ -53,7 +53,7 @@ class Guard:
         """Take in a step; return whether it can be judged without waiting for a device."""
         self._facts.append((step, batch.begin, batch.end, lr, self._limits.loss, self._limits.grad_norm))
         self._pending.append(outcome.seen)
-        return outcome.seen.device.type == "cpu"
+        return isinstance(outcome.seen, Verdict)
 
     def judge(self, batch: Batch, observer: NullObserver) -> Stretch | None:
         """Let the policy see what it has not seen; name refused steps, and the stretch where there are too many.
@@ -61,9 +61,9 @@ class Guard:
         What comes after too many were found is not looked at: those steps come again.
         """
         stretch = None
-        for facts, (loss, norm, refused) in zip(self._facts, self._values(), strict=True):
+        for facts, verdict in zip(self._facts, self._verdicts(), strict=True):
             step, begin, end, lr, *limits = facts
-            seen = Seen(step, begin, end, lr, Limits(*limits), loss, norm, bool(refused))
+            seen = Seen(step, begin, end, lr, Limits(*limits), *verdict)
             reason = self.policy.observe(seen)
             if reason:
                 self._last = seen
@@ -74,12 +74,11 @@ class Guard:
         self._facts, self._pending = [], []
         return stretch
 
-    def _values(self) -> list[list[float]]:
-        if not self._pending:
-            return []
-        device = self._pending[-1].device  # those of a resumed run lie on the host
-        values: list[list[float]] = torch.stack([seen.to(device) for seen in self._pending]).tolist()
-        return values
+    def _verdicts(self) -> list[Verdict]:
+        """Of all steps that the policy has not seen; waits for the device once."""
+        on_device = [seen for seen in self._pending if isinstance(seen, torch.Tensor)]
+        read = iter(torch.stack(on_device).cpu() if on_device else ())
+        return [seen if isinstance(seen, Verdict) else Verdict.read(next(read)) for seen in self._pending]
 
     def _entry(self, seen: Seen, reason: str, batch: Batch) -> dict[str, Any]:
         windows = batch.layout.windows
@@ -165,7 +164,8 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """For a checkpoint; JSON-ready, so numbers that may not be finite are written as text."""
         pending = [
-            [*map(repr, facts), *map(repr, seen)] for facts, seen in zip(self._facts, self._values(), strict=True)
+            [*map(repr, facts), repr(loss), repr(norm), repr(float(is_refused))]
+            for facts, (loss, norm, is_refused) in zip(self._facts, self._verdicts(), strict=True)
         ]
         return {**self.policy.state(), "pending": pending}
 
@@ -174,9 +174,9 @@ class Guard:
         self.policy.load_state(state)
         self._facts, self._pending = [], []
         for step, begin, end, *numbers in state.get("pending", ()):
-            lr, loss_limit, norm_limit, *seen = map(float, numbers)
+            lr, loss_limit, norm_limit, loss, norm, refused = map(float, numbers)
             self._facts.append((int(step), int(begin), int(end), lr, loss_limit, norm_limit))
-            self._pending.append(torch.tensor(seen))
+            self._pending.append(Verdict(loss, norm, bool(refused)))
 
 
 def first_skip(state: Mapping[str, Any]) -> int | None:

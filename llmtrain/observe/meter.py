@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmtrain.config import RunConfig
-from llmtrain.engine import Engine, Outcome
+from llmtrain.engine import Engine, Outcome, Verdict
 from llmtrain.model.cost import flops_per_token, model_flops_utilization
 from llmtrain.observe.own_time import OwnTime
 from llmtrain.observe.record import Record
@@ -26,8 +26,8 @@ class Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self._loss_sum = torch.zeros((), device=engine.device)
-        self._targets = torch.zeros((), dtype=torch.int64, device=engine.device)  # of applied steps
-        self._skipped = torch.zeros((), dtype=torch.int64, device=engine.device)
+        self._targets: int | torch.Tensor = 0  # of applied steps; on the device once it knows more than the host
+        self._skipped: int | torch.Tensor = 0
         self._timed_targets = self._timed_steps = self._pauses = 0
         self._since = time.perf_counter()
         self._own_time = OwnTime(engine)
@@ -41,10 +41,16 @@ class Meter:
 
         Of a refused step only that it was one, and its time.
         """
-        is_refused = outcome.seen[2].to(loss_sum.device) != 0
-        self._loss_sum += loss_sum.masked_fill(is_refused, 0.0)
-        self._targets += ~is_refused * targets
-        self._skipped += is_refused
+        if not isinstance(outcome.seen, Verdict):
+            is_refused = outcome.seen[2] != 0
+            self._loss_sum += loss_sum.masked_fill(is_refused, 0.0)
+            self._targets = self._targets + ~is_refused * targets
+            self._skipped = self._skipped + is_refused
+        elif outcome.seen.is_refused:
+            self._skipped += 1
+        else:
+            self._loss_sum += loss_sum
+            self._targets += targets
         self._timed_targets += targets
         self._timed_steps += 1
 
@@ -62,7 +68,7 @@ class Meter:
         self, *, step: int, epoch: int, tokens: int, lr: float, grad_norm: torch.Tensor, val: Validation | None
     ) -> Record:
         """Ask the device, over all ranks, and start anew."""
-        targets = int(self._targets.item())
+        targets = int(self._targets)
         loss = self._engine.sum(self._loss_sum).item() / targets if targets else math.nan
         seconds = time.perf_counter() - self._since
         spread_s, slowest_rank = self._own_time.compare()
@@ -86,17 +92,16 @@ class Meter:
             step_time_spread_s=spread_s,
             slowest_rank=slowest_rank,
             time=time.time(),
-            skipped=int(self._skipped.item()),
+            skipped=int(self._skipped),
         )
-        for counted in (self._loss_sum, self._targets, self._skipped):
-            counted.zero_()
-        self._timed_targets = self._timed_steps = 0
+        self._loss_sum.zero_()
+        self._targets = self._skipped = self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
         return record
 
     def state(self) -> dict[str, Any]:
         """The sums of an unfinished interval, exact in JSON; one for each rank, for float32 sums know an order."""
-        counts = {"targets": int(self._targets.item()), "skipped": int(self._skipped.item())}
+        counts = {"targets": int(self._targets), "skipped": int(self._skipped)}
         return {"loss_sums": self._engine.gather(self._loss_sum.item()), **counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -105,8 +110,8 @@ class Meter:
         if len(sums) != self._engine.world_size:
             sums = [sum(sums)] + [0.0] * (self._engine.world_size - 1)
         self._loss_sum.fill_(sums[self._engine.rank])
-        self._targets.fill_(int(state.get("targets", 0)))
-        self._skipped.fill_(int(state.get("skipped", 0)))
+        self._targets = int(state.get("targets", 0))
+        self._skipped = int(state.get("skipped", 0))
         self._timed_targets = self._timed_steps = 0
         self._since = time.perf_counter()
 

@@ -33,7 +33,7 @@ class MetricsLog:
         self._arrays = _ArraysFile(run_dir / ARRAYS)
 
         def take(row: Mapping[str, Number]) -> None:
-            self._count(row)
+            self._digest.update(json.dumps(row).encode())  # the very line
             self._arrays.append(row)
 
         if csv:
@@ -53,10 +53,10 @@ class MetricsLog:
 
     def log(self, record: Record) -> None:
         """Append one record; `training_metrics.json` follows at once or a little later, see `_ArraysFile`."""
+        row = record.row()
         line = record.to_json()
         self._records.append(line)
-        self._count(json.loads(line))
-        row = record.row()
+        self._digest.update(line.encode())
         if self._table:
             self._table.append(_table_line(row))
         self._arrays.append(row)
@@ -65,9 +65,6 @@ class MetricsLog:
     def digest(self) -> str:
         """SHA-256 over all records so far: what a checkpoint remembers of the file, which has no hash of its own."""
         return self._digest.hexdigest()
-
-    def _count(self, row: Mapping[str, Number]) -> None:
-        self._digest.update(json.dumps(row).encode())
 
     def flush(self) -> None:
         """Bring `training_metrics.json` up to the last record, and the records safely to the device.
@@ -91,13 +88,12 @@ class _ArraysFile:
     """`training_metrics.json`, rewritten whole so that it always parses, and seldom enough to stay cheap.
 
     Rewriting it with every record would write a quadratic number of bytes: 30 TB over a million records. So it is
-    written with every record only while it is small, and then whenever it has grown by 2 %. All rewrites together then
-    write about 50 times the final file (3 GB for a million records), and between checkpoints it is never more than 2 %
-    of the run behind, less than a pixel or two of a plot. (A rule in seconds was dropped: with a record per second on a
-    fast disk it still writes the quadratic number of bytes.)
+    written whenever it has grown by 2 %, which at first is with every record. All rewrites together then write about
+    50 times the final file (3 GB for a million records), and between checkpoints it is never more than 2 % of the run
+    behind, less than a pixel or two of a plot. (A rule in seconds was dropped: with a record per second on a fast disk
+    it still writes the quadratic number of bytes.)
     """
 
-    _SMALL_BYTES = 1 << 16
     _GROWTH = 1.02
     _SOURCES = {  # noqa: RUF012 -- a constant
         "train_loss": "train_loss",
@@ -121,8 +117,7 @@ class _ArraysFile:
             column += _text(row.get(source), unknown="null").encode()
 
     def write_if_grown(self) -> None:
-        size = self._size()
-        if size < self._SMALL_BYTES or size >= self._GROWTH * self._written_bytes:
+        if self._size() >= self._GROWTH * self._written_bytes:
             self.write()
 
     def write_if_behind(self) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmtrain.config import RunConfig, make_config, resolve
-from llmtrain.engine import Engine, Limits, make_engine
+from llmtrain.engine import Engine, Limits, Verdict, make_engine
+from llmtrain.engine.processes import Processes
 from llmtrain.model.transformer import Transformer
 
 ROWS, SEQ_LEN, VOCAB = 6, 16, 50
@@ -161,7 +162,12 @@ def test_one_process_can_close_an_engine_and_make_another_precision(engines: Any
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("refused_by", ["norm", "loss", "nan loss", "nan gradient"])
-def test_a_refused_step_leaves_everything_as_it_was_also_the_first(engines: Any, name: str, refused_by: str) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_a_refused_step_leaves_everything_as_it_was_also_the_first(
+    monkeypatch: pytest.MonkeyPatch, engines: Any, name: str, refused_by: str, as_on_a_gpu: bool
+) -> None:
+    """On a GPU the host does not know that a step is refused, and the kernels leave everything as it is."""
+    monkeypatch.setattr(Processes, "host_sees_all", not as_on_a_gpu)
     limits = {"norm": Limits(grad_norm=1e-6), "loss": Limits(loss=1.0)}.get(refused_by, Limits())
     loss = torch.tensor(math.nan if refused_by == "nan loss" else 2.0)
     engine, model = engines(optimizer=name)
@@ -172,7 +178,9 @@ def test_a_refused_step_leaves_everything_as_it_was_also_the_first(engines: Any,
         if is_refused and refused_by == "nan gradient":
             next(model.parameters()).grad[0] = math.nan  # type: ignore[index]
         outcome = engine.step(1e-2, loss if is_refused else None, limits if is_refused else Limits())
-        assert bool(outcome.seen[2]) == is_refused
+        assert isinstance(outcome.seen, torch.Tensor) == as_on_a_gpu
+        seen = outcome.seen if isinstance(outcome.seen, Verdict) else Verdict.read(outcome.seen)
+        assert seen.is_refused == is_refused
         assert all(p.grad is None for p in model.parameters())
         if not is_refused:
             gradients(plain_engine, plain_model, [])
