@@ -25,6 +25,7 @@ from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
+from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.cost import RankMemory, rank_memory
 
 
@@ -45,6 +46,9 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
             if parts.val is None:
                 yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
             yield from checklist(parts, load_tokenizer(parts.data.path / TOKENIZER_FOLDER))
+        if args.find_lr:
+            with _assembled(config) as parts:
+                yield find_rate(parts)
         if args.overfit:
             lr = overfit_rate(config.model.dim)
             with _assembled(_for_overfit(config, lr)) as parts:
@@ -124,12 +128,13 @@ def main(argv: list[str]) -> None:
     parser = VerbParser("doctor", __doc__.splitlines()[0], "llmtrain doctor --config configs/debug.yaml --overfit")
     parser.add_argument("--config", type=Path, metavar="FILE", help="check training with this config, too")
     parser.add_argument("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
+    parser.add_argument("--find-lr", action="store_true", help="try rising learning rates, and suggest optimizer.lr")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     args = parser.parse_intermixed_args(argv)
-    if args.config is None and (args.overfit or args.overrides):
-        raise UserError("--overfit and section.key=value need a config: add --config FILE")
+    if args.config is None and (args.overfit or args.find_lr or args.overrides):
+        raise UserError("--overfit, --find-lr and section.key=value need a config: add --config FILE")
     findings = []
     network = [rendezvous_finding(args.rendezvous)] if args.rendezvous else []
     for source in (machine_findings(), network, training_findings(args) if args.config else ()):

@@ -14,7 +14,7 @@ import torch
 
 from llmtrain.data.shards import TokenStream
 from llmtrain.doctor import main
-from llmtrain.health import checklist
+from llmtrain.health import checklist, rate_finder
 from llmtrain.model.transformer import FeedForward, Transformer
 from tests.conftest import Call, Command, is_one_clear_line
 
@@ -175,6 +175,28 @@ def test_overfit_fails_where_nothing_can_be_learned(examine, monkeypatch: pytest
     assert code == 2 and "after 3 steps on one batch" in failures(findings)["overfit"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_learning_rate_is_found_and_compared_with_the_configs(examine, optimizer: str) -> None:
+    suggestions = set()
+    for lr, status in (("1e-7", "warn"), ("3e-2", "ok"), ("30", "warn")):
+        _, findings = examine("--find-lr", f"optimizer.name={optimizer}", f"optimizer.lr={lr}", "schedule.min_lr=0")
+        assert findings["find lr"]["status"] == status, findings["find lr"]
+        suggestions.add(findings["find lr"]["detail"].split("optimizer.lr=")[1].split(",")[0])
+    assert len(suggestions) == 1  # whatever the config says
+
+
+def test_a_range_without_a_turn_suggests_nothing(examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_finder, "STEPS", 40)
+    monkeypatch.setattr(rate_finder, "HIGHEST", 2e-3)
+    code, findings = examine("--find-lr")
+    assert code == 0 and findings["find lr"]["status"] == "warn"
+    assert "still falls at 2.0e-03" in findings["find lr"]["detail"]
+    monkeypatch.setattr(rate_finder, "HIGHEST", 1e-5)
+    code, findings = examine("--find-lr")
+    assert code == 2 and "does not fall at any rate" in failures(findings)["find lr"]
+
+
 def test_rows_that_contradict_each_other_have_a_loss_of_their_own() -> None:
     """Two rows begin alike and go on differently: one bit at one of four places, for each of them."""
     inputs, targets = torch.tensor([[1, 2], [1, 3]]), torch.tensor([[2, 5], [3, 6]])
@@ -187,6 +209,7 @@ def test_rows_that_contradict_each_other_have_a_loss_of_their_own() -> None:
 def test_bad_input_gets_one_clear_line(call: Call, llmtrain: Command, config: Path, tmp_path: Path) -> None:
     code, out, err = call(main, "--overfit")
     assert (code, out) == (2, "") and is_one_clear_line(err) and "add --config FILE" in err
+    assert call(main, "--find-lr")[0] == 2
     for overrides, message in [
         (["model.heads=3"], "dim 32 is not divisible by heads 3"),
         (["model.layer=3"], "did you mean 'layers'?"),

@@ -1,0 +1,88 @@
+"""A learning rate for a config, found by trying: the rate rises with each step until the loss does.
+
+The range test (Smith 2017, "Cyclical learning rates", section 3.3), on the run's own model, batches and optimizer. At
+the rate where the smoothed loss turns, the model is about to lose what it has learned; a peak rate some way below it
+trains fastest. How far below was measured, see docs/LOG.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.assemble import Assembly
+from llmtrain.data.batches import Batch, batches, inputs_and_targets
+from llmtrain.health.finding import Finding, fail, ok, warn
+from llmtrain.observe.formats import rate
+
+STEPS = 150
+LOWEST, HIGHEST = 1e-5, 1.0
+BELOW_TURN = 3.0  # the peak rate is this factor below the one where the loss turns
+_SMOOTHING = 0.9
+_RISEN = 0.2  # of what was learned: so much lost again ends the test,
+_NOISE = 0.1  # nats, if it is more than batches differ by
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """The rates that were tried, and the smoothed loss (nats per target) after each."""
+
+    rates: list[float]
+    losses: list[float]
+
+    @property
+    def turn(self) -> float:
+        """The rate at which the loss was lowest."""
+        return self.rates[self.losses.index(min(self.losses))]
+
+    @property
+    def has_turned(self) -> bool:
+        """Whether the loss rose again, so that the turn is one."""
+        lowest = min(self.losses)
+        return self.losses[-1] - lowest > max(_RISEN * (self.losses[0] - lowest), _NOISE)
+
+
+def range_test(parts: Assembly) -> RangeTest:
+    """Step a fresh model through the rates, each on a batch of its own, until the loss rises for good."""
+    test = RangeTest([], [])
+    smoothed = weight = 0.0
+    stream = batches(parts.train, parts.layout, seed=parts.config.run.seed, position=0)
+    for step, batch in zip(range(STEPS), stream, strict=False):
+        lr = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+        loss = _step(parts, batch, lr)
+        if not math.isfinite(loss):
+            break
+        smoothed = _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        test.rates.append(lr)
+        test.losses.append(smoothed / weight)
+        if test.has_turned:
+            break
+    return test
+
+
+def _step(parts: Assembly, batch: Batch, lr: float) -> float:
+    """Take one optimizer step; return the loss before it, over all ranks."""
+    engine, total = parts.engine, 0.0
+    for tokens, is_last in batch.micro_batches():
+        inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, engine.device)
+        loss_sum = engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
+        total += engine.sum(loss_sum).item()
+    engine.step(lr)
+    return total / batch.target_count
+
+
+def find_rate(parts: Assembly) -> Finding:
+    """Suggest a peak learning rate, and compare with the config's."""
+    name, lr = "find lr", parts.config.optimizer.lr
+    test = range_test(parts)
+    if not test.losses or test.losses[0] - min(test.losses) < _NOISE:
+        return fail(name, f"the loss does not fall at any rate from {rate(LOWEST)} on; look at the findings above")
+    if not test.has_turned:
+        return warn(name, f"the loss still falls at {rate(test.rates[-1])}, so no rate of the test is too high")
+    suggested = float(f"{test.turn / BELOW_TURN:.1g}")
+    told = f"the loss turns at {rate(test.turn)}; a good peak for {parts.config.optimizer.name} is about optimizer.lr="
+    detail = f"{told}{rate(suggested)}, the config has {rate(lr)}"
+    if not suggested / 4 <= lr <= suggested * 4:
+        return warn(name, detail)
+    return ok(name, detail)
