@@ -44,6 +44,7 @@ from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import CheckpointSection, make_config
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import make_engine
+from llmtrain.optim.optimizers import make_state
 
 OURS, OURS_ASYNC = "llmtrain", "llmtrain, async"
 Action = Callable[[Path], dict[str, float] | None]
@@ -54,7 +55,7 @@ class Bench:
 
     def __init__(self, parts: Assembly, folder: Path):
         self.parts, self.engine, self.folder = parts, parts.engine, folder
-        self.engine._make_optimizer_state()
+        make_state(self.engine._optimizer)
         torch.manual_seed(1)
         for _, tensor in self._state():
             tensor.normal_() if tensor.dim() else tensor.fill_(7.0)

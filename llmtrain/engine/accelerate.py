@@ -17,7 +17,7 @@ from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, Verdict
 from llmtrain.model.transformer import Transformer
-from llmtrain.optim.optimizers import make_optimizer, step_unless
+from llmtrain.optim.optimizers import make_optimizer, make_state, step_unless
 
 
 class AccelerateEngine(Processes):
@@ -89,9 +89,9 @@ class AccelerateEngine(Processes):
                     yield f"optimizer/{name}/{slot}", value
 
     def to_fill(self, *, optimizer: bool = True) -> list[Fragment]:
-        """See `Engine`. An optimizer has no state before its first step, so a step without effect makes it."""
+        """See `Engine`. An optimizer has no state before its first step, so it gets one here."""
         if optimizer:
-            self._make_optimizer_state()
+            make_state(self._optimizer)
         return [
             Fragment(name, tuple(tensor.shape), 0, tensor.detach().view(-1))
             for name, tensor in self._state_tensors()
@@ -100,12 +100,3 @@ class AccelerateEngine(Processes):
 
     def publish(self) -> None:
         """See `Engine`. The model computes with the very tensors that were written."""
-
-    def _make_optimizer_state(self) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0
-        applied = torch.zeros((), device=self.device)
-        for parameter in self._parameters:  # one at a time: the gradients of all would be a third of the state again
-            parameter.grad = torch.zeros_like(parameter)
-            step_unless(self._optimizer, applied)
-            parameter.grad = None

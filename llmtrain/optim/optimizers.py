@@ -43,6 +43,31 @@ def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor | None) -> Non
     optimizer.step()
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter of an optimizer of `make_optimizer` what its first step would, where there is none yet.
+
+    The values are undefined, for they are about to be read from a checkpoint: memory that nothing has touched yet is
+    written once then, and not three times.
+    """
+    if isinstance(optimizer, Combined):
+        for part in optimizer.optimizers:
+            make_state(part)
+        return
+    is_adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one, too
+    slots: tuple[str, ...]
+    for group in optimizer.param_groups:
+        slots = ("exp_avg", "exp_avg_sq") if is_adam else ("momentum_buffer",)
+        if isinstance(optimizer, torch.optim.SGD) and not group["momentum"]:
+            slots = ()
+        for parameter in group["params"] if slots else ():
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            if is_adam:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state.update((slot, torch.empty_like(parameter)) for slot in slots)
+
+
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters into `matrices` (of the blocks), `head`, `embeddings` and `vectors` (norms, biases).
 

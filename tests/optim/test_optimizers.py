@@ -10,7 +10,7 @@ from llmtrain.config import make_config
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim import muon
 from llmtrain.optim.muon import Muon, orthogonal_update
-from llmtrain.optim.optimizers import Combined, make_optimizer
+from llmtrain.optim.optimizers import Combined, make_optimizer, make_state
 from tests.model.test_transformer import build
 
 
@@ -101,6 +101,31 @@ def test_matrices_that_are_too_many_at_once_go_in_turns(monkeypatch: pytest.Monk
         stepped(model, name="muon", lr=0.01)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_made_beforehand_is_that_of_a_first_step(name: str, momentum: float) -> None:
+    config = make_config({"optimizer": {"name": name, "momentum": momentum}}).optimizer
+    model = build()
+    stepped, made = make_optimizer(model, config), make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    stepped.step()
+
+    def described(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, object]]:
+        states = optimizer.state.items()
+        return {
+            parameter: {slot: (v.shape, v.dtype, v.device, v.stride()) for slot, v in state.items() if v is not None}
+            for parameter, state in states
+            if any(value is not None for value in state.values())
+        }
+
+    make_state(made)
+    assert described(made) == described(stepped)
+    before = {id(value) for state in stepped.state.values() for value in state.values()}
+    make_state(stepped)  # what is there stays
+    assert {id(value) for state in stepped.state.values() for value in state.values()} == before
 
 
 def test_together_is_one_optimizer_to_whoever_looks() -> None:
