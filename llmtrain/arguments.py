@@ -39,6 +39,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def id_number(text: str) -> int:
+    """Argparse type: a token id."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a token id, a whole number from 0 on, not '{text}'")
+    return int(text)
+
+
 def seed_int(text: str) -> int:
     """Argparse type: what every random generator here takes as a seed."""
     if not text.isdecimal() or int(text) >= 2**62:

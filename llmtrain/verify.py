@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llmtrain.arguments import VerbParser
+from llmtrain.data.outside import problem_of_content
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import (
     MANIFEST,
@@ -24,7 +25,6 @@ from llmtrain.data.shards import (
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.storage.remote import Remote, path_or_url
 
-IDS_AT_ONCE = 1 << 22  # keeps memory small however large a shard is
 LARGE_BYTES = 64 << 20  # from here on a progress bar is worth showing
 
 
@@ -134,34 +134,33 @@ def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
 
 def _verify_data(folder: Path, show_progress: bool) -> Verdict:
     manifest = read_manifest(folder)
-    files = manifest.files()
-    size = sum(file.bytes for file in files)
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    files, outside, shards = manifest.files(), manifest.outside(), manifest.shards()
+    size = sum(file.bytes for file in files) + sum(tokens.bytes for tokens in outside)
     twice = size + sum(shard.ids.bytes for shard in shards)  # ids are read for their hash, then for their values
     with progress_bar(folder.name, twice, show_progress and twice >= LARGE_BYTES) as report:
         problems = verify_files(folder, files, report)
+        problems += [line for tokens in outside if (line := problem_of_content(tokens, report))]
         if not problems:  # what follows would only tell of the same damage again
             for name, split in manifest.splits.items():
                 problems += [f"{folder / MANIFEST}: the {name} split {line}" for line in split.contradictions()]
             for shard in shards:
                 problems += _wrong_ids(folder, shard, manifest, report)
             problems += _wrong_tokenizer(folder, manifest)
-    return Verdict(str(folder), "data", len(files), size, problems)
+    return Verdict(str(folder), "data", len(files) + len(outside), size, problems)
 
 
 def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Report) -> list[str]:
     """Find the first id of a shard outside the vocabulary, and document ends that are not in order."""
-    path, dtype = folder / shard.ids.path, np.dtype(manifest.dtype).newbyteorder("<")
     lines = []
     vocab_size, position = manifest.tokenizer.vocab_size, 0
-    with path.open("rb") as file:
-        while len(ids := np.fromfile(file, dtype, IDS_AT_ONCE)):
-            if int(ids.max()) >= vocab_size:
-                first = int(np.argmax(ids >= vocab_size))
-                lines.append(outside_vocabulary(path, int(ids[first]), position + first, vocab_size))
-                break
-            position += len(ids)
-            report(ids.nbytes)
+    for ids in shard.blocks(folder, np.dtype(manifest.dtype)):
+        if int(ids.max()) >= vocab_size:
+            first = int(np.argmax(ids >= vocab_size))
+            place = shard.place(position + first)
+            lines.append(outside_vocabulary(shard.path(folder), int(ids[first]), place, vocab_size))
+            break
+        position += len(ids)
+        report(ids.nbytes)
     ends = np.fromfile(folder / shard.ends.path, "<i8")
     limits = np.concatenate(([0], ends, [shard.tokens]))
     if len(ends) != shard.documents or (np.diff(limits) < 0).any():

@@ -13,6 +13,7 @@ A text file is one document; so is a JSONL line or a Parquet row.
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import hashlib
@@ -228,8 +229,22 @@ def survey(
 
 def digest(files: Iterable[SourceFile]) -> str:
     """SHA-256 over names, sizes and times of modification: changes when the input was changed."""
-    lines = (f"{file.path}\0{file.bytes}\0{file.modified_ns}\n" for file in files)
+    return digest_of((file.path, file.bytes, file.modified_ns) for file in files)
+
+
+def digest_of(entries: Iterable[tuple[Path, int, int]]) -> str:
+    """SHA-256 over (path, bytes, time of modification) of files."""
+    lines = (f"{path}\0{size}\0{modified_ns}\n" for path, size, modified_ns in entries)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def leads_in_circle(path: Path) -> bool:
+    """Whether a path goes through links that lead back to themselves."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def told(skipped: Mapping[str, int]) -> str:
@@ -414,6 +429,8 @@ def _files_of(source: str) -> list[SourceFile]:
     if glob.has_magic(source):
         matches = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
         return _found(source, [match for match in matches if match.is_file()], "matches no file")
+    if leads_in_circle(path):
+        raise UserError(f"{source}: a link that leads in a circle")
     raise UserError(f"{source}: {'not a file or folder' if path.exists() else 'no such file or folder'}")
 
 

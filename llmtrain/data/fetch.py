@@ -30,6 +30,7 @@ def local_data(path: str | Path) -> Path:
     if text is None:
         raise UserError(f"{path}: not prepared data (no {MANIFEST} in it); make it: llmtrain prepare --out {path}")
     manifest = _parse(text, remote)
+    _refuse_outside(manifest, remote)
     folder = cache_folder("data", text.decode())
 
     def fetch(staged: Path) -> None:
@@ -53,6 +54,7 @@ def upload_data(folder: Path, remote: Remote) -> bool:
         CorruptError: a file here is not what the manifest says, or has another size there.
     """
     manifest, text = read_manifest(folder), (folder / MANIFEST).read_bytes()
+    _refuse_outside(manifest, remote)
     there = remote.read(MANIFEST)
     if there is not None:
         if _parse(there, remote).fingerprint() == manifest.fingerprint():
@@ -77,9 +79,19 @@ def problems_of(remote: Remote) -> tuple[Manifest, list[str]]:
     if text is None:
         raise UserError(f"{remote.url}: neither prepared data nor a checkpoint nor a run with checkpoints")
     manifest = _parse(text, remote)
+    _refuse_outside(manifest, remote)
     for file in manifest.files():
         check_inside(Path("/data"), file.path, Path(f"{remote.url}/{MANIFEST}"))
     return manifest, remote.problems((file.path, file.bytes, file.sha256) for file in manifest.files())
+
+
+def _refuse_outside(manifest: Manifest, remote: Remote) -> None:
+    """What is on a store must be whole there: a file of some machine is never opened because a store says so."""
+    if outside := manifest.outside():
+        raise UserError(
+            f"{remote.url}: its manifest refers to token files of one machine ({outside[0].path}), which are used in"
+            " place there; on a store there can only be data that was prepared from text"
+        )
 
 
 def _parse(text: bytes, remote: Remote) -> Manifest:

@@ -88,7 +88,7 @@ class PartRecord(BaseModel):
     def files(self) -> list[FileInfo]:
         """Every file that the part wrote."""
         shards = [shard for split in self.encoded.splits.values() for shard in split.shards]
-        return [file for shard in shards for file in (shard.ids, shard.ends)]
+        return [file for shard in shards for file in shard.files()]
 
     def size(self) -> int:
         """How many bytes these are."""
@@ -137,7 +137,10 @@ class PartsFolder:
         record = self._read(folder / PART, PartRecord)
         if record.plan_sha256 != self.plan_hash():
             raise UserError(f"{folder}: was made by another plan than {self.plan / PLAN}; {self.advice(folder)}")
-        problems = [line for split in record.encoded.splits.values() for line in split.contradictions()]
+        splits = record.encoded.splits.values()
+        problems = [line for split in splits for line in split.contradictions()]
+        if any(len(shard.files()) != 2 for split in splits for shard in split.shards):
+            problems.append("refers to files elsewhere, which no part does")
         if problems:
             raise UserError(f"{folder / PART}: damaged (a split {problems[0]}); {self.advice(folder)}")
         if report is not None:

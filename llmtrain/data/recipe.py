@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain import __version__
-from llmtrain.data.corpus import ReadOptions, SourceFile, digest, find_files
+from llmtrain.data.corpus import ReadOptions, SourceFile, digest, find_files, leads_in_circle
 from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.fit import choose_splitter, fit
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
-from llmtrain.data.tokenizer import existing_tokenizer_file, id_dtype, tokenizer_info
+from llmtrain.data.tokenizer import Tokenizer, existing_tokenizer_file, id_dtype, tokenizer_info
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
 # A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
@@ -37,6 +37,9 @@ class Options:
     text_field: str = "text"
     skip_bad: bool = False
     workers: int | None = None
+    val_inputs: tuple[str, ...] = ()
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    eos_id: int | None = None
 
     def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that decides what is written, as JSON values: equal requests give equal data."""
@@ -69,6 +72,17 @@ class Outcome:
     encode_seconds: float = 0.0
 
 
+def check_unused(options: Options, names: Sequence[str], why: str) -> None:
+    """Refuse options that were given and would do nothing.
+
+    Raises:
+        UserError: one of `names` has another value than by default; `why` says what it is for.
+    """
+    for name in names:
+        if getattr(options, name) != getattr(Options(), name):
+            raise UserError(f"--{name.replace('inputs', 'input').replace('_', '-')} {why}")
+
+
 def divide(files: Sequence[SourceFile], options: Options) -> Division:
     """Decide how documents are divided into training and validation; see `choose_splitter`."""
     reading, source = ReadOptions(options.text_field, options.skip_bad), ", ".join(options.inputs)
@@ -81,6 +95,11 @@ def divide(files: Sequence[SourceFile], options: Options) -> Division:
 def fit_into(folder: Path, files: Sequence[SourceFile], division: Division, options: Options) -> TokenizerInfo:
     """Fit the tokenizer and save it in its folder in `folder`."""
     tokenizer = fit(files, division, options.tokenizer, options.vocab_size)
+    return save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> TokenizerInfo:
+    """Save a tokenizer in its folder in `folder`; return what the manifest says of it."""
     (folder / TOKENIZER_FOLDER).mkdir()
     tokenizer.save(folder / TOKENIZER_FOLDER)
     return tokenizer_info(folder / TOKENIZER_FOLDER, tokenizer)
@@ -115,6 +134,8 @@ def write_manifest(
 
 def find_existing(out: Path, request: dict[str, Any]) -> Manifest | None:
     """Return the manifest of data that the same request made; None if there is nothing; refuse anything else."""
+    if leads_in_circle(out):
+        raise UserError(f"{out}: a link that leads in a circle")
     try:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return None

@@ -10,13 +10,14 @@ A prepared folder holds::
 
 A split is one stream: shard after shard, document after document, each document closed by the end-of-document id.
 Documents may lie across two shards. A folder without `manifest.json` is not prepared data: it is written last.
+Where existing token files are used in place, there is no `.bin`: the shard refers to a range of such a file instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmtrain.data.outside import SHA256, TokenRange, map_range, read_blocks
 from llmtrain.errors import CorruptError, UserError
 
 MANIFEST = "manifest.json"
@@ -39,17 +41,35 @@ class FileInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256)
 
 
 class ShardInfo(BaseModel):
-    """One shard: its tokens, the documents that end in it, and its two files."""
+    """One shard: its tokens (a file of the folder, or part of one elsewhere), and the documents that end in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
-    ids: FileInfo
+    ids: FileInfo | TokenRange
     ends: FileInfo
+
+    def files(self) -> list[FileInfo]:
+        """Its files that lie in the folder."""
+        return [file for file in (self.ids, self.ends) if isinstance(file, FileInfo)]
+
+    def path(self, folder: Path) -> Path:
+        """Where its ids are."""
+        return folder / self.ids.path  # which is absolute where it is elsewhere
+
+    def place(self, position: int) -> str:
+        """Name the place of the id at `position`."""
+        return self.ids.place(position) if isinstance(self.ids, TokenRange) else f"position {position}"
+
+    def blocks(self, folder: Path, dtype: np.dtype[Any]) -> Iterator[Ids]:
+        """Yield all ids, a few megabytes at a time; `dtype` is that of the folder's own files."""
+        if isinstance(self.ids, TokenRange):
+            return read_blocks(Path(self.ids.path), self.ids.stored, self.ids.begin, self.ids.bytes)
+        return read_blocks(folder / self.ids.path, dtype.newbyteorder("<"), 0, self.ids.bytes)
 
 
 class SplitInfo(BaseModel):
@@ -90,9 +110,16 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]  # how it was made: inputs, options, counts of what was skipped
 
     def files(self) -> list[FileInfo]:
-        """Every file the manifest vouches for."""
-        shards = [shard for split in self.splits.values() for shard in split.shards]
-        return [f for shard in shards for f in (shard.ids, shard.ends)] + list(self.tokenizer.files)
+        """Every file of the folder that the manifest vouches for."""
+        return [file for shard in self.shards() for file in shard.files()] + list(self.tokenizer.files)
+
+    def shards(self) -> list[ShardInfo]:
+        """The shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def outside(self) -> list[TokenRange]:
+        """What lies elsewhere and is used in place."""
+        return [shard.ids for shard in self.shards() if isinstance(shard.ids, TokenRange)]
 
     def fingerprint(self) -> str:
         """SHA-256 over the content (not the names or the recipe): equal exactly when the token streams are equal."""
@@ -188,8 +215,10 @@ class TokenStream:
         self.tokens = split.tokens
         self._folder, self._split = folder, split
         shards = [shard for shard in split.shards if shard.tokens]
-        self._paths = [folder / shard.ids.path for shard in shards]
+        self._shards = shards
         self._maps = [_map_ids(folder, shard, self.dtype) for shard in shards]
+        # Ids of another width are widened on the way, piece by piece.
+        self._is_one = len(self._maps) == 1 and self._maps[0].dtype == self.dtype
         self._views: dict[int, Ids] = {}  # by length: every window of a stream that is one shard
         self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
 
@@ -208,7 +237,7 @@ class TokenStream:
         Raises:
             CorruptError: an id is outside the vocabulary; names the shard and the position.
         """
-        from_one = len(self._maps) == 1 and len(starts)
+        from_one = self._is_one and len(starts)
         rows = self._gather_from_one(starts, length) if from_one else self._gather_across(starts, length)
         # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
         if rows.size and int(rows.max()) >= self.vocab_size:
@@ -240,8 +269,10 @@ class TokenStream:
         row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))
         position = int(starts[row]) + column
         shard = int(np.searchsorted(self._starts, position, "right")) - 1
-        place = position - int(self._starts[shard])
-        raise CorruptError(outside_vocabulary(self._paths[shard], int(rows[row, column]), place, self.vocab_size))
+        info, place = self._shards[shard], position - int(self._starts[shard])
+        raise CorruptError(
+            outside_vocabulary(info.path(self._folder), int(rows[row, column]), info.place(place), self.vocab_size)
+        )
 
 
 class TokenDataset:
@@ -277,21 +308,24 @@ class TokenDataset:
             self.split(name)
 
 
-def outside_vocabulary(path: Path, token: int, position: int, vocab_size: int) -> str:
-    """Say which id of a shard is wrong."""
+def outside_vocabulary(path: Path, token: int, place: str, vocab_size: int) -> str:
+    """Say which id is wrong; `place` is as in ``position 7``."""
     return (
-        f"{path}: token id {token} at position {position} is outside the vocabulary of {vocab_size}; was it prepared "
+        f"{path}: token id {token} at {place} is outside the vocabulary of {vocab_size}; was it prepared "
         "with another tokenizer?"
     )
 
 
 def _map_ids(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> Ids:
-    path = folder / shard.ids.path
-    _check_size(path, shard.ids.bytes)
-    if shard.ids.bytes != shard.tokens * dtype.itemsize:
+    path = shard.path(folder)
+    stored = shard.ids.stored if isinstance(shard.ids, TokenRange) else dtype.newbyteorder("<")
+    if shard.ids.bytes != shard.tokens * stored.itemsize or stored.itemsize > dtype.itemsize:
         raise CorruptError(f"{path}: the manifest counts {shard.tokens} tokens in {shard.ids.bytes} bytes of {dtype}")
+    if isinstance(shard.ids, TokenRange):
+        return map_range(shard.ids, folder / MANIFEST)
+    _check_size(path, shard.ids.bytes)
     # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
-    return np.asarray(np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r"))
+    return np.asarray(np.memmap(path, dtype=stored, mode="r"))
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -330,7 +364,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_inside(folder: Path, name: str, manifest: Path) -> None:
     """Refuse a name from a manifest that leads out of its folder (absolute, through `..`, or through a link)."""
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # which one depends on Python's version
+        raise CorruptError(f"{manifest}: names '{name}', a link that leads in a circle; refused") from error
+    if not is_inside:
         raise CorruptError(f"{manifest}: names '{name}', which lies outside the folder; refused")
 
 

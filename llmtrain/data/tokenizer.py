@@ -10,6 +10,7 @@ kind                  what a token is                                           
 `bbpe`                a byte-level BPE token                                        tokenizer.json
 `PATH.model`          of an existing SentencePiece model                            tokenizer.model
 `PATH.json`           of an existing `tokenizer.json`                               tokenizer.json
+`none`                not known: of token files prepared with `--vocab-size` alone  llmtrain_tokenizer.json
 ====================  ============================================================  =======================
 
 Nothing here unpickles or executes what it loads.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from llmtrain.data.shards import FileInfo, TokenizerInfo, hash_file
 from llmtrain.data.tokenizer_base import IDENTITY, Ids, Lengths, Tokenizer, id_dtype, read_identity
+from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.data.tokenizer_table import ByteTokenizer, CharTokenizer, WordTokenizer
 from llmtrain.errors import CorruptError, UserError, nearest
 
@@ -110,6 +112,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if kind == "byte":
             return ByteTokenizer()
         return CharTokenizer.from_content(content) if kind == "char" else WordTokenizer.from_content(content)
+    if content is not None and kind == NoTokenizer.kind:
+        return NoTokenizer.from_content(content)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             return _load_existing(folder / name, kind)

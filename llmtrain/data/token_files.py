@@ -1,0 +1,178 @@
+"""Existing token files: which of the inputs are some, of what format, and what is in them.
+
+====================  ==========================================================================================
+nanoGPT `.bin`        ids and nothing else, uint16 unless `--token-dtype uint32` says otherwise
+llm.c `.bin`          256 int32, the first 20240520 (version 1, uint16) or 20240801 (version 7, uint32), then ids
+Megatron `.bin`       ids; their dtype, sequences and documents in the `.idx` beside it
+====================  ==========================================================================================
+
+Nothing else that may lie beside them (`meta.pkl`) is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmtrain.data.megatron import MegatronIndex
+from llmtrain.data.outside import Dtype
+from llmtrain.errors import UserError
+
+SUFFIXES = (".bin", ".idx")
+LLMC_HEADER_BYTES = 256 * 4
+LLMC: dict[int, tuple[int, Dtype]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+LLMC_EVALUATION = 20240522
+# As nanoGPT (val.bin) and llm.c (fineweb_val_000000.bin) call it.
+VALIDATION_NAME = re.compile(r"(^|[_.-])(val|valid|validation)($|[_.-])")
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One token file: where its ids begin and how they are stored."""
+
+    path: Path  # absolute
+    file_bytes: int
+    modified_ns: int
+    dtype: Dtype
+    header_bytes: int = 0
+    index: Path | None = None  # of a Megatron dataset
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one id."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def tokens(self) -> int:
+        """How many ids there are."""
+        return (self.file_bytes - self.header_bytes) // self.itemsize
+
+    def read_index(self) -> MegatronIndex | None:
+        """Open the index, where the format has one."""
+        return MegatronIndex(self.index, self.file_bytes) if self.index is not None else None
+
+
+def are_token_files(inputs: Sequence[str]) -> bool:
+    """Whether the inputs are token files.
+
+    Raises:
+        UserError: some are and some are not.
+    """
+    kinds = {source: _paths_of(source) is not None for source in inputs}
+    if len(set(kinds.values())) == 2:
+        tokens, text = (next(source for source in inputs if kinds[source] is kind) for kind in (True, False))
+        raise UserError(f"{tokens}: holds token ids, and {text} text; prepare them one after the other, into two --out")
+    return any(kinds.values())
+
+
+def find_token_files(
+    inputs: Sequence[str], dtype: Dtype | None = None, *, by_name: bool = True
+) -> tuple[list[TokenFile], list[TokenFile]]:
+    """List the training and the validation files of inputs, each in the order of the inputs and sorted within each.
+
+    Args:
+        inputs: files, folders, globs, or Megatron prefixes without a suffix.
+        dtype: of the ids in files that do not say it; None: uint16.
+        by_name: files of folders and globs that are called `val`, as in `val.bin`, are for validation.
+
+    Raises:
+        UserError: an input is not there, is no token file, or is damaged as far as headers and sizes tell.
+    """
+    train, val = list[TokenFile](), list[TokenFile]()
+    for source in inputs:
+        paths = _paths_of(source)
+        if paths is None:
+            raise UserError(f"{source}: not a token file (.bin), nor a folder or a glob of such")
+        named = paths == [Path(source)] or not by_name
+        for path in paths:
+            is_val = not named and VALIDATION_NAME.search(path.stem) is not None
+            (val if is_val else train).append(_describe(path, dtype))
+    return train, val
+
+
+def _paths_of(source: str) -> list[Path] | None:
+    """The `.bin` files of an input; None if it is an input of another kind, or not there."""
+    path = Path(source)
+    if path.is_dir():
+        return _in_folder(path)
+    if path.suffix in SUFFIXES and path.is_file():
+        return [path.with_suffix(".bin")]
+    if not path.exists() and all(_with(path, suffix).is_file() for suffix in SUFFIXES):
+        return [_with(path, ".bin")]
+    if glob.has_magic(source) and not path.exists():
+        found = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
+        if found and all(match.suffix in SUFFIXES for match in found):
+            return [match for match in found if match.suffix == ".bin"]
+    return None
+
+
+def _in_folder(folder: Path) -> list[Path] | None:
+    files = sorted(file for file in folder.glob("*.bin") if file.is_file() and not file.name.startswith("."))
+    # Folders of text may hold files of that name, too, which are passed over there.
+    are_tokens = (folder / "train.bin").is_file() or (files and all(_is_of_known_format(file) for file in files))
+    return files if are_tokens else None
+
+
+def _is_of_known_format(path: Path) -> bool:
+    return path.with_suffix(".idx").is_file() or _llmc_header(path)[0] in LLMC
+
+
+def _with(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)  # "books.v2" has no suffix to replace
+
+
+def _describe(path: Path, dtype: Dtype | None) -> TokenFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if status.st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    found, header_bytes, index = dtype or "uint16", 0, path.with_suffix(".idx")
+    if index.is_file():
+        found = MegatronIndex(index, status.st_size).dtype
+    elif (header := _llmc_header(path))[0] == LLMC_EVALUATION:
+        raise UserError(f"{path}: holds multiple-choice questions for llm.c, not a stream of tokens")
+    elif header[0] in LLMC:
+        found, header_bytes = _check_llmc(path, header, status.st_size), LLMC_HEADER_BYTES
+    itemsize = np.dtype(found).itemsize
+    if (status.st_size - header_bytes) % itemsize:
+        raise UserError(f"{path}: {status.st_size} bytes are not a whole number of {found} ids; truncated?")
+    if status.st_size == header_bytes:
+        raise UserError(f"{path}: holds no tokens")
+    return TokenFile(
+        # Not through links: who moves one to newer data of the same names means the link.
+        path.absolute(),
+        status.st_size,
+        status.st_mtime_ns,
+        found,
+        header_bytes,
+        index.absolute() if index.is_file() else None,
+    )
+
+
+def _llmc_header(path: Path) -> list[int]:
+    """Magic number, version and tokens as a llm.c file has them; whatever stands there in another."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(12)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return list(struct.unpack("<3i", data.ljust(12, b"\0")))
+
+
+def _check_llmc(path: Path, header: list[int], size: int) -> Dtype:
+    magic, version, tokens = header
+    known, dtype = LLMC[magic]
+    if version != known:
+        raise UserError(f"{path}: a llm.c file ({magic}) of version {version}; only {known} is known")
+    room = max(0, size - LLMC_HEADER_BYTES) / np.dtype(dtype).itemsize
+    if size < LLMC_HEADER_BYTES or tokens != room:
+        raise UserError(f"{path}: its llm.c header counts {tokens} tokens, {room:g} are in it; truncated?")
+    return dtype
