@@ -24,7 +24,8 @@ import sentencepiece
 import tokenizers
 
 from benchmarks.common import alternate, print_table, spread, write_result
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks, find_files
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
+from llmtrain.data.files import find_files
 from llmtrain.prepare import Options, prepare
 
 GOALS_MB_PER_S = {"char": 60, "byte": 60, "word": None, "bpe": 6, "unigram": 6, "bbpe": 100}

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data.adopt import adopt
-from llmtrain.data.corpus import cut_into_chunks, find_files, told
+from llmtrain.data.corpus import cut_into_chunks, told
+from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import encode_to_shards
 from llmtrain.data.fetch import upload_data
+from llmtrain.data.filters import parse_filter
 from llmtrain.data.flags import parser
 from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_part
 from llmtrain.data.progress_bar import progress_bar
@@ -37,6 +39,8 @@ from llmtrain.data.recipe import (
     total_bytes,
     write_manifest,
 )
+from llmtrain.data.refine import Refinement
+from llmtrain.data.select import Selection, patterns_of
 from llmtrain.data.shards import TOKENIZER_FOLDER, SplitInfo
 from llmtrain.data.staging import staged_folder
 from llmtrain.data.token_files import are_token_files
@@ -46,7 +50,7 @@ from llmtrain.errors import UserError, run_main
 from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.remote import Remote
 
-TOKEN_OPTIONS = ("val_inputs", "token_dtype", "eos_id")
+TOKEN_FLAGS = {"--val-input": "val_inputs", "--token-dtype": "token_dtype", "--eos-id": "eos_id"}
 
 
 def prepare(options: Options, show_progress: bool = False) -> Outcome:
@@ -59,13 +63,14 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
     """
     if are_token_files(options.inputs):
         return adopt(options, say=_say, show_progress=show_progress)
-    files = find_files(options.inputs, options.max_files)
+    found = options.find()
+    files = found.files
     request = options.request(files)
     if (existing := find_existing(options.out, request)) is not None:
         return Outcome(existing, already_prepared=True)
-    division = divide(files, options)
     with staged_folder(options.out, say=_say) as folder:
         started = time.perf_counter()
+        division = divide(files, options, folder, show_progress)
         tokenizer = fit_into(folder, files, division, options)
         fitted = time.perf_counter()
         with progress_bar("encoding", total_bytes(files), show_progress) as report:
@@ -79,7 +84,10 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
                 workers=options.workers or default_workers(total_bytes(files)),
                 report=report,
             )
-        manifest = write_manifest(folder, encoded, tokenizer, division.splitter.by, request)
+        (folder / DUPLICATES).unlink(missing_ok=True)
+        manifest = write_manifest(
+            folder, encoded, tokenizer, division.splitter.by, request=request, left_out=found.left_out
+        )
     return Outcome(manifest, False, fitted - started, time.perf_counter() - fitted)
 
 
@@ -105,6 +113,7 @@ def _summary(outcome: Outcome, out: Path | str) -> dict[str, Any]:
         },
         "split_by": manifest.recipe.get("split_by"),
         "skipped": manifest.recipe.get("skipped", {}),
+        "changed": manifest.recipe.get("changed", {}),
         "unknown_tokens": manifest.recipe.get("unknown_tokens", {}),
         "used_in_place": [file.path for file in manifest.outside()],
         "fingerprint": manifest.fingerprint(),
@@ -129,6 +138,8 @@ def _as_text(summary: dict[str, Any]) -> str:
         lines.append(f"  used in place, so leave them there: {', '.join(files[:3])}{', …' if len(files) > 3 else ''}")
     if summary["skipped"]:
         lines.append(f"  skipped: {told(summary['skipped'])}")
+    if summary["changed"]:
+        lines.append(f"  changed: {told(summary['changed'])}")
     for name, count in summary["unknown_tokens"].items():
         lines.append(
             f"  {count:,} tokens of {name} are <unk>: what the tokenizer, fitted on training text, cannot spell"
@@ -161,6 +172,15 @@ def _counts(split: SplitInfo) -> dict[str, int]:
     return {"tokens": split.tokens, "documents": split.documents, "text_bytes": split.text_bytes}
 
 
+def _gather(flags: dict[str, Any]) -> None:
+    """Put flags that belong together into the fields that `Options` has for them."""
+    patterns = (*flags.pop("include"), *patterns_of(flags.pop("languages")))
+    flags["selection"] = Selection(patterns, flags.pop("max_file_bytes"))
+    filters = tuple(parse_filter(text) for text in flags.pop("filters"))
+    form, least, most = (flags.pop(name) for name in ("normalize", "min_chars", "max_chars"))
+    flags["refine"] = Refinement(form, least, most, filters)
+
+
 def main(argv: list[str]) -> None:
     """Run `llmtrain prepare`."""
     flags = vars(parser().parse_args(argv))
@@ -182,9 +202,10 @@ def main(argv: list[str]) -> None:
         remote = Remote(url)
         remote.check_writable()
         flags["out"] = cache_folder("prepared", url)
+    _gather(flags)
     options, show = Options(inputs=inputs, **flags), sys.stderr.isatty()
     if not is_tokens:
-        check_unused(options, TOKEN_OPTIONS, "is for token files (.bin), and the input is text")
+        check_unused(options, TOKEN_FLAGS, "for token files (.bin) only, and the input is text")
     outcome: Outcome | PartOutcome
     if part or join:
         outcome = prepare_part(options, *(part or (None, None)), say=_say, show_progress=show)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from llmtrain import __version__
-from llmtrain.data.corpus import digest_of
 from llmtrain.data.ends import EndsWriter
+from llmtrain.data.files import digest_of
 from llmtrain.data.outside import Ids, TokenRange, hash_samples, place_in_file, read_blocks
 from llmtrain.data.progress_bar import Report, progress_bar
 from llmtrain.data.recipe import Options, Outcome, check_unused, find_existing, save_tokenizer
@@ -40,7 +40,14 @@ from llmtrain.data.tokenizer import FITTED_KINDS, Tokenizer, existing_tokenizer_
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.errors import UserError
 
-TEXT_OPTIONS = ("augment", "text_field", "skip_bad")
+TEXT_FLAGS = {
+    "--augment": "augment",
+    "--text-field": "text_field",
+    "--skip-bad": "skip_bad",
+    "--dedup": "dedup",
+    "--include, --language, --max-file-bytes": "selection",
+    "--filter, --normalize, --min-chars, --max-chars": "refine",
+}
 THREADS = 8  # of which each hashes a file: hashing lets the others run
 
 
@@ -65,7 +72,7 @@ def adopt(options: Options, *, say: Say, show_progress: bool = False) -> Outcome
     Raises:
         UserError: files that are damaged, hold other ids than the tokenizer has, or are too few; nothing is left.
     """
-    check_unused(options, TEXT_OPTIONS, "is for text; token files are used as they are")
+    check_unused(options, TEXT_FLAGS, "for text only; token files are used as they are")
     train, val = find_token_files(options.inputs, options.token_dtype)
     train = train[: options.max_files]
     val += find_token_files(options.val_inputs, options.token_dtype, by_name=False)[0]

@@ -1,6 +1,6 @@
 """Documents out of sources: inputs → files → chunks → documents.
 
-1. `find_files` turns what the user typed (files, folders, globs, `stdlib`) into a list of files in a fixed order.
+1. `find_files` (`data/files.py`) turns what the user typed into a list of files in a fixed order.
 2. `cut_into_chunks` deals the files out as pieces of work of a few megabytes: names of text files, lines of JSONL, row
    groups of Parquet. It reads no more than it must, so that whoever takes a chunk does the reading and parsing.
 3. `chunk.read` yields the documents of a chunk, one at a time, each with its ordinal: its place among all records of
@@ -13,55 +13,40 @@ A text file is one document; so is a JSONL line or a Parquet row.
 
 from __future__ import annotations
 
-import errno
-import glob
 import gzip
-import hashlib
 import io
 import json
-import os
-import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import zstandard
 
+from llmtrain.data.files import SourceFile
+from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
 from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
-_FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
-_COMPRESSIONS: dict[str, Literal["", ".gz", ".zst"]] = {".gz": ".gz", ".zst": ".zst"}
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 Skipped = Counter[str]
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One input file: what it holds, how it is compressed, and whether the user named it or it was found."""
-
-    path: Path
-    named: bool
-    format: Literal["text", "jsonl", "parquet"]
-    compression: Literal["", ".gz", ".zst"]
-    bytes: int
-    modified_ns: int
-
-
-@dataclass(frozen=True)
 class ReadOptions:
-    """How documents are taken out of records: the JSONL field or Parquet column, and whether bad ones are skipped."""
+    """How documents are taken out of records: the JSONL field or Parquet column, whether bad ones are skipped, what is
+    done to each, and which are left out as copies.
+    """
 
     text_field: str = "text"
     skip_bad: bool = False
+    refine: Refinement = NO_CHANGE
+    copies: Copies | None = None
 
     def bad(self, what: str, message: str, skipped: Skipped) -> None:
         """Count a bad record if such are to be skipped, else refuse it."""
@@ -178,18 +163,18 @@ class Outline:
     source_bytes: int
 
 
-def find_files(inputs: Sequence[str], max_files: int | None = None) -> list[SourceFile]:
-    """List the files of the inputs, in the order of the inputs and sorted within each.
-
-    Args:
-        inputs: files, folders (all files below, hidden ones left out), globs, or `stdlib`.
-        max_files: keep only the first so many.
-
-    Raises:
-        UserError: an input does not exist, matches nothing, is empty or cannot be read.
-    """
-    files = [file for source in inputs for file in _files_of(source)]
-    return files[:max_files]
+def read_documents(chunk: Chunk, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
+    """Yield (ordinal, text) of each document of a chunk that is to be used, as it is to be used."""
+    if options.refine == NO_CHANGE and options.copies is None:
+        yield from chunk.read(options, skipped)
+        return
+    for ordinal, text in chunk.read(options, skipped):
+        if (refined := options.refine(text, skipped)) is None:
+            continue
+        if options.copies is not None and ordinal in options.copies:
+            skipped["copies of earlier documents"] += 1
+        else:
+            yield ordinal, refined
 
 
 def cut_into_chunks(
@@ -225,26 +210,6 @@ def survey(
 
     for chunk in _cut(files, cut_records, chunk_bytes, BEGINNING):
         yield Outline(chunk.start, chunk.source_bytes)
-
-
-def digest(files: Iterable[SourceFile]) -> str:
-    """SHA-256 over names, sizes and times of modification: changes when the input was changed."""
-    return digest_of((file.path, file.bytes, file.modified_ns) for file in files)
-
-
-def digest_of(entries: Iterable[tuple[Path, int, int]]) -> str:
-    """SHA-256 over (path, bytes, time of modification) of files."""
-    lines = (f"{path}\0{size}\0{modified_ns}\n" for path, size, modified_ns in entries)
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def leads_in_circle(path: Path) -> bool:
-    """Whether a path goes through links that lead back to themselves."""
-    try:
-        path.stat()
-    except OSError as error:
-        return error.errno == errno.ELOOP
-    return False
 
 
 def told(skipped: Mapping[str, int]) -> str:
@@ -411,73 +376,3 @@ def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
             yield opened
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file.path}: not a Parquet file that can be read ({error})") from error
-
-
-def _files_of(source: str) -> list[SourceFile]:
-    if source == "stdlib":
-        return _standard_library()
-    if source.startswith("hf:"):
-        raise UserError(f"{source}: Hugging Face datasets are not supported yet; download it as JSONL or Parquet")
-    path = Path(source)
-    if path.is_dir():
-        return _found(source, _walk(path), "a folder without files")
-    if path.is_file():
-        file = _describe(path, named=True)
-        if file.bytes == 0:
-            raise UserError(f"{source}: the file is empty")
-        return [file]
-    if glob.has_magic(source):
-        matches = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
-        return _found(source, [match for match in matches if match.is_file()], "matches no file")
-    if leads_in_circle(path):
-        raise UserError(f"{source}: a link that leads in a circle")
-    raise UserError(f"{source}: {'not a file or folder' if path.exists() else 'no such file or folder'}")
-
-
-def _found(source: str, paths: list[Path], if_none: str) -> list[SourceFile]:
-    if not paths:
-        raise UserError(f"{source}: {if_none}")
-    return [_describe(path, named=False) for path in paths]
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted by path; hidden files and folders are left out, as a glob leaves them out.
-
-    Links to folders are followed, but each folder is taken once, by its own path where it has one: links may lead in
-    circles, and text that comes twice would be trained on twice.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    paths, seen, waiting = list[Path](), set[Path](), [folder]
-    while waiting:
-        links = []
-        for start in sorted(waiting):
-            for parent, folders, names in os.walk(start, onerror=refuse):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                if (real := Path(parent).resolve()) in seen:
-                    folders.clear()
-                    continue
-                seen.add(real)
-                links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-                paths += [Path(parent, name) for name in names if not name.startswith(".")]
-        waiting = links
-    return sorted(path for path in paths if path.is_file())
-
-
-def _standard_library() -> list[SourceFile]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    modules = [path for path in _walk(root) if path.suffix == ".py"]
-    kept = [path for path in modules if not NOT_LIBRARY & set(path.relative_to(root).parts)]
-    return _found("stdlib", kept, f"this Python has no library sources in {root}")
-
-
-def _describe(path: Path, named: bool) -> SourceFile:
-    compression = _COMPRESSIONS.get(path.suffix, "")
-    inner = path.with_suffix("") if compression else path
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return SourceFile(path, named, _FORMATS.get(inner.suffix, "text"), compression, status.st_size, status.st_mtime_ns)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrain.data.corpus import Chunk, ReadOptions, Skipped
+from llmtrain.data.corpus import Chunk, ReadOptions, Skipped, read_documents
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shards import ShardWriter, SplitInfo
 from llmtrain.data.split import Splitter, augmented
@@ -48,7 +48,7 @@ class Division:
         """Yield the documents of one split, in input order."""
         skipped: Skipped = Counter()
         for chunk in chunks:
-            for ordinal, text in chunk.read(self.reading, skipped):
+            for ordinal, text in read_documents(chunk, self.reading, skipped):
                 yield from self.divide(ordinal, text)[split]
 
     def divide(self, ordinal: int, text: str) -> dict[SplitName, list[str]]:
@@ -93,7 +93,7 @@ class ChunkEncoder:
         """Read, divide and encode a chunk."""
         skipped: Skipped = Counter()
         documents: dict[SplitName, list[str]] = {"train": [], "val": []}
-        for ordinal, text in chunk.read(self._division.reading, skipped):
+        for ordinal, text in read_documents(chunk, self._division.reading, skipped):
             for split, parts in self._division.divide(ordinal, text).items():
                 documents[split] += parts
         splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}

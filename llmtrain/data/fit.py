@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from llmtrain.data.corpus import ReadOptions, SourceFile, cut_into_chunks, told
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks, read_documents, told
 from llmtrain.data.encode import Division, SplitName
+from llmtrain.data.files import SourceFile
 from llmtrain.data.split import Picker, Splitter
 from llmtrain.data.tokenizer import Tokenizer, fit_tokenizer
 from llmtrain.errors import UserError
@@ -39,7 +40,7 @@ def choose_splitter(
     count, sides = 0, set()
     skipped: Counter[str] = Counter()
     for chunk in cut_into_chunks(files, reading):
-        for ordinal, text in chunk.read(reading, skipped):
+        for ordinal, text in read_documents(chunk, reading, skipped):
             if val_split == 0 or val_by == "tail":
                 return by_tail
             count += 1

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llmtrain.arguments import VerbParser, fraction, id_number, positive_int
+from llmtrain.data.filters import FILTERS
 from llmtrain.data.fit import ENOUGH_DOCUMENTS
 from llmtrain.data.recipe import Options
+from llmtrain.data.select import LANGUAGES
 from llmtrain.data.split import AUGMENTATIONS
 from llmtrain.data.tokenizer import DEFAULT_VOCAB_SIZE, KINDS
 from llmtrain.storage.remote import path_or_url
@@ -39,6 +41,29 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
         help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, or stdlib: this"
         " Python's own library (the default); or token files, which are used in place: .bin of nanoGPT or llm.c, .bin"
         " with .idx of Megatron, or a folder of such; repeatable",
+    )
+    add(
+        "--include",
+        type=_names,
+        action="extend",
+        default=[],
+        metavar="GLOBS",
+        help="of the files in folders and globs only those of these names, such as '*.py,src/*.rs'; repeatable",
+    )
+    add(
+        "--language",
+        type=_names,
+        dest="languages",
+        action="extend",
+        default=[],
+        metavar="NAMES",
+        help=f"only source files of these languages; adds to --include. {', '.join(LANGUAGES)}",
+    )
+    add(
+        "--max-file-bytes",
+        type=positive_int,
+        metavar="N",
+        help="leave larger text files of folders and globs out",
     )
     add(
         "--tokenizer",
@@ -91,6 +116,24 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
         help="comma-separated: case (flips a tenth of the letters), punctuation (drops half of the marks), whitespace"
         " (changes a third of the blanks); each adds one altered copy of every training document",
     )
+    add("--normalize", choices=("nfc", "nfkc"), help="bring text into this Unicode form before anything looks at it")
+    add("--min-chars", type=positive_int, metavar="N", help="leave shorter documents out")
+    add("--max-chars", type=positive_int, metavar="N", help="leave longer documents out")
+    known = "; ".join(f"{name} ({filter_.default:g}): {filter_.about}" for name, filter_ in FILTERS.items())
+    add(
+        "--filter",
+        dest="filters",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help=f"keep only documents of which this is true; repeatable. {known}",
+    )
+    add(
+        "--dedup",
+        action="store_true",
+        help="leave exact copies of earlier documents out; reads the input once more, and takes 24 bytes a document on"
+        " the disk of --out meanwhile",
+    )
     add("--seed", type=int, default=default.seed, metavar="N", help="of split and augmentation (default: %(default)s)")
     add(
         "--text-field", default=default.text_field, metavar="NAME", help="JSONL field or Parquet column (default: text)"
@@ -134,6 +177,10 @@ def _augmentations(text: str) -> tuple[str, ...]:
     if unknown := set(kinds) - set(AUGMENTATIONS):
         raise argparse.ArgumentTypeError(f"no '{unknown.pop()}'; there are {', '.join(AUGMENTATIONS)}")
     return kinds
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _part(text: str) -> tuple[int, int]:

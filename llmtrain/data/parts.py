@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import __version__
-from llmtrain.data.corpus import ReadOptions, SourceFile, cut_into_chunks, find_files, survey
+from llmtrain.data.corpus import cut_into_chunks, survey
+from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
+from llmtrain.data.files import Found
 from llmtrain.data.join import join_parts
 from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
@@ -26,7 +28,7 @@ from llmtrain.data.recipe import (
     total_bytes,
     write_manifest,
 )
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, describe
 from llmtrain.data.split import Splitter
 from llmtrain.data.staging import Say, make_once
 from llmtrain.errors import UserError
@@ -62,9 +64,9 @@ def prepare_part(
         UserError: as `prepare`; also options or input that differ from those of other parts, and, where it shall only
             join, missing parts (named).
     """
-    files = find_files(options.inputs, options.max_files)
-    request = options.request(files)
-    work = _Parts(options, files, request, say, show_progress)
+    found = options.find()
+    request = options.request(found.files)
+    work = _Parts(options, found, request, say, show_progress)
     if (existing := find_existing(options.out, request)) is None:
         try:
             if number is not None and count is not None:
@@ -92,16 +94,17 @@ def prepare_part(
 class _Parts:
     """The steps of `prepare_part`; each is taken by one process, while others that need its result wait."""
 
-    def __init__(self, options: Options, files: list[SourceFile], request: dict[str, Any], say: Say, show: bool):
+    def __init__(self, options: Options, found: Found, request: dict[str, Any], say: Say, show: bool):
         self.folder = PartsFolder(options.out)
-        self._options, self._files, self._request, self._say, self._show = options, files, request, say, show
+        self._options, self._files, self._left_out = options, found.files, found.left_out
+        self._request, self._say, self._show = request, say, show
 
     def make_plan(self, count: int) -> None:
         """Decide once for all parts: the split, the tokenizer, and where each part begins."""
         options, files = self._options, self._files
 
         def make(folder: Path) -> None:
-            division = divide(files, options)
+            division = divide(files, options, folder, self._show)
             tokenizer = fit_into(folder, files, division, options)
             with_lines = [file for file in files if file.format == "jsonl"]
             outlines = survey(files, division.reading, options.workers or default_workers(total_bytes(with_lines)))
@@ -110,6 +113,7 @@ class _Parts:
                 request=self._request,
                 split_by=division.splitter.by,
                 tokenizer=tokenizer,
+                duplicates=describe(folder / DUPLICATES) if options.dedup else None,
                 stretches=cut_evenly(outlines, total_bytes(files), count),
             )
             (folder / PLAN).write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -134,7 +138,7 @@ class _Parts:
         """Write a part; return whether it was there already."""
         count, stretch, options = len(plan.stretches), plan.stretches[number - 1], self._options
         out, plan_sha256 = self.folder.part(number, count), self.folder.plan_hash()
-        reading = ReadOptions(options.text_field, options.skip_bad)
+        reading = options.reading(self.folder.plan / DUPLICATES if plan.duplicates else None)
         division = Division(
             reading, Splitter(options.val_split, plan.split_by, options.seed), options.augment, options.seed
         )
@@ -181,7 +185,9 @@ class _Parts:
                     workers=options.workers or default_workers(sum(sizes)),
                     report=report,
                 )
-            write_manifest(folder, encoded, plan.tokenizer, plan.split_by, self._request)
+            write_manifest(
+                folder, encoded, plan.tokenizer, plan.split_by, request=self._request, left_out=self._left_out
+            )
 
         made = self._once(self.folder.joined, make, "joining the parts")
         self.folder.publish(options.out)

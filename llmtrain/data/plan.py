@@ -58,6 +58,7 @@ class Plan(BaseModel):
     request: dict[str, Any]
     split_by: Literal["document", "tail"]
     tokenizer: TokenizerInfo
+    duplicates: FileInfo | None = None
     stretches: tuple[Stretch, ...]
 
     @property
@@ -119,7 +120,7 @@ class PartsFolder:
             UserError: there is none, or it is damaged.
         """
         plan = self._read(self.plan / PLAN, Plan)
-        self._check(self.plan, PLAN, list(plan.tokenizer.files))
+        self._check(self.plan, PLAN, [*plan.tokenizer.files, *([plan.duplicates] if plan.duplicates else [])])
         return plan
 
     def read_part(self, number: int, count: int, report: Report | None = None) -> PartRecord:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain import __version__
-from llmtrain.data.corpus import ReadOptions, SourceFile, digest, find_files, leads_in_circle
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
+from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
+from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, find_files, leads_in_circle
 from llmtrain.data.fit import choose_splitter, fit
+from llmtrain.data.progress_bar import progress_bar
+from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
+from llmtrain.data.select import Selection
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
 from llmtrain.data.tokenizer import Tokenizer, existing_tokenizer_file, id_dtype, tokenizer_info
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
@@ -40,6 +46,17 @@ class Options:
     val_inputs: tuple[str, ...] = ()
     token_dtype: Literal["uint16", "uint32"] | None = None
     eos_id: int | None = None
+    selection: Selection = EVERYTHING
+    refine: Refinement = NO_CHANGE
+    dedup: bool = False
+
+    def find(self) -> Found:
+        """The files of the input."""
+        return find(self.inputs, self.max_files, self.selection)
+
+    def reading(self, duplicates: Path | None = None) -> ReadOptions:
+        """How documents are read; `duplicates` is what `find_duplicates` wrote of this input, if that was asked for."""
+        return ReadOptions(self.text_field, self.skip_bad, self.refine, Copies(duplicates) if duplicates else None)
 
     def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that decides what is written, as JSON values: equal requests give equal data."""
@@ -59,6 +76,13 @@ class Options:
             "max_files": self.max_files,
             "text_field": self.text_field,
             "skip_bad": self.skip_bad,
+            "include": list(self.selection.patterns),
+            "max_file_bytes": self.selection.max_bytes,
+            "normalize": self.refine.normalize,
+            "min_chars": self.refine.min_chars,
+            "max_chars": self.refine.max_chars,
+            "filter": [f"{name}={value:g}" for name, value in self.refine.filters],
+            "dedup": self.dedup,
         }
 
 
@@ -72,20 +96,33 @@ class Outcome:
     encode_seconds: float = 0.0
 
 
-def check_unused(options: Options, names: Sequence[str], why: str) -> None:
+def check_unused(options: Options, flags: Mapping[str, str], why: str) -> None:
     """Refuse options that were given and would do nothing.
 
+    Args:
+        options: as the user gave them.
+        flags: the field of `Options` for each flag.
+        why: what these flags are for.
+
     Raises:
-        UserError: one of `names` has another value than by default; `why` says what it is for.
+        UserError: one of them has another value than by default.
     """
-    for name in names:
-        if getattr(options, name) != getattr(Options(), name):
-            raise UserError(f"--{name.replace('inputs', 'input').replace('_', '-')} {why}")
+    for flag, field in flags.items():
+        if getattr(options, field) != getattr(Options(), field):
+            raise UserError(f"{flag}: {why}")
 
 
-def divide(files: Sequence[SourceFile], options: Options) -> Division:
-    """Decide how documents are divided into training and validation; see `choose_splitter`."""
-    reading, source = ReadOptions(options.text_field, options.skip_bad), ", ".join(options.inputs)
+def divide(files: Sequence[SourceFile], options: Options, folder: Path, show_progress: bool = False) -> Division:
+    """Decide which documents are left out as copies, if any are to be, and which are for validation.
+
+    `folder` gets the file `DUPLICATES`, which is needed until all is encoded; see also `choose_splitter`.
+    """
+    reading, source = options.reading(), ", ".join(options.inputs)
+    if options.dedup:
+        workers = options.workers or default_workers(total_bytes(files))
+        with progress_bar("looking for copies", total_bytes(files), show_progress) as report:
+            chunks = cut_into_chunks(files, reading)
+            reading = options.reading(find_duplicates(chunks, reading, folder, workers=workers, report=report))
     splitter = choose_splitter(
         source, files, reading, val_split=options.val_split, val_by=options.val_by, seed=options.seed
     )
@@ -110,9 +147,11 @@ def write_manifest(
     encoded: Encoded,
     tokenizer: TokenizerInfo,
     split_by: Literal["document", "tail"],
+    *,
     request: dict[str, Any],
+    left_out: Counter[str],
 ) -> Manifest:
-    """Write the manifest of a folder whose shards and tokenizer are there.
+    """Write the manifest of a folder whose shards and tokenizer are there; `left_out` counts the files that were.
 
     Raises:
         UserError: a split has no documents.
@@ -120,10 +159,13 @@ def write_manifest(
     for name, split in encoded.splits.items():
         if split.documents == 0:
             raise UserError(f"too little text: the {name} split is empty; use --val-split 0 or more text")
+    counts = Counter(encoded.skipped) + left_out
+    changed = {NORMALIZED: count} if (count := counts.pop(NORMALIZED, 0)) else {}
     recipe = {
         "llmtrain": __version__,
         "split_by": split_by if request["val_split"] > 0 else None,
-        "skipped": dict(sorted(encoded.skipped.items())),
+        "skipped": dict(sorted(counts.items())),
+        "changed": changed,
         "unknown_tokens": {name: count for name, count in sorted(encoded.unknown.items()) if count},
         "request": request,
     }

@@ -383,6 +383,11 @@ def hash_file(path: Path, report: Report = lambda _bytes: None) -> str:
     return digest.hexdigest()
 
 
+def describe(path: Path) -> FileInfo:
+    """What a manifest says of a file beside it."""
+    return FileInfo(path=path.name, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
 def verify_files(
     folder: Path,
     files: Iterable[FileInfo],

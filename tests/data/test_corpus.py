@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks, find_files, survey
+from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks, survey
+from llmtrain.data.files import find_files
 from llmtrain.errors import UserError
 
 

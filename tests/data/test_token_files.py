@@ -256,11 +256,15 @@ def test_options_that_do_not_fit_are_one_clear_line(tmp_path: Path, call: Call) 
         call, "--input", tokens, "--vocab-size", 128_256, *out
     )
     assert "--eos-id 1000: outside the vocabulary" in refused(call, *given, "--eos-id", 1000)
-    assert "and" in (message := refused(call, *given, "--input", tmp_path / "book.txt")) and "text" in message
-    assert "--augment is for text" in refused(call, *given, "--augment", "case")
+    message = refused(call, *given, "--input", tmp_path / "book.txt")
+    assert "x.bin: holds token ids, and" in message and "book.txt text; prepare them one after the other" in message
+    for flags in (["--augment", "case"], ["--dedup"], ["--filter", "letters"], ["--language", "python"]):
+        assert flags[0] in (message := refused(call, *given, *flags)) and "for text only" in message
     assert "leave --part and --join out" in refused(call, *given, "--part", "1/2")
     assert "leave the URL out" in refused(call, *given[:4], "--out", f"file://{tmp_path}/store")
-    assert "--eos-id is for token files" in refused(call, "--input", tmp_path / "book.txt", "--eos-id", 1, *out)
+    assert "--eos-id: for token files (.bin) only" in refused(
+        call, "--input", tmp_path / "book.txt", "--eos-id", 1, *out
+    )
     assert "book.txt: not a token file" in refused(call, *given, "--val-input", tmp_path / "book.txt")
     megatron(tmp_path / "m.bin", [[[1]]]).unlink()
     assert "m.bin: cannot be read" in refused(call, "--input", tmp_path / "m.idx", *given[2:])

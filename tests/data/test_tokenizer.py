@@ -14,7 +14,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks, find_files
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
+from llmtrain.data.files import find_files
 from llmtrain.data.tokenizer import KINDS, Tokenizer, fit_tokenizer, load_tokenizer, tokenizer_info
 from llmtrain.data.tokenizer_fast import SEPARATOR
 from llmtrain.errors import CorruptError, UserError
