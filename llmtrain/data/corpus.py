@@ -8,7 +8,7 @@
 
 Every chunk knows its `Position`, from which the cutting can go on elsewhere without reading what lies before.
 
-A text file is one document; so is a JSONL line or a Parquet row.
+A text file is one document; so is a JSONL line, a Parquet row, or an example of a Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,13 @@ from typing import IO, Any, TypeVar, cast
 import zstandard
 
 from llmtrain.data.files import SourceFile
+from llmtrain.data.hub import DatasetShard
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
 from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
+MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
 Skipped = Counter[str]
@@ -61,7 +63,7 @@ class Position:
 
     Args:
         file: index of its (first) file.
-        place: in that file: bytes of JSONL once it is decompressed, or row groups of Parquet.
+        place: in that file: bytes of JSONL once it is decompressed, row groups of Parquet, or rows of a dataset.
         record: how many records of that file come before it: lines, rows.
         ordinal: how many records of the whole input come before it.
     """
@@ -134,25 +136,29 @@ class RowsChunk:
         """Yield (ordinal, text) of each row's document."""
         import pyarrow as pa
 
-        row = 0
         with _open_parquet(self.file, options.text_field) as parquet:
-            for batch in parquet.iter_batches(1024, row_groups=[self.start.place], columns=[options.text_field]):
-                # As bytes, because only then one row that is not UTF-8 does not spoil the others.
-                for data in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    try:
-                        text = (data or b"").decode()
-                    except UnicodeDecodeError as error:
-                        place = f"{self.file.path}: row {self.start.record + row}"
-                        options.bad("rows", f"{place}: not UTF-8 at byte {error.start}", skipped)
-                    else:
-                        if text:
-                            yield self.start.ordinal + row, text
-                        else:
-                            skipped["empty documents"] += 1
-                    row += 1
+            batches = parquet.iter_batches(1024, row_groups=[self.start.place], columns=[options.text_field])
+            # As bytes, because only then one row that is not UTF-8 does not spoil the others.
+            rows = (row for batch in batches for row in batch.column(0).cast(pa.large_binary()).to_pylist())
+            yield from _decoded(rows, self.file, self.start, options, skipped)
 
 
-Chunk = TextChunk | LinesChunk | RowsChunk
+@dataclass(frozen=True)
+class ExamplesChunk:
+    """Rows of a streamed dataset, not yet decoded: whoever streams it has read them already."""
+
+    start: Position
+    file: SourceFile
+    rows: tuple[bytes | None, ...]
+    source_bytes: int
+
+    def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
+        """Yield (ordinal, text) of each row's document."""
+        yield from _decoded(self.rows, self.file, self.start, options, skipped)
+
+
+RecordsChunk = LinesChunk | RowsChunk | ExamplesChunk
+Chunk = TextChunk | RecordsChunk
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,8 @@ def survey(
 ) -> Iterator[Outline]:
     """Yield where each chunk of `cut_into_chunks` begins, without the chunk; several processes look at the files.
 
-    JSONL is read for it, since its lines have to be counted; of Parquet only the end is, and text files not at all.
+    JSONL and datasets are read for it, since their lines and rows have to be counted; of Parquet only the end is, and
+    text files not at all.
     """
     with_records = [file for file in files if file.format != "text"]
     of_each_file = (
@@ -229,14 +236,16 @@ class _Outliner:
 
 def _records_cutter(
     options: ReadOptions, chunk_bytes: int
-) -> Callable[[SourceFile, Position], Iterator[tuple[LinesChunk | RowsChunk, int]]]:
-    def cut(file: SourceFile, start: Position) -> Iterator[tuple[LinesChunk | RowsChunk, int]]:
+) -> Callable[[SourceFile, Position], Iterator[tuple[RecordsChunk, int]]]:
+    def cut(file: SourceFile, start: Position) -> Iterator[tuple[RecordsChunk, int]]:
+        if file.dataset is not None:
+            return _cut_examples(file, file.dataset, start, options, chunk_bytes)
         return _cut_lines(file, start, chunk_bytes) if file.format == "jsonl" else _cut_rows(file, start, options)
 
     return cut
 
 
-Piece = TypeVar("Piece", LinesChunk | RowsChunk, Outline)
+Piece = TypeVar("Piece", RecordsChunk, Outline)
 
 
 def _cut(
@@ -298,6 +307,39 @@ def _cut_rows(file: SourceFile, start: Position, options: ReadOptions) -> Iterat
         rows = row_counts[group]
         yield RowsChunk(here, file, file.bytes // groups), rows
         here = Position(here.file, group + 1, here.record + rows, here.ordinal + rows)
+
+
+def _cut_examples(
+    file: SourceFile, dataset: DatasetShard, start: Position, options: ReadOptions, chunk_bytes: int
+) -> Iterator[tuple[ExamplesChunk, int]]:
+    here, waiting, size = start, list[bytes | None](), 0
+    for rows in dataset.rows(options.text_field, start.place):
+        for row in rows:
+            waiting.append(row)
+            size += len(row or b"")
+            if size >= chunk_bytes or len(waiting) >= MAX_ROWS:
+                count = len(waiting)
+                yield ExamplesChunk(here, file, tuple(waiting), size), count
+                here = Position(here.file, here.place + count, here.record + count, here.ordinal + count)
+                waiting, size = [], 0
+    if waiting:
+        yield ExamplesChunk(here, file, tuple(waiting), size), len(waiting)
+
+
+def _decoded(
+    rows: Iterable[bytes | None], file: SourceFile, start: Position, options: ReadOptions, skipped: Skipped
+) -> Iterator[tuple[int, str]]:
+    for row, data in enumerate(rows):
+        try:
+            text = (data or b"").decode()
+        except UnicodeDecodeError as error:
+            place = f"{file.path}: row {start.record + row}"
+            options.bad("rows", f"{place}: not UTF-8 at byte {error.start}", skipped)
+            continue
+        if text:
+            yield start.ordinal + row, text
+        else:
+            skipped["empty documents"] += 1
 
 
 def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmtrain.data.hub import PREFIX, DatasetShard, find_shards
 from llmtrain.data.select import Selection
 from llmtrain.errors import UserError
 
@@ -28,10 +29,11 @@ class SourceFile:
 
     path: Path
     named: bool
-    format: Literal["text", "jsonl", "parquet"]
+    format: Literal["text", "jsonl", "parquet", "dataset"]
     compression: Literal["", ".gz", ".zst"]
     bytes: int
     modified_ns: int
+    dataset: DatasetShard | None = None  # what it is part of, where it is no file of its own
 
     @property
     def is_text(self) -> bool:
@@ -100,8 +102,11 @@ def leads_in_circle(path: Path) -> bool:
 def _files_of(source: str) -> list[SourceFile]:
     if source == "stdlib":
         return _standard_library()
-    if source.startswith("hf:"):
-        raise UserError(f"{source}: Hugging Face datasets are not supported yet; download it as JSONL or Parquet")
+    if source.startswith(PREFIX):
+        return [
+            SourceFile(Path(f"{source}#{number}"), True, "dataset", "", found.bytes, found.stamp, found.shard)
+            for number, found in enumerate(find_shards(source))
+        ]
     path = Path(source)
     if path.is_dir():
         return _found(source, _walk(path), "a folder without files")

@@ -38,8 +38,9 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
         "--input",
         action="append",
         metavar="SRC",
-        help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, or stdlib: this"
-        " Python's own library (the default); or token files, which are used in place: .bin of nanoGPT or llm.c, .bin"
+        help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, hf:NAME[:CONFIG] or"
+        " hf:FOLDER (a Hugging Face dataset, streamed), or stdlib: this Python's own library (the"
+        " default); or token files, which are used in place: .bin of nanoGPT or llm.c, .bin"
         " with .idx of Megatron, or a folder of such; repeatable",
     )
     add(
@@ -136,7 +137,10 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
     )
     add("--seed", type=int, default=default.seed, metavar="N", help="of split and augmentation (default: %(default)s)")
     add(
-        "--text-field", default=default.text_field, metavar="NAME", help="JSONL field or Parquet column (default: text)"
+        "--text-field",
+        default=default.text_field,
+        metavar="NAME",
+        help="JSONL field, Parquet or dataset column (default: text)",
     )
     add("--skip-bad", action="store_true", help="leave broken lines and files that are not UTF-8 out, and count them")
     add("--max-files", type=positive_int, metavar="N", help="take only the first N files")

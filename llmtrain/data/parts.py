@@ -106,15 +106,17 @@ class _Parts:
         def make(folder: Path) -> None:
             division = divide(files, options, folder, self._show)
             tokenizer = fit_into(folder, files, division, options)
-            with_lines = [file for file in files if file.format == "jsonl"]
-            outlines = survey(files, division.reading, options.workers or default_workers(total_bytes(with_lines)))
+            to_read = total_bytes([file for file in files if file.format in ("jsonl", "dataset")])
+            outlines = list(survey(files, division.reading, options.workers or default_workers(to_read)))
+            is_known = all(file.dataset is None for file in files)
+            size = total_bytes(files) if is_known else sum(outline.source_bytes for outline in outlines)
             plan = Plan(
                 llmtrain=__version__,
                 request=self._request,
                 split_by=division.splitter.by,
                 tokenizer=tokenizer,
                 duplicates=describe(folder / DUPLICATES) if options.dedup else None,
-                stretches=cut_evenly(outlines, total_bytes(files), count),
+                stretches=cut_evenly(outlines, size, count),
             )
             (folder / PLAN).write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

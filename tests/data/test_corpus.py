@@ -195,11 +195,6 @@ def test_an_input_that_gives_nothing_is_refused_with_the_reason(tmp_path, monkey
         read(source)
 
 
-def test_hugging_face_names_are_refused_until_they_are_supported():
-    with pytest.raises(UserError, match=r"hf:x/y: .*not supported yet"):
-        read("hf:x/y")
-
-
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Text files in runs, JSONL plain and compressed (one of them empty, one without a last newline), Parquet."""

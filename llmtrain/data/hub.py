@@ -1,0 +1,132 @@
+"""Hugging Face datasets, always streamed: from the hub, or from a folder of this machine, through `datasets`.
+
+Code that comes with a dataset is never run: only datasets that are plain files (`KINDS`) are opened, and a version of
+`datasets` that could run any is refused. A dataset of the hub is pinned to the commit that was found first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+
+PREFIX = "hf:"
+KINDS = ("parquet", "json", "arrow", "csv", "text")
+OLDEST = 4  # before, it ran scripts of datasets where told to
+ROWS_AT_ONCE = 1000
+UNKNOWN_BYTES = 64 << 20  # of a file whose size is not told; decides only how many processes are started
+PINNED = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True)
+class DatasetShard:
+    """One of the files (as a rule) that a dataset is made of."""
+
+    source: str  # as the user typed it
+    revision: str | None
+    index: int
+    count: int
+
+    def rows(self, column: str, skip: int) -> Iterator[list[bytes | None]]:
+        """Yield the texts of rows, the first `skip` left out, a thousand at a time and as bytes.
+
+        Raises:
+            UserError: there is no such column, it holds no text, or the dataset cannot be read.
+        """
+        import pyarrow as pa
+
+        dataset = _open(self.source, self.revision)[1].shard(num_shards=self.count, index=self.index)
+        tables = (dataset.skip(skip) if skip else dataset).with_format("arrow").iter(ROWS_AT_ONCE)
+        while (table := self._next(tables)) is not None:
+            if column not in table.column_names:
+                names = ", ".join(table.column_names)
+                raise UserError(f"{self.source}: no column '{column}' (it has: {names}; --text-field names another)")
+            texts = table[column]
+            if texts.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
+                raise UserError(f"{self.source}: column '{column}' holds {texts.type}, not text")
+            # As bytes, because only then one row that is not UTF-8 does not spoil the others.
+            yield texts.cast(pa.large_binary()).to_pylist()
+
+    def _next(self, tables: Iterator[Any]) -> Any:
+        with _told_in_one_line(self.source, "cannot be read"):
+            return next(tables, None)
+
+
+@dataclass(frozen=True)
+class FoundShard:
+    """A shard, about how many bytes it has, and a number that changes when the dataset does."""
+
+    shard: DatasetShard
+    bytes: int
+    stamp: int
+
+
+def find_shards(source: str) -> list[FoundShard]:
+    """List the shards of `hf:NAME[:CONFIG[:SPLIT]]`; NAME may be a folder, SPLIT is `train` unless said.
+
+    Raises:
+        UserError: `datasets` is missing or too old; there is no such dataset, config or split; it needs code.
+    """
+    builder, dataset = _open(source, None)
+    split = _parts(source)[2]
+    files = (builder.config.data_files or {}).get(split, [])
+    names = [str(file) for file in files]
+    content = [names, [list(map(str, entry)) for entry in getattr(files, "origin_metadata", [])]]
+    stamp = int.from_bytes(hashlib.sha256(repr(content).encode()).digest()[:7], "little")
+    pinned = PINNED.match(names[0]) if names else None
+    sizes = [Path(name).stat().st_size for name in names if Path(name).is_file()]
+    count = max(1, dataset.num_shards)
+    each = sum(sizes) // count if sizes else UNKNOWN_BYTES
+    shards = (DatasetShard(source, pinned[1] if pinned else None, index, count) for index in range(count))
+    return [FoundShard(shard, each, stamp) for shard in shards]
+
+
+@lru_cache(maxsize=4)
+def _open(source: str, revision: str | None) -> tuple[Any, Any]:
+    """The builder and the streamed split of a source."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{source}: Hugging Face datasets need the package datasets: pip install -c constraints.txt -e .[hf]"
+        ) from error
+    if int(datasets.__version__.split(".")[0]) < OLDEST:
+        raise UserError(f"{source}: datasets {datasets.__version__} is too old; pip install 'datasets>={OLDEST}'")
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is told once, in our own line
+    name, config, split = _parts(source)
+    with _told_in_one_line(source, "cannot be opened"):
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+    if builder.name not in KINDS:
+        raise UserError(f"{source}: a dataset of kind {builder.name}; only these are read: {', '.join(KINDS)}")
+    with _told_in_one_line(source, "cannot be opened"):
+        return builder, builder.as_streaming_dataset(split=split)
+
+
+def _parts(source: str) -> tuple[str, str | None, str]:
+    """Name, config and split of a source."""
+    rest = source.removeprefix(PREFIX)
+    if rest and Path(rest).exists():
+        return rest, None, "train"
+    name, config, split = (*rest.split(":", 2), "", "")[:3]
+    if not name:
+        raise UserError(f"{source}: names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:FOLDER")
+    return name, config or None, split or "train"
+
+
+@contextmanager
+def _told_in_one_line(source: str, what: str) -> Iterator[None]:
+    """Whatever `datasets` and the libraries below it raise (of many kinds) is about the dataset or the way to it."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source}: {what} ({said[:300]})") from error

@@ -1,0 +1,123 @@
+"""Hugging Face datasets, streamed: the documents of a folder's files, whoever reads them; and no code of theirs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from llmtrain.data import hub
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks, survey
+from llmtrain.data.files import find_files
+from llmtrain.data.parts import prepare_part
+from llmtrain.data.recipe import Options
+from llmtrain.prepare import main, prepare
+from tests.conftest import Call, is_one_clear_line
+from tests.test_prepare import content
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub._open.cache_clear()
+
+
+def write_dataset(folder: Path, kind: str, column: str = "text") -> tuple[Path, list[str]]:
+    """A dataset of three files, and its documents in order."""
+    folder.mkdir(parents=True)
+    texts = [f"document {number} é " + "of some length " * (number % 7) for number in range(70)]
+    for number, part in enumerate((texts[:30], texts[30:31], texts[31:])):
+        if kind == "parquet":
+            table = pa.table({"id": list(range(len(part))), column: part})
+            parquet.write_table(table, folder / f"train-{number:05}.parquet", row_group_size=8)
+        else:
+            lines = "".join(json.dumps({"id": 1, column: text}) + "\n" for text in part).encode()
+            (folder / f"train-{number:05}.jsonl.gz").write_bytes(gzip.compress(lines))
+    return folder, texts
+
+
+def read(source: str, chunk_bytes: int = 4 << 20, **options: Any) -> list[tuple[int, str]]:
+    reading, skipped = ReadOptions(**options), Counter[str]()
+    chunks = cut_into_chunks(find_files([source]), reading, chunk_bytes)
+    return [entry for chunk in chunks for entry in chunk.read(reading, skipped)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_all_documents_come_in_order_however_they_are_cut_and_wherever_reading_begins(
+    kind: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("datasets")
+    folder, texts = write_dataset(tmp_path / "set", kind)
+    source, reading = f"hf:{folder}", ReadOptions()
+    assert read(source) == read(source, 100) == list(enumerate(texts))
+    files = find_files([source])
+    assert len(files) == 3
+    chunks = list(cut_into_chunks(files, reading, 300))
+    outlines = list(survey(files, reading, 1, 300))
+    assert [(o.start, o.source_bytes) for o in outlines] == [(c.start, c.source_bytes) for c in chunks]
+    for number in (1, len(chunks) // 2, len(chunks) - 1):
+        assert list(cut_into_chunks(files, reading, 300, start=chunks[number].start)) == chunks[number:]
+
+
+@pytest.mark.slow
+def test_neither_workers_nor_parts_change_a_byte_and_a_changed_dataset_is_another(tmp_path: Path, call: Call) -> None:
+    pytest.importorskip("datasets")
+    folder, _ = write_dataset(tmp_path / "set", "parquet")
+    options = Options((f"hf:{folder}",), tmp_path / "one", "bbpe", 300, shard_tokens=700, workers=1, dedup=True)
+    prepare(options)
+    prepare(replace(options, out=tmp_path / "two", workers=2))
+    for number in (2, 3, 1):
+        prepare_part(replace(options, out=tmp_path / "three", workers=1), number, 3, say=lambda line: None)
+    assert content(tmp_path / "one") == content(tmp_path / "two") == content(tmp_path / "three")
+    parquet.write_table(pa.table({"text": ["other"]}), folder / "train-00001.parquet")
+    hub._open.cache_clear()
+    code, _, err = call(main, "--input", f"hf:{folder}", "--tokenizer", "byte", "--out", tmp_path / "one")
+    assert code == 2 and is_one_clear_line(err) and "other input or options" in err
+
+
+def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path, call: Call) -> None:
+    pytest.importorskip("datasets")
+    folder, _ = write_dataset(tmp_path / "set", "parquet", column="body")
+    scripted = tmp_path / "scripted"
+    scripted.mkdir()
+    (scripted / "scripted.py").write_text(f"open({str(tmp_path / 'EXPLODED')!r}, 'w')\n")
+    numbers, broken, pictures = tmp_path / "numbers", tmp_path / "broken", tmp_path / "pictures"
+    for made in (numbers, broken, pictures):
+        made.mkdir()
+    parquet.write_table(pa.table({"text": [1, 2]}), numbers / "a.parquet")
+    whole = (folder / "train-00000.parquet").read_bytes()
+    (broken / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(Path(__file__).parents[2] / "docs/curves.png", pictures / "a.png")
+    cases = {
+        f"hf:{folder}": "no column 'text' (it has: id, body; --text-field names another)",
+        f"hf:{folder}:other": "cannot be opened (",
+        f"hf:{folder}::val": "cannot be opened (",
+        f"hf:{scripted}": "cannot be opened (",
+        f"hf:{numbers}": "column 'text' holds int64, not text",
+        f"hf:{broken}": "cannot be",
+        f"hf:{pictures}": "a dataset of kind imagefolder; only these are read: parquet, json",
+        "hf:": "names no dataset",
+    }
+    for source, message in cases.items():
+        code, out, err = call(main, "--input", source, "--tokenizer", "byte", "--out", tmp_path / "out")
+        assert code == 2 and out == "" and is_one_clear_line(err), (source, err)
+        assert f"{source}: {message}" in err, (source, err)
+    assert not (tmp_path / "EXPLODED").exists() and not list(tmp_path.glob("out*"))
+    assert next(text for _, text in read(f"hf:{folder}", text_field="body")).startswith("document 0")
+
+
+def test_without_the_package_one_line_says_what_to_install(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, err = call(main, "--input", "hf:some/name", "--out", tmp_path / "out")
+    assert code == 2 and is_one_clear_line(err) and "hf:some/name: Hugging Face datasets need the package" in err
