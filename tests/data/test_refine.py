@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -22,7 +23,8 @@ from llmtrain.data import dedup
 from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.files import find
-from llmtrain.data.filters import FILTERS
+from llmtrain.data.filters import FILTERS, parse_filter
+from llmtrain.data.flags import parser
 from llmtrain.data.parts import prepare_part
 from llmtrain.data.recipe import Options
 from llmtrain.data.refine import Copies, Refinement
@@ -247,3 +249,13 @@ def test_the_guide_lists_every_filter_with_its_default() -> None:
     for name, filter_ in FILTERS.items():
         about = filter_.about.removesuffix(".")
         assert f"| `{name}` | {filter_.default:g} | {about} |" in guide
+
+
+def test_every_command_of_the_guide_is_understood() -> None:
+    guide = (ROOT / "docs/data.md").read_text().replace("\\\n", " ")
+    commands = [line for line in guide.splitlines() if line.startswith("llmtrain prepare")]
+    assert len(commands) >= 5
+    for command in commands:
+        flags = vars(parser().parse_args(shlex.split(command)[2:]))
+        assert len([parse_filter(text) for text in flags["filters"]]) == command.count("--filter")
+        assert bool(patterns_of(flags["languages"])) == ("--language" in command)

@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llmtrain.data.fetch import local_data, upload_data
 from llmtrain.data.outside import BLOCK_BYTES
 from llmtrain.data.shards import MANIFEST, TokenDataset
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.evaluate import main as evaluate
 from llmtrain.generate import main as generate
@@ -187,6 +188,26 @@ def test_every_window_over_files_of_two_widths_is_that_of_the_plain_concatenatio
     length = data.draw(st.integers(1, len(plain)))
     starts = np.array(data.draw(st.lists(st.integers(0, len(plain) - length), max_size=10)), np.int64)
     assert tokens.gather(starts, length).tolist() == [plain[s : s + length].tolist() for s in starts]
+
+
+def test_the_ids_of_a_tokenizer_file_come_back_as_text(tmp_path: Path, call: Call) -> None:
+    texts = [f"Document {number}: of this and that.\n" for number in range(60)]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f"texts/{number:02}.txt").write_text(text)
+    flags = ("--input", tmp_path / "texts", "--vocab-size", 300, "--val-split", 0)
+    prepared(call, *flags, "--out", tmp_path / "own")
+    file = tmp_path / "own/tokenizer/tokenizer.json"
+    tokens = (tmp_path / "own/train-00000.bin").rename(tmp_path / "tokens.bin")
+    eos_id = load_tokenizer(file.parent).eos_id
+    flags = ("--input", tokens, "--tokenizer", file, "--eos-id", eos_id, "--val-split", 0)
+    assert prepared(call, *flags, "--out", tmp_path / "out")["vocab_size"] == 300
+    ids, begins = stream(tmp_path / "out"), [0, *ends(tmp_path / "out")[0]]
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer")
+    assert [tokenizer.decode(ids[begin:end]) for begin, end in pairwise(begins)] == texts
+    own, mine = (json.loads((tmp_path / name / MANIFEST).read_text())["splits"]["train"] for name in ("own", "out"))
+    for what in ("ids", "ends"):
+        assert own["shards"][0][what]["sha256"] == mine["shards"][0][what]["sha256"]
 
 
 def test_ids_beyond_the_vocabulary_are_named_by_file_and_place(tmp_path: Path, call: Call) -> None:
