@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from llmtrain.errors import UserError, nearest
+from llmtrain.presets import AUTO_LR, PRESETS, auto_lr
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -114,7 +115,7 @@ class OptimizerSection(Section):
     """Which optimizer. `muon` takes the matrices of the blocks and leaves the rest to AdamW, at the same lr."""
 
     name: Literal["sgd", "adam", "adamw", "muon"] = "adamw"
-    lr: Rate = 1e-3
+    lr: Rate = 1e-3  # or `auto`, see `auto_lr`
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Rate = 0.1
@@ -254,28 +255,6 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# dim, layers, heads, kv_heads, ff_dim; the sizes of the published models where they are named after one.
-_PRESETS: dict[str, dict[str, Any]] = {
-    "1m": {"dim": 128, "layers": 5, "heads": 4},
-    "10m": {"dim": 256, "layers": 8, "heads": 4},
-    "30m": {"dim": 384, "layers": 12, "heads": 6},
-    "124m": {"dim": 768, "layers": 12, "heads": 12},
-    "350m": {"dim": 1024, "layers": 24, "heads": 16},
-    "1.3b": {"dim": 2048, "layers": 24, "heads": 16, "tie_embeddings": False},
-    "3b": {"dim": 2560, "layers": 32, "heads": 32, "kv_heads": 8, "tie_embeddings": False},
-    "7b": {"dim": 4096, "layers": 32, "heads": 32, "ff_dim": 11008, "tie_embeddings": False},
-    "8b": {
-        "dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ff_dim": 14336, "rope_theta": 500_000.0,
-        "tie_embeddings": False,
-    },
-    "13b": {"dim": 5120, "layers": 40, "heads": 40, "ff_dim": 13824, "tie_embeddings": False},
-    "34b": {"dim": 8192, "layers": 48, "heads": 64, "kv_heads": 8, "ff_dim": 22016, "tie_embeddings": False},
-    "70b": {
-        "dim": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ff_dim": 28672, "rope_theta": 500_000.0,
-        "tie_embeddings": False,
-    },
-}  # fmt: skip
-PRESETS = tuple(_PRESETS)
 # What a preset decides even where it has no entry: then it means "as the other sizes say".
 _SIZES = ("dim", "layers", "heads", "kv_heads", "ff_dim")
 _LENGTHS = ("epochs", "max_steps", "max_tokens")
@@ -325,6 +304,7 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     _check_keys(raw, where)
     raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items() if value is not None}
     _expand_preset(raw, where)
+    _expand_lr(raw, where)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -372,7 +352,7 @@ def _step_back(raw: dict[str, Any], given: dict[str, dict[str, Any]]) -> None:
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    return _PRESETS.get(str(name).lower(), {})
+    return PRESETS.get(str(name).lower(), {})
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
@@ -401,6 +381,18 @@ def _expand_preset(raw: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: model.preset '{name}': {nearest(str(name), list(PRESETS))}")
     explicit = {key: value for key, value in model.items() if value is not None}
     raw["model"] = {**_preset(name), **explicit}
+
+
+def _expand_lr(raw: dict[str, Any], where: str) -> None:
+    """Set `optimizer.lr: auto`, and with it `schedule.min_lr` to a tenth, unless that is given."""
+    optimizer, model = raw.get("optimizer") or {}, raw.get("model") or {}
+    if optimizer.get("lr") != "auto":
+        return
+    name, dim = optimizer.get("name", OptimizerSection().name), model.get("dim", ModelSection().dim)
+    if name not in AUTO_LR or type(dim) is not int or dim <= 0:
+        raise UserError(f"{where}: optimizer.lr 'auto' needs {', '.join(AUTO_LR)} and a width; set a number")
+    raw["optimizer"] = {**optimizer, "lr": auto_lr(name, dim)}
+    raw["schedule"] = {"min_lr": auto_lr(name, dim) / 10, **(raw.get("schedule") or {})}
 
 
 def _describe(error: ValidationError, where: str) -> str:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pydantic
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.config import PRESETS, RunConfig, default_ff_dim, load_config, make_config, resolve
+from llmtrain.config import RunConfig, default_ff_dim, load_config, make_config, resolve
 from llmtrain.errors import UserError
+from llmtrain.presets import PRESETS, auto_lr
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -88,6 +90,23 @@ def test_nothing_can_be_changed_after_loading() -> None:
 def test_a_preset_is_a_start_and_explicit_keys_win() -> None:
     assert make_config({"model": {"preset": "10m"}}).model.dim == 256
     assert make_config({"model": {"preset": "10M", "layers": 3}}).model.layers == 3
+
+
+def test_a_learning_rate_by_the_width() -> None:
+    """It falls with the width, a preset's too; what is given wins; and the resolved config holds the number."""
+    model = {"preset": "124m"}
+    config = make_config({"model": model, "optimizer": {"lr": "auto"}})
+    assert config.optimizer.lr == auto_lr("adamw", 768) == pytest.approx(2e-3 * (256 / 768) ** 0.7, rel=1e-2)
+    assert config.schedule.min_lr == config.optimizer.lr / 10
+    given = make_config({"model": model, "optimizer": {"lr": "auto", "name": "muon"}, "schedule": {"min_lr": 0.0}})
+    assert given.optimizer.lr == auto_lr("muon", 768) and given.schedule.min_lr == 0.0
+    for name in ("adam", "adamw", "muon"):
+        rates = [auto_lr(name, dim) for dim in (64, 128, 256, 768, 2048, 4096, 8192)]
+        assert rates == sorted(rates, reverse=True) and rates[-1] > 1e-4 and rates[0] < 2e-2
+    assert yaml.safe_load(config.to_yaml())["optimizer"]["lr"] == config.optimizer.lr
+    for optimizer, dim in (({"name": "sgd"}, 64), ({}, 0), ({}, "wide"), ({"name": "lion"}, 64)):
+        with pytest.raises(UserError, match="set a number"):
+            make_config({"model": {"dim": dim}, "optimizer": {"lr": "auto", **optimizer}})
 
 
 def test_true_and_false_are_values_where_they_mean_something(tmp_path: Path) -> None:

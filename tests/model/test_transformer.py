@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
-from llmtrain.config import PRESETS, ModelSection, make_config, resolve
+from llmtrain.config import ModelSection, make_config, resolve
 from llmtrain.model.cost import flops_per_token, model_flops_utilization, parameter_count
 from llmtrain.model.transformer import KVCache, SquaredReLU, Transformer
 from llmtrain.optim.optimizers import make_optimizer, parameter_groups
+from llmtrain.presets import PRESETS
 
 SEQ_LEN = 32
 
