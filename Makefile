@@ -7,6 +7,9 @@ INPUTS := pyproject.toml constraints.txt
 # For images and clusters: `make install EXTRAS=deepspeed,wandb TORCH_INDEX=https://download.pytorch.org/whl/cu130`.
 EXTRAS      ?=
 TORCH_INDEX ?=
+# Other trainers for `make bench`: a checkout of nanoGPT, the python of an environment with litgpt and transformers.
+NANOGPT      ?=
+PEERS_PYTHON ?=
 
 .PHONY: install demo test test-fast check bench docker-test clean
 .DELETE_ON_ERROR:
@@ -52,7 +55,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.run_all
+	$(BIN)/python -m benchmarks.run_all $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(PEERS_PYTHON),--peers-python "$(PEERS_PYTHON)")
 
 # Builds the CPU image for real and trains in it; needs root, buildah, debootstrap. The tests in tests/docker do without.
 docker-test: $(BIN)/python

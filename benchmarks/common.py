@@ -12,8 +12,9 @@ import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Measure = TypeVar("Measure")
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,20 +39,23 @@ def versions(*distributions: str) -> dict[str, str | None]:
     return {name: version(name) for name in distributions}
 
 
-def alternate(contenders: Mapping[str, Callable[[], float]], repeats: int = 3) -> dict[str, list[float]]:
+def alternate(
+    contenders: Mapping[str, Callable[[], Measure]], repeats: int = 3, warm_up: int = 1
+) -> dict[str, list[Measure]]:
     """Measure every contender once per round, so that a slow minute of the machine falls on all of them alike.
 
     The order turns round with each round, so that none gains by always coming first.
 
     Args:
         contenders: by name, a function that does the work once and returns its measure.
-        repeats: number of rounds; one round more is run first and thrown away.
+        repeats: number of rounds.
+        warm_up: number of rounds that are run first and thrown away.
 
     Returns:
         By name, one measure per round.
     """
-    measures: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(-1, repeats):
+    measures: dict[str, list[Measure]] = {name: [] for name in contenders}
+    for round_number in range(-warm_up, repeats):
         turn = list(contenders.items())
         for name, measure in turn if round_number % 2 else reversed(turn):
             value = measure()
