@@ -175,7 +175,7 @@ def write_data(folder: Path, size: Size) -> Path:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a checkout; None where there is no git, or the folder is none of its checkouts."""
+    """The commit of a checkout; None where there is no git, or the folder is in no repository."""
     if shutil.which("git") is None:
         return None
     asked = ["git", "-C", str(folder), "rev-parse", "HEAD"]

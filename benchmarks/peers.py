@@ -21,7 +21,8 @@ cost of a trainer is its time less that of its bare loop, round by round.
 fp32: float32 and eager in all (litgpt always compiles; torch's TORCH_COMPILE_DISABLE keeps it from that). as-shipped:
 nothing is said about precision and compilation. Then nanoGPT compiles, in float32 on a CPU and bf16 on a GPU that has
 it; litgpt compiles with bf16 autocast; the Trainer is float32 and eager; llmtrain takes bf16 autocast where the device
-computes it natively, and compiles on a GPU. On a GPU float32 products are TF32 in nanoGPT and litgpt.
+computes it natively, and compiles on a GPU. Launches come after the turns, so what was compiled is in torch's cache.
+On a GPU float32 products are TF32 in nanoGPT and litgpt.
 
 Evaluation is switched off as far as each allows: nanoGPT takes one batch of each split before its first step, litgpt
 two, and measures its FLOPs; both are in launch to first step.
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
     contenders, facts["left out"] = _given(args)
+    _say_left_out(facts["left out"])
     facts["nanoGPT commit"] = commit_of(args.nanogpt) if args.nanogpt else None
     facts["bf16 is native"] = computes_bf16_natively(torch.device(args.device))
     facts["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS")
@@ -84,11 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             launch = Launch(size, "fp32", args.device, write_data(Path(folder), size), Path())
             about, problems = _present(contenders, launch)
+            _say_left_out(problems)
             facts["left out"] |= problems
             facts.setdefault("found", {})[name] = about
             contenders = [contender for contender in contenders if contender.name in about]
-            for trainer_name, why in facts["left out"].items():
-                print(f"{trainer_name}: left out: {why}")
             for precision in args.precision:
                 measured = _measure(contenders, replace(launch, precision=precision), args.repeats)
                 for row in measured:
@@ -117,6 +118,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--nanogpt {args.nanogpt}: there is no train.py; give a checkout of nanoGPT")
     if args.peers_python and not (found := shutil.which(args.peers_python)):
         parser.error(f"--peers-python {args.peers_python}: cannot be run; give the python of an environment")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     args.nanogpt = args.nanogpt and args.nanogpt.resolve()
     # Not resolved: the python of an environment is a link, and known by where it stands.
     args.peers_python = args.peers_python and os.path.abspath(found)  # noqa: PTH100
@@ -149,6 +152,11 @@ def _given(args: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
     return contenders, left_out
 
 
+def _say_left_out(reasons: dict[str, str]) -> None:
+    for name, why in reasons.items():
+        print(f"{name}: left out: {why}", flush=True)
+
+
 def _present(contenders: list[Contender], launch: Launch) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """What a bare loop of no steps says about each contender; of those that cannot take one step, why."""
     about: dict[str, dict[str, Any]] = {}
@@ -176,7 +184,6 @@ def _measure(contenders: list[Contender], launch: Launch, repeats: int) -> list[
         if launch.is_fp32:
             turns[f"{each.name}, bare"] = partial(_step_times, each.bare, BARE_LINE, launch)
         launches[each.name] = partial(_first_arrival, each.command, each.line, short)
-    # Every process has run once before, to see whether it can; compiled code is in its cache after the first turn.
     steps, starts = alternate(turns, repeats, warm_up=0), alternate(launches, repeats, warm_up=0)
     rows = []
     for each in contenders:

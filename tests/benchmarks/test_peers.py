@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import peers
 from benchmarks.common import ROOT
 from benchmarks.contenders import SIZES, write_data
 from llmtrain.data.shards import TokenDataset
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.slow
@@ -57,6 +60,7 @@ def test_all_trainers_get_the_same_tokens(tmp_path: Path) -> None:
         (["--nanogpt", "nowhere"], "--nanogpt nowhere: there is no train.py"),
         (["--peers-python", "nowhere"], "--peers-python nowhere: cannot be run"),
         (["--size", "10m", "--steps", "10"], "--steps 10: too few at 10m"),
+        pytest.param(["--device", "cuda"], "--device cuda: torch finds no GPU", marks=needs_no_gpu),
         (["--repeats", "0"], "0: must be a whole number above 0"),
         (["--size", "huge"], "invalid choice: 'huge'"),
     ],
