@@ -17,7 +17,7 @@ from llmtrain.observe.formats import rate
 
 STEPS = 150
 LOWEST, HIGHEST = 1e-5, 1.0
-BELOW_TURN = 3.0  # the peak rate is this factor below the one where the loss turns
+BELOW_TURN = 5.0  # the peak rate is this factor below the one where the loss turns
 _SMOOTHING = 0.9
 _RISEN = 0.2  # of what was learned: so much lost again ends the test,
 _NOISE = 0.1  # nats, if it is more than batches differ by
