@@ -34,7 +34,7 @@ def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: 
         targets_BS: int64.
     """
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
-    if len(targets_N) <= _tokens_at_once(weight_VD):
+    if len(targets_N) <= tokens_at_once(len(weight_VD)):
         return cross_entropy_sum(F.linear(hidden_ND, weight_VD), targets_N)
     loss: Tensor = _InParts.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
     return loss
@@ -75,6 +75,8 @@ class _InParts(torch.autograd.Function):
                         weight_gradient_VD.addmm_(gradient_NV.T, hidden)
                     else:
                         weight_gradient_VD += gradient_NV.T @ hidden
+                    del gradient_NV
+                del log_p_NV  # or it would be there beside the logits of the next part
         ctx.gradients = hidden_gradient_ND, weight_gradient_VD
         return loss
 
@@ -93,10 +95,11 @@ def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
     return gradient_NV.mul_((targets_N != IGNORE_INDEX)[:, None])
 
 
-def _tokens_at_once(weight_VD: Tensor) -> int:
-    return max(1, MOST_LOGITS // len(weight_VD))
+def tokens_at_once(vocab_size: int) -> int:
+    """For how many tokens the logits are made at once."""
+    return max(1, MOST_LOGITS // vocab_size)
 
 
 def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:
-    step = _tokens_at_once(weight_VD)
+    step = tokens_at_once(len(weight_VD))
     return (slice(begin, begin + step) for begin in range(0, tokens, step))
