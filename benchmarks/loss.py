@@ -96,9 +96,10 @@ def timed(once: Callable[[], None]) -> Callable[[], float]:
     return measure
 
 
-def peak_mb(once: Callable[[], None]) -> float:
-    """Most memory at once during a call, beyond what was there before it, in MB."""
-    once()  # libraries' own buffers
+def peak_mb(once: Callable[[], None], warm: bool = True) -> float:
+    """Most memory at once during a call, beyond what was there before it, in MB; `warm`: it was called before."""
+    if warm:
+        once()  # libraries' own buffers
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -45,9 +45,9 @@ def main() -> None:
         ours.step()
 
     def one_by_one() -> None:
-        limit, muon._BATCH_NUMEL = muon._BATCH_NUMEL, 1
+        limit, muon.BATCH_NUMEL = muon.BATCH_NUMEL, 1
         ours.step()
-        muon._BATCH_NUMEL = limit
+        muon.BATCH_NUMEL = limit
 
     contenders = {"llmtrain": together, "llmtrain, one by one": one_by_one, "torch.optim.Muon": theirs.step}
     measured = alternate({name: timed(step, device) for name, step in contenders.items()}, args.rounds)

@@ -111,11 +111,19 @@ def resolve_here(
 def describe(parts: Assembly, steps: int) -> dict[str, str]:
     """What is about to happen, for the header and `--dry-run`."""
     from llmtrain.model.cost import flops_per_token, parameter_count
+    from llmtrain.model.peak import peak_memory
 
     config, layout = parts.config, parts.layout
     model, training, seq_len = config.model, config.training, config.data.seq_len
     manifest = parts.data.manifest
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
+    peak = peak_memory(
+        model, seq_len, layout.micro_batch, engine="ddp" if layout.world_size > 1 else "single",
+        optimizer=config.optimizer.name, precision=training.precision, checkpointing=training.activation_checkpointing,
+        accumulates=accumulation > 1, device=parts.engine.device.type,
+    )  # fmt: skip
+    # Which ZeRO stage shares the model only the engine knows.
+    memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors at most, by the formulas: at the {peak.moment}"}
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",
@@ -128,5 +136,6 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         f"{flops_per_token(model, seq_len) * steps * layout.global_batch * seq_len:.2e} FLOPs",
         "numerics": f"{training.precision}{', compiled' if training.compile else ''} on {parts.engine.device} · "
         f"{config.optimizer.name} · {config.schedule.name} to {config.optimizer.lr:g}",
+        **(memory if parts.engine.name == "accelerate" else {}),
         "run": str(Path(config.run.dir)),
     }

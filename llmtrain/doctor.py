@@ -26,7 +26,7 @@ from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
 from llmtrain.health.rate_finder import find_rate
-from llmtrain.model.cost import RankMemory, rank_memory
+from llmtrain.model.memory import RankMemory, rank_memory
 
 
 def training_findings(args: Namespace) -> Iterator[Finding]:

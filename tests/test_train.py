@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -347,6 +348,7 @@ def test_dry_run_checks_takes_a_step_and_writes_nothing(
     folder = run(config_dict, "--dry-run")
     printed = capsys.readouterr().out
     assert "one step" in printed
+    assert re.search(r"memory  0\.0\d GB of tensors at most, by the formulas: at the \w+", printed)
     assert "nothing was written" in printed
     assert not folder.exists()
 

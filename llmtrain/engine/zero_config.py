@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtrain.config import TrainingSection
 from llmtrain.errors import UserError
-from llmtrain.model.cost import REDUCE_BUCKET
+from llmtrain.model.memory import REDUCE_BUCKET
 
 # What a launch file for DeepSpeed may say.
 _FROM_LAUNCH = {"zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "flops_profiler"}

@@ -22,7 +22,7 @@ from torch.optim.optimizer import ParamsT
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _EPS = 1e-7
-_BATCH_NUMEL = 1 << 24  # at most so many numbers go through the products together, if it is more than one matrix
+BATCH_NUMEL = 1 << 24  # at most so many numbers go through the products together, if it is more than one matrix
 
 
 class Muon(torch.optim.Optimizer):
@@ -105,7 +105,7 @@ def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     for matrix in matrices:
         alike[tuple(sorted(matrix.shape))].append(matrix)
     for shape, members in alike.items():
-        count = max(1, _BATCH_NUMEL // math.prod(shape))
+        count = max(1, BATCH_NUMEL // math.prod(shape))
         for begin in range(0, len(members), count):
             yield members[begin : begin + count]
 

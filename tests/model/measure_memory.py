@@ -1,4 +1,4 @@
-"""Run by test_cost.py under `accelerate launch`: trains a few steps and tells how many bytes of tensors each rank held.
+"""Run by test_memory.py under `accelerate launch`: trains a few steps; tells how many bytes of tensors each rank held.
 
 Counted is every tensor on the CPU: also those that only C++ holds (DDP's buckets) and those that were never written to.
 """
@@ -40,7 +40,12 @@ def measure(engine: Engine, raw: dict[str, Any]) -> int:
         bf16_native=False, compile_auto=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    engine.build(lambda: Transformer(config.model, config.data.seq_len), config.training, config.optimizer)
+    training = config.training
+    engine.build(
+        lambda: Transformer(config.model, config.data.seq_len, training.activation_checkpointing),
+        training,
+        config.optimizer,
+    )
     most = []
     for _ in range(FIRST_STEPS + STEPS):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -53,7 +58,7 @@ def measure(engine: Engine, raw: dict[str, Any]) -> int:
 
 
 def step(engine: Engine, seq_len: int, accumulation: int) -> None:
-    ids = torch.arange(seq_len).view(1, -1)
+    ids = (torch.arange(seq_len) % 256).view(1, -1)
     for micro_batch in range(accumulation):
         engine.forward_backward(ids, ids, global_targets=ids.numel(), sync=micro_batch == accumulation - 1)
     engine.step(lr=1e-3)

@@ -96,8 +96,8 @@ def test_matrices_of_a_shape_are_orthogonalised_together_as_alone(rows: int, col
 
 def test_matrices_that_are_too_many_at_once_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [build(), build()]
-    for model, limit in zip(models, (muon._BATCH_NUMEL, 1), strict=True):
-        monkeypatch.setattr(muon, "_BATCH_NUMEL", limit)
+    for model, limit in zip(models, (muon.BATCH_NUMEL, 1), strict=True):
+        monkeypatch.setattr(muon, "BATCH_NUMEL", limit)
         stepped(model, name="muon", lr=0.01)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)

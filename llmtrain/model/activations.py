@@ -1,0 +1,174 @@
+"""Bytes of activations at each moment of a forward and backward pass, as formulas.
+
+The count is that of Korthikanti et al. 2022, section 4 ("Reducing Activation Recomputation in Large Transformer
+Models"): go through a block and add up what autograd saves for the backward pass. Theirs is a model all in 16 bits with
+the scores of attention kept; here the residual stream and the norms are float32, products are in the run's precision,
+and attention keeps its result and a sum for each row instead of scores (Dao et al. 2022, section 3.1). Each term was
+read off the operators of a real step; tests/model/test_activations.py compares the sums.
+
+Letters: T tokens of a micro-batch, D width, K width of all keys, F feed-forward width, V vocabulary, L layers, and
+h bytes of a product (2 under bf16 autocast, else 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtrain.config import ModelSection, default_ff_dim
+from llmtrain.model.loss import tokens_at_once
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one rank. Never all at once: `stream`, `attention` and `feed_forward` grow block by
+    block in the forward pass and shrink in the backward pass; for the rest, when it is there is said beside it.
+    """
+
+    stream: float  # float32: what each block gets from the one before
+    attention: float  # kept by all blocks, norm and projections included
+    feed_forward: float  # likewise
+    recomputed: float  # what checkpointing makes again for one block, while its backward pass runs
+    gradients: float  # of activations, while the backward pass is in one block
+    output: float  # the last block's result and the final norm's, until the backward pass has left the loss
+    output_gradients: float  # while the backward pass is in the final norm
+    loss: float  # at the loss, forward: logits and what is made of them, and gradients if they are made at once
+    loss_gradients: float  # at the loss, backward
+    loss_in_one: bool  # not in parts
+
+    @property
+    def kept(self) -> float:
+        """What all blocks keep from their forward to their backward pass."""
+        return self.stream + self.attention + self.feed_forward
+
+
+def activation_memory(
+    config: ModelSection,
+    seq_len: int,
+    micro_batch: int,
+    precision: str = "bf16",
+    checkpointing: str = "none",
+    *,
+    device: str = "cuda",
+) -> Activations:
+    """Bytes of activations by part, without dropout and torch.compile (which keeps less).
+
+    Attention is taken for one that keeps no scores: torch's flash, memory-efficient and cuDNN kernels on a GPU, and its
+    flash kernel on a CPU. Where torch has none of these it falls back to one that keeps several float32 tensors of
+    heads × seq_len² for each sequence, which is not counted here: with dropout on a CPU, and on a GPU with grouped
+    keys in float32.
+
+    Args:
+        config: with `vocab_size` set.
+        seq_len: tokens in a sequence.
+        micro_batch: sequences.
+        precision: `bf16` or `fp32`.
+        checkpointing: `training.activation_checkpointing`.
+        device: `cpu`, or one on which RMSNorm is one kernel; on a CPU it is several, which keep one tensor more.
+    """
+    assert config.vocab_size is not None
+    tokens = float(seq_len * micro_batch)
+    width = _Widths(config, 2 if precision == "bf16" else 4, device != "cpu")
+    whole = width.attention() + width.feed_forward()
+    attention, feed_forward, again = width.attention(), width.feed_forward(), 0.0
+    if checkpointing == "full":
+        attention, feed_forward, again = 0.0, 0.0, whole
+    elif checkpointing == "selective":
+        attention, feed_forward = width.attention_products(), width.feed_forward_products()
+        # All else is made again; what was kept is taken out of store one by one, the last product not at all.
+        again = whole - attention - feed_forward + width.product * config.dim
+    float_stream = 4.0 * config.dim
+    loss, loss_gradients = _loss(config, tokens, width.product)
+    return Activations(
+        stream=tokens * config.layers * float_stream,
+        attention=tokens * config.layers * attention,
+        feed_forward=tokens * config.layers * feed_forward,
+        recomputed=tokens * again,
+        gradients=tokens * (float_stream + width.feed_forward_gradients()),
+        output=tokens * (2 * float_stream + width.norm()),
+        output_gradients=tokens * float_stream * (2 if width.is_fused(config.norm) else 4),
+        loss=loss,
+        loss_gradients=loss_gradients,
+        loss_in_one=tokens <= tokens_at_once(config.vocab_size),
+    )
+
+
+class _Widths:
+    """Bytes for each token that parts of a block keep for the backward pass."""
+
+    def __init__(self, config: ModelSection, product: int, fused_rms_norm: bool):
+        self.config = config
+        self.product = product  # h
+        self.fused_rms_norm = fused_rms_norm
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.keys = self.kv_heads * config.head_dim
+        self.ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
+        self.ups = 2 if config.activation == "swiglu" else 1
+
+    def is_fused(self, norm: str) -> bool:
+        return self.fused_rms_norm or norm == "layernorm"
+
+    def norm(self) -> float:
+        """A norm of the residual stream, beside its input: mean and root mean square."""
+        return 8.0 if self.config.norm == "layernorm" else self.rms_norm(self.config.dim)
+
+    def rms_norm(self, width: int) -> float:
+        """The root mean square of a vector, beside its input; unfused also the vector divided by it."""
+        return 4.0 + (0 if self.fused_rms_norm else 4.0 * width)
+
+    def norm_result(self, readers: int) -> float:
+        """What products read of a norm's float32 result: autocast casts it anew for each of them."""
+        return self.config.dim * (2.0 * readers if self.product == 2 else 4.0)
+
+    def attention(self) -> float:
+        dim, keys, product = self.config.dim, self.keys, self.product
+        qkv = product * (dim + 2 * keys)
+        # Attention's result for its own backward pass and for the projection's; a copy where heads were laid out first,
+        # as the norm of queries does. And a float32 sum for each row of scores.
+        result = product * dim * (2 if self.config.qk_norm else 1) + 4.0 * self.heads
+        normed = 0.0
+        if self.config.qk_norm:  # of what it reads, in float32
+            heads = self.heads + self.kv_heads
+            normed = 4.0 * (dim + keys) + heads * self.rms_norm(self.config.head_dim)
+        return self.norm() + self.norm_result(3) + qkv + normed + result
+
+    def feed_forward(self) -> float:
+        """With the residual stream between attention and feed-forward.
+
+        SwiGLU keeps gate, silu(gate), up and their product; the others what their function reads or makes, and makes.
+        """
+        inner = 4 if self.config.activation == "swiglu" else 2
+        stream = 4.0 * self.config.dim
+        return stream + self.norm() + self.norm_result(self.ups) + inner * self.product * self.ff_dim
+
+    def attention_products(self) -> float:
+        """What selective checkpointing keeps: results of the four products and of attention."""
+        return self.product * (3.0 * self.config.dim + 2 * self.keys) + 4.0 * self.heads
+
+    def feed_forward_products(self) -> float:
+        return self.product * (self.ups * self.ff_dim + self.config.dim)
+
+    def feed_forward_gradients(self) -> float:
+        """Beyond what is kept, when most is there: the gradients of SwiGLU's two factors, or of the one function."""
+        return float(self.ups * self.product * self.ff_dim)
+
+
+def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, float]:
+    """Bytes at the loss forward and backward; see llmtrain/model/loss.py."""
+    assert config.vocab_size is not None
+    vocab, dim = config.vocab_size, config.dim
+    cast = 2.0 * vocab * dim if product == 2 else 0.0  # of the head's weight
+    cast_hidden = 2.0 * dim if product == 2 else 0.0
+    at_once = tokens_at_once(vocab)
+    if tokens <= at_once:
+        # Forward: the logits, in float32 too if they were not, and their log-probabilities. Backward: these, their
+        # gradient, the logits' gradient; of the hidden states only what the product read is left.
+        forward = tokens * ((8.0 + product % 4) * vocab + cast_hidden) + cast
+        read = cast_hidden - 4.0 * dim if product == 2 else 0.0
+        return forward, tokens * (12.0 * vocab + read) + cast
+    # Whole gradients of the hidden states and the weight are filled part by part. In a part: float32 logits and
+    # log-probabilities; or these (by then the gradient), in bf16 too, and a product that is added to the weight's.
+    gradients = 4.0 * tokens * dim + 4.0 * vocab * dim
+    part = 8.0 * at_once * vocab
+    if product == 2:
+        part = max(part, 6.0 * at_once * vocab + cast)
+    return gradients + cast + at_once * cast_hidden + part, gradients

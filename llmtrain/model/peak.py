@@ -1,0 +1,142 @@
+"""The most that a rank holds at once: the model's own memory and its activations, moment by moment.
+
+What is never there together must not be added: gradients grow while activations shrink, logits are gone before the
+blocks' backward pass begins, and an update has no activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtrain.config import ModelSection, default_ff_dim
+from llmtrain.model.activations import Activations, activation_memory
+from llmtrain.model.cost import block_matrix_parameters
+from llmtrain.model.memory import EngineName, Offload, rank_memory
+from llmtrain.optim.muon import BATCH_NUMEL
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes on the device at the moments of a step at which most may be held, and which parts activations have."""
+
+    moments: dict[str, float]
+    activations: Activations
+
+    @property
+    def moment(self) -> str:
+        """When most is held."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+    @property
+    def bytes(self) -> float:
+        """The most that is held."""
+        return self.moments[self.moment]
+
+
+def peak_memory(
+    config: ModelSection,
+    seq_len: int,
+    micro_batch: int,
+    *,
+    engine: EngineName = "single",
+    world_size: int = 1,
+    optimizer: str = "adamw",
+    offload: Offload = "none",
+    precision: str = "bf16",
+    checkpointing: str = "none",
+    accumulates: bool = True,
+    device: str = "cuda",
+) -> PeakMemory:
+    """The most that a rank's device holds during a step after the first; the arguments are those of `rank_memory` and
+    `activation_memory`, with their limits.
+
+    It is what tensors take. A GPU's allocator rounds each up to 512 bytes, and libraries have workspaces (cuBLAS 32 MB
+    on a Hopper): some tens of MB more.
+    """
+    assert config.vocab_size is not None
+    # Casts are added below, when they are there; so the model's own memory is asked for without.
+    model = rank_memory(
+        engine, config, seq_len, world_size=world_size, optimizer=optimizer, offload=offload, precision="fp32",
+        accumulates=accumulates,
+    )  # fmt: skip
+    # On one device, and under ZeRO-1, the gradients of a step's only micro-batch are made one after the other; else
+    # they, or the buckets in which they will lie, are there all the time.
+    grown = model.gradients if engine in ("single", "zero1") and not accumulates else 0.0
+    weights = _Weights(
+        state=model.device - grown,
+        grown=grown,
+        head=4.0 * config.vocab_size * config.dim,
+        block=4.0 * block_matrix_parameters(config),
+        largest=4.0 * config.dim * (config.ff_dim or default_ff_dim(config.dim, config.activation)),
+        tied=config.tie_embeddings,
+        bf16=precision == "bf16",
+        casts=precision == "bf16" and engine != "zero3",  # ZeRO-3 casts again for the backward pass
+    )
+    parts = activation_memory(config, seq_len, micro_batch, precision, checkpointing, device=device)
+    moments = _forward(weights, parts, config.layers) | _backward(weights, parts, config.layers, checkpointing)
+    moments["update"] = weights.state + grown + _update(config, optimizer, engine, device)
+    return PeakMemory(moments, parts)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Bytes of weights and what belongs to them, in float32."""
+
+    state: float  # what is there all the time
+    grown: float  # gradients that are made one after the other; 0 where `state` has them
+    head: float
+    block: float  # all matrices of one
+    largest: float  # of these
+    tied: bool
+    bf16: bool
+    casts: bool  # whether bf16 copies stay from the forward to the backward pass
+
+
+def _forward(weights: _Weights, parts: Activations, layers: int) -> dict[str, float]:
+    # Autocast has the casts of all blocks' matrices until the forward pass is over.
+    casts = layers * weights.block / 2 * weights.casts
+    return {"loss": weights.state + parts.kept + parts.output + casts + parts.loss}
+
+
+def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing: str) -> dict[str, float]:
+    state, grown, head = weights.state, weights.grown, weights.head
+    cast = weights.block / 2 * weights.casts
+    casts = layers * cast if checkpointing == "none" else 0.0  # autograd's, until they were used
+    stream = parts.stream / layers
+    matrix_gradient = weights.largest * (1.5 if weights.bf16 else 1)  # the one that is being made, and cast
+    head_gradient = head * (1.5 if weights.bf16 and parts.loss_in_one else 1)  # the loss in parts makes it float32
+    in_a_block = parts.recomputed + parts.gradients + matrix_gradient
+    # A tied weight has two gradients. The head's waits for the embedding's, and autograd adds them in place only if the
+    # first is no view, as it is after a float32 product. Where other micro-batches' gradients are, they wait, too.
+    waiting = head * (weights.tied * (1 if weights.bf16 else 2) + (not grown))
+    made = max(0.0, grown - weights.block - (0 if weights.tied else head))  # when it comes to the first block
+    tied_head = head if weights.tied and not grown else 0.0
+    return {
+        "backward of the loss": state + parts.kept + parts.output + casts + parts.loss_gradients,
+        "backward of the final norm": state + parts.kept + parts.output - stream + casts + head_gradient
+        + parts.output_gradients,
+        "backward of the last block": state + parts.kept + max(casts, cast) + head + in_a_block,
+        "backward of the first block": state + parts.kept / layers + cast + made + tied_head + in_a_block,
+        "backward of the embedding": state + grown + waiting + stream,
+    }  # fmt: skip
+
+
+def _update(config: ModelSection, optimizer: str, engine: EngineName, device: str) -> float:
+    """What an optimizer takes for a while. Only Muon does; see llmtrain/optim/muon.py."""
+    if optimizer != "muon":
+        return 0.0
+    keys = (config.kv_heads or config.heads) * config.head_dim
+    ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
+    members: dict[tuple[int, int], int] = {}
+    ups = 3 if config.activation == "swiglu" else 2
+    for one, other, count in ((config.dim, config.dim, 2), (config.dim, keys, 2), (config.dim, ff_dim, ups)):
+        shape = (min(one, other), max(one, other))
+        members[shape] = members.get(shape, 0) + count * config.layers
+    product = 4 if device == "cpu" else 2
+    most = 0.0
+    for (rows, columns), count in members.items():
+        together = 1 if engine.startswith("zero") else min(count, max(1, BATCH_NUMEL // (rows * columns)))
+        # Float32: moved momenta, directions, directions as one. In the products' type: a step's argument and result,
+        # and two square ones.
+        most = max(most, together * rows * (columns * (12.0 + 2 * product) + 2 * product * rows))
+    return most

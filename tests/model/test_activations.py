@@ -1,0 +1,132 @@
+"""Activation formulas: the peak that they give is that of a real step, operator by operator.
+
+Small steps are real; large ones go through the same code with tensors that have shapes and no memory (and were equal to
+real ones where both were tried).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.held import peak_bytes, step_config
+from llmtrain.model import transformer
+from llmtrain.model.activations import activation_memory
+from llmtrain.model.peak import PeakMemory, peak_memory
+
+SMALL = {"dim": 256, "layers": 4, "heads": 8, "vocab_size": 1000}
+WITHIN = 0.03
+SIZES = {"10m": (256, 16), "124m": (1024, 8), "1.3b": (2048, 2)}
+CHECKPOINTING = ["none", "selective", "full"]
+
+
+def predicted(config: Any, device: str) -> PeakMemory:
+    training = config.training
+    return peak_memory(
+        config.model, config.data.seq_len, training.micro_batch_size, optimizer=config.optimizer.name,
+        precision=training.precision, checkpointing=training.activation_checkpointing,
+        accumulates=training.global_batch_size > training.micro_batch_size, device=device,
+    )  # fmt: skip
+
+
+def compare(config: Any, fake: bool, device: str = "cpu") -> PeakMemory:
+    expected, held = predicted(config, device), peak_bytes(config, fake)
+    print(f"formula {expected.bytes / 1e6:.1f} MB ({expected.moment}), held {held / 1e6:.1f} MB")
+    assert expected.bytes == pytest.approx(held, rel=WITHIN)
+    return expected
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [
+        ({}, "bf16"),
+        ({}, "fp32"),
+        ({"activation": "gelu", "norm": "layernorm"}, "fp32"),
+        ({"activation": "relu2", "tie_embeddings": False}, "bf16"),
+        ({"kv_heads": 2, "qk_norm": False}, "fp32"),
+        ({"kv_heads": 4, "positions": "learned"}, "bf16"),
+    ],
+)
+def test_a_step_holds_what_the_formulas_say(changes: dict[str, Any], precision: str, checkpointing: str) -> None:
+    config = step_config({**SMALL, **changes}, 256, 4, precision=precision, activation_checkpointing=checkpointing)
+    compare(config, fake=True)
+
+
+def test_fake_tensors_are_held_like_real_ones() -> None:
+    config = step_config(SMALL, 128, 2, activation_checkpointing="selective")
+    assert peak_bytes(config, fake=True) == peak_bytes(config, fake=False)
+
+
+MOMENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("loss", {"vocab_size": 60_000, "tie_embeddings": False}, {"micro_batch": 8, "precision": "bf16"}),  # in parts
+    ("backward of the loss", {"vocab_size": 4000}, {"micro_batch": 4}),
+    ("backward of the last block", {"vocab_size": 256}, {"micro_batch": 8}),
+    ("backward of the first block", {}, {"micro_batch": 8, "activation_checkpointing": "full"}),
+    ("backward of the embedding", {"vocab_size": 30_000}, {"micro_batch": 1, "seq_len": 32, "accumulation": 2}),
+    ("update", {}, {"micro_batch": 1, "seq_len": 32, "optimizer": "muon"}),
+]
+
+
+@pytest.mark.parametrize(("moment", "model", "settings"), MOMENTS, ids=lambda value: value if str(value) else None)
+def test_each_moment_can_be_the_peak_and_is_right_then(
+    moment: str, model: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    config = step_config({**SMALL, **model}, settings.pop("seq_len", 256), **settings)
+    assert compare(config, fake=True).moment == moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("size", SIZES)
+def test_named_sizes_hold_what_the_formulas_say(size: str, precision: str, checkpointing: str) -> None:
+    model = {"preset": size, "vocab_size": 50_304}
+    compare(step_config(model, *SIZES[size], precision=precision, activation_checkpointing=checkpointing), fake=True)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps what the one kernel of a GPU keeps (torch's derivatives.yaml, _fused_rms_norm) and lays its result out
+    as that does (at::native::_fused_rms_norm_cuda): there is none on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale * weight).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, _, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), None
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_with_the_norm_of_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, checkpointing: str) -> None:
+    """The one difference that the formulas make between devices; the kernel itself needs a GPU."""
+    fused = lambda self, x: FusedRMSNorm.apply(x.float(), self.weight, self.eps)  # noqa: E731
+    monkeypatch.setattr(transformer.RMSNorm, "forward", fused)
+    config = step_config(SMALL, 512, 8, precision=precision, activation_checkpointing=checkpointing)
+    compare(config, fake=True, device="cuda")
+    held, on_a_cpu = predicted(config, "cuda").bytes, predicted(config, "cpu").bytes
+    assert held < on_a_cpu
+
+
+def test_checkpointing_keeps_what_it_says() -> None:
+    """Full: each block's input only, float32. Selective: beside it results of products and of attention, bf16."""
+    model = step_config({**SMALL, "dim": 256}, 256, 4).model
+    tokens, layers, dim, ff_dim = 1024, 4, 256, model.ff_dim or 0
+    none, selective, full = (activation_memory(model, 256, 4, "bf16", kind) for kind in CHECKPOINTING)
+    assert full.kept == full.stream == layers * tokens * 4 * dim
+    products = 2 * (3 * dim + dim + dim + dim + 2 * ff_dim)  # q, k, v; attention and its projection; down; gate, up
+    assert selective.kept - full.kept == layers * tokens * (products + 4 * model.heads)
+    assert none.recomputed == 0 < selective.recomputed < full.recomputed
+    assert none.kept > selective.kept > full.kept
