@@ -11,7 +11,20 @@ import sys
 
 import torch
 
-FITTING = ["startup", "batches", "prepare", "loop", "muon", "loss", "traffic", "scaling", "checkpoint", "peers"]
+FITTING = [
+    "startup",
+    "batches",
+    "prepare",
+    "loop",
+    "muon",
+    "loss",
+    "recompute",
+    "growth",
+    "traffic",
+    "scaling",
+    "checkpoint",
+    "peers",
+]
 
 
 def main() -> None:
