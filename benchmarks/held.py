@@ -55,6 +55,12 @@ class Held(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
+class _WithoutValues(AccelerateEngine):
+    """What is fake has no value that the host could look at, so steps are judged as on a GPU."""
+
+    host_sees_all = False  # type: ignore[assignment]
+
+
 def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulation: int = 1, **more: Any) -> RunConfig:
     """A resolved config of one process, eager; `more` are settings of `training`, and `optimizer`, a name."""
     optimizer = more.pop("optimizer", "adamw")
@@ -74,14 +80,14 @@ def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulat
 
 
 def stepper(config: RunConfig, fake: bool = False) -> Callable[[], None]:
-    """A function that takes one real optimizer step of the real engine; its optimizer's state is there already."""
-    engine = AccelerateEngine(timeout_s=60)
-    engine._accelerator.device_placement = not fake  # what is fake has its device and cannot be moved
+    """A function that takes one real optimizer step of the real engine; the first makes the optimizer's state."""
+    engine = (_WithoutValues if fake else AccelerateEngine)(timeout_s=60)
+    if fake:
+        engine._accelerator.device_placement = False  # what is fake has its device and cannot be moved
     training, seq_len = config.training, config.data.seq_len
     engine.build(
         lambda: Transformer(config.model, seq_len, training.activation_checkpointing), training, config.optimizer
     )
-    engine.to_fill()
     ids = torch.zeros(training.micro_batch_size, seq_len, dtype=torch.int64, device=engine.device)
     parts = training.global_batch_size // training.micro_batch_size
 
@@ -94,9 +100,10 @@ def stepper(config: RunConfig, fake: bool = False) -> Callable[[], None]:
 
 
 def peak_bytes(config: RunConfig, fake: bool = True) -> int:
-    """The most that a step holds at once, weights and optimizer state included."""
+    """The most that a step after the first holds at once, weights and optimizer state included."""
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Held() as held:
         step = stepper(config, fake)
-        held.peak = held.now  # of building
+        step()
+        held.peak = held.now
         step()
     return held.peak
