@@ -1,7 +1,7 @@
 """How many bytes of tensors live at once during a step, counted at every operator, of tensors that are real or fake.
 
-Fake ones have shapes and no memory, so that a step of any size is counted on a laptop. What is counted agrees with
-torch's own `torch.distributed._tools.mem_tracker`, which does more, but changes with each release.
+Fake ones have shapes and no memory, so that a step of any size is counted on a laptop. (torch has
+`torch.distributed._tools.mem_tracker`, which does more, and changes with each release.)
 """
 
 from __future__ import annotations
