@@ -134,7 +134,8 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         + ("es" if layout.world_size > 1 else ""),
         "length": f"{steps:,} steps · {layout.steps_per_epoch():,} per epoch · "
         f"{flops_per_token(model, seq_len) * steps * layout.global_batch * seq_len:.2e} FLOPs",
-        "numerics": f"{training.precision}{', compiled' if training.compile else ''} on {parts.engine.device} · "
+        "numerics": f"{training.precision}{', fp8' if training.fp8 else ''}{', compiled' if training.compile else ''} "
+        f"on {parts.engine.device} · "
         f"{config.optimizer.name} · {config.schedule.name} to {config.optimizer.lr:g}",
         **(memory if parts.engine.name == "accelerate" else {}),
         "run": str(Path(config.run.dir)),

@@ -156,6 +156,7 @@ class TrainingSection(Section):
     max_tokens: PositiveInt | None = None  # wins over epochs; not together with max_steps
     epochs: PositiveInt = 10
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    fp8: bool = False  # with bf16: the blocks' matrices multiply in fp8; see llmtrain/engine/fp8.py
     compile: Literal["auto"] | bool = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     eval_every: PositiveInt | None = 250
@@ -448,6 +449,8 @@ def resolve(
         }
     )
     precision = ("bf16" if bf16_native else "fp32") if training.precision == "auto" else training.precision
+    if training.fp8:
+        _check_fp8(resolved_model, precision)
     compiled = compile_auto if training.compile == "auto" else training.compile
     return config.model_copy(
         update={
@@ -456,6 +459,16 @@ def resolve(
             "training": training.model_copy(update={"precision": precision, "compile": compiled}),
         }
     )
+
+
+def _check_fp8(model: ModelSection, precision: str) -> None:
+    if precision != "bf16":
+        raise UserError(f"training.fp8 is for what is bf16 else, but training.precision is {precision}; leave one out")
+    kv_dim = (model.kv_heads or model.heads) * model.head_dim
+    sides = {"model.dim": model.dim, "keys' width (kv_heads × dim / heads)": kv_dim, "model.ff_dim": model.ff_dim or 0}
+    for name, side in sides.items():
+        if side % 16:
+            raise UserError(f"training.fp8 multiplies in tiles of 16, but {name} is {side}; choose a multiple of 16")
 
 
 def _fitting_micro(training: TrainingSection, world_size: int) -> str:

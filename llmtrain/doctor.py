@@ -117,7 +117,7 @@ def _for_overfit(config: RunConfig, lr: float) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"dropout": 0.0}),
-            "training": config.training.model_copy(update={"precision": "fp32", "compile": False}),
+            "training": config.training.model_copy(update={"precision": "fp32", "fp8": False, "compile": False}),
             "optimizer": config.optimizer.model_copy(update={"name": "adamw", "lr": lr, "weight_decay": 0.0}),
         }
     )

@@ -74,6 +74,7 @@ def _naming_others(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _usable_here(config: RunConfig, compiled: bool) -> RunConfig:
-    """Keep the run's precision, and so its numbers; compile only where that is asked for and usual."""
+    """Keep the run's precision, and so its numbers, but for fp8; compile only where that is asked for and usual."""
     compiles = compiled and config.training.compile is True and pick_device().type == "cuda"
-    return config.model_copy(update={"training": config.training.model_copy(update={"compile": compiles})})
+    training = config.training.model_copy(update={"compile": compiles, "fp8": False})
+    return config.model_copy(update={"training": training})

@@ -62,6 +62,8 @@ class DeepSpeedEngine(Processes):
         """See `Engine`."""
         if optimizer is None:
             raise UserError("without training there is nothing for ZeRO to cut; launch with launch/ddp.yaml")
+        if training.fp8:
+            raise UserError("training.fp8 is for one device and DDP; launch with launch/ddp.yaml, or set it to false")
         launch = self._accelerator.state.deepspeed_plugin.deepspeed_config
         config = zero_config(launch, training, optimizer.clip_norm, self.world_size)
         stage = config["zero_optimization"]["stage"]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llmtrain.config import TrainingSection
+from llmtrain.engine.fp8 import to_fp8
 from llmtrain.model.transformer import Transformer
 
 
@@ -13,7 +14,12 @@ def set_precision(model: Transformer, training: TrainingSection, device: torch.d
     """Make the model compute in the run's precision from float32 weights, compiled where that is asked for.
 
     `bf16` is autocast: matrix products and attention in bf16, norms, the residual stream and the loss in float32.
+
+    Raises:
+        UserError: `fp8` where that cannot be.
     """
+    if training.fp8:
+        to_fp8(model, device)
     if training.compile is True:
         # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
         for block in model.blocks:

@@ -47,6 +47,12 @@ def test_a_world_size_that_does_not_divide_the_batch(
     assert not Path(config["run"]["dir"]).exists()
 
 
+def test_fp8_is_not_for_zero(config: Config) -> None:
+    config["training"] |= {"fp8": True, "precision": "bf16"}
+    (line,) = errors(launch("cpu-zero2", 1, config).stderr)
+    assert "training.fp8 is for one device and DDP" in line
+
+
 @pytest.mark.parametrize(("setting", "message"), [
     ("gradient_clipping: 5.0", "sets gradient_clipping to 5.0, but optimizer.clip_norm is 1.0"),
     ("gradient_accumulation_steps: 4", "sets gradient_accumulation_steps to 4, but"),
