@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     given = {"--nanogpt": args.nanogpt, "--peers-python": args.peers_python}
     arguments = {"peers": [text for option, value in given.items() if value for text in (option, value)]}
-    for name in [*FITTING, *(["gpu_smoke"] if torch.cuda.is_available() else [])]:
+    for name in [*FITTING, *(["gpu_smoke", "gpu_speed"] if torch.cuda.is_available() else [])]:
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments.get(name, [])], check=True)
 

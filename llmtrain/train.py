@@ -20,6 +20,7 @@ from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.engine import Engine, make_engine
 from llmtrain.errors import run_main
 from llmtrain.health.agreement import leave, together
+from llmtrain.health.garbage import without_long_pauses
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.meter import peak_memory_gb
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> None:
         if args.dry_run:
             dry_run(run)
         else:
-            with run.opened(lock):
+            with run.opened(lock), without_long_pauses():
                 train(run)
 
 

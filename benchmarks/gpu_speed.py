@@ -1,0 +1,118 @@
+"""Tokens per second, MFU and peak memory of training as shipped, by size, on the one GPU that is there.
+
+    python -m benchmarks.gpu_speed [--sizes 124m 1.3b 7b] [--steps 40] [--cpu] [-- training.fp8=true ...]
+
+Each row is `llmtrain train` in a process of its own over random ids, with `precision` and `compile` as they are
+shipped. A step's time is the median of the records but the first three, which compile and warm up. MFU counts causal
+attention as causal; `PaLM` is the same in the form of that paper, which counts all positions. Peak memory is the
+allocator's, beside what the formulas say. Goals: MFU of 50 % at 1.3b (length 2048), 45 % at 7b with recomputation,
+and a predicted peak within 10 %. Without a GPU, or with --cpu, all is small and nothing has a peak to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import ROOT, print_table, write_result
+from benchmarks.synthetic import write_random_data
+from llmtrain.config import RunConfig, load_config
+from llmtrain.errors import UserError, run_main
+from llmtrain.model.cost import flops_per_token
+from llmtrain.model.peak import peak_memory
+
+VOCAB_SIZE = 50_304
+# What fits into 141 GB, by `peak_memory`: length, sequences at once, recomputation.
+LARGE: dict[str, tuple[int, int, str]] = {
+    "124m": (1024, 32, "none"),
+    "1.3b": (2048, 8, "none"),
+    "7b": (2048, 4, "full"),
+}
+SMALL = {name: (64, 2, checkpointing) for name, (_, _, checkpointing) in LARGE.items()}
+EVERY, LEFT_OUT = 4, 3  # steps from one record to the next; records
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(LARGE), default=list(LARGE))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--cpu", action="store_true", help="small, on the CPU; so too where there is no GPU")
+    parser.add_argument("--out", type=Path, help="file of the result; default: benchmarks/results/gpu_speed.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every row")
+    args = parser.parse_args(argv)
+    if args.steps < EVERY * (LEFT_OUT + 1):
+        raise UserError(
+            f"--steps {args.steps}: {EVERY * LEFT_OUT} warm up; at least {EVERY * (LEFT_OUT + 1)} are needed"
+        )
+    on_cpu = args.cpu or not torch.cuda.is_available()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        data = write_random_data(Path(name) / "data", 20_000_000, VOCAB_SIZE if not on_cpu else 259)
+        for size in args.sizes:
+            settings = [*_settings(size, args.steps, on_cpu, data, Path(name) / size), *args.overrides]
+            rows.append(row(size, settings, Path(name) / size, on_cpu))
+            print(json.dumps(rows[-1]), flush=True)
+            write_result("gpu_speed", [*rows, {"arguments": argv}], ["llmtrain", "torch", "triton"], args.out)
+    print()
+    print_table([{key: value for key, value in line.items() if key not in ("problem", "settings")} for line in rows])
+    if failed := [line["size"] for line in rows if line["problem"]]:
+        raise UserError(f"{', '.join(failed)}: did not run to the end; the lines above say why")
+
+
+def _settings(size: str, steps: int, on_cpu: bool, data: Path, run: Path) -> list[str]:
+    seq_len, rows, checkpointing = (SMALL if on_cpu else LARGE)[size]
+    model = ["model.preset=1m"] if on_cpu else [f"model.preset={size}"]
+    return [
+        *model, f"data.path={data}", f"run.dir={run}", f"data.seq_len={seq_len}", f"training.micro_batch_size={rows}",
+        f"training.global_batch_size={rows}", f"training.activation_checkpointing={checkpointing}",
+        f"training.max_steps={steps}", f"logging.every={EVERY}", "training.eval_every=null", "logging.plots=false",
+        "checkpoint.save_every=null", "checkpoint.async_save=false", "optimizer.lr=1e-5", "schedule.min_lr=0",
+    ]  # fmt: skip
+
+
+def row(size: str, settings: list[str], run: Path, on_cpu: bool) -> dict[str, Any]:
+    """Train one size; what it measured, or in `problem` why it did not."""
+    empty = run.with_suffix(".yaml")
+    empty.write_text("{}\n")
+    command = [sys.executable, "-m", "llmtrain", "train", "--config", str(empty), *settings]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    about: dict[str, Any] = {"size": size, "settings": settings, "problem": None}
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines() or ["nothing was said"]
+        return about | {"problem": f"exit code {ended.returncode}: {last[-1]}"}
+    config = load_config(run / "config.yaml")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][LEFT_OUT:]
+    seconds = statistics.median(record["step_time_s"] for record in records)
+    mfu = statistics.median(record["mfu"] for record in records) if records[0]["mfu"] is not None else None
+    model, seq_len = config.model, config.data.seq_len
+    palm = flops_per_token(model, seq_len, causal=False) / flops_per_token(model, seq_len)
+    return about | {
+        "ms/step": 1000 * seconds,
+        "tokens/s": round(config.training.global_batch_size * seq_len / seconds),
+        "MFU %": None if mfu is None else 100 * mfu,
+        "PaLM MFU %": None if mfu is None else 100 * mfu * palm,
+        "peak GB": records[-1]["memory_gb"],
+        "predicted GB": None if on_cpu else _predicted(config) / 1e9,
+    }
+
+
+def _predicted(config: RunConfig) -> float:
+    training = config.training
+    return peak_memory(
+        config.model, config.data.seq_len, training.micro_batch_size, optimizer=config.optimizer.name,
+        precision=training.precision, checkpointing=training.activation_checkpointing, accumulates=False,
+    ).bytes  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
