@@ -163,9 +163,11 @@ def _present(contenders: list[Contender], launch: Launch) -> tuple[dict[str, dic
     problems = {}
     for contender in contenders:
         try:
-            *_, (_, line) = _lines(contender.bare, replace(launch, size=replace(launch.size, steps=0)))
+            lines = [line for _, line in _lines(contender.bare, replace(launch, size=replace(launch.size, steps=0)))]
+            if not lines:
+                raise ProcessFailedError("its bare loop said nothing")
             _arrivals(contender.command, contender.line, replace(launch, size=replace(launch.size, steps=1, every=1)))
-            about[contender.name] = json.loads(line)
+            about[contender.name] = json.loads(lines[-1])
         except ProcessFailedError as error:
             if contender.name == "llmtrain":
                 raise
@@ -221,7 +223,8 @@ def _arrivals(make: Callable[[Launch], Command], line: re.Pattern[str], launch: 
     """Seconds from the start of a process to each of its log lines."""
     arrivals = [seconds for seconds, text in _lines(make, launch) if line.search(text)]
     expected = launch.size.steps // launch.size.every
-    assert expected <= len(arrivals) <= expected + 1, f"{len(arrivals)} log lines instead of {expected}"
+    if not expected <= len(arrivals) <= expected + 1:
+        raise ProcessFailedError(f"{len(arrivals)} lines were taken for records instead of {expected}")
     return arrivals
 
 

@@ -123,7 +123,8 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         accumulates=accumulation > 1, device=parts.engine.device.type,
     )  # fmt: skip
     # Which ZeRO stage shares the model only the engine knows.
-    memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors at most, by the formulas: at the {peak.moment}"}
+    aside = ", what dropout keeps aside" if model.dropout else ""
+    memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors by the formulas, at the {peak.moment}{aside}"}
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",

@@ -390,10 +390,10 @@ def _expand_lr(raw: dict[str, Any], where: str) -> None:
     if optimizer.get("lr") != "auto":
         return
     name, dim = optimizer.get("name", OptimizerSection().name), model.get("dim", ModelSection().dim)
-    if name not in AUTO_LR or type(dim) is not int or dim <= 0:
+    if not isinstance(name, str) or name not in AUTO_LR or type(dim) is not int or dim <= 0:
         raise UserError(f"{where}: optimizer.lr 'auto' needs {', '.join(AUTO_LR)} and a width; set a number")
     raw["optimizer"] = {**optimizer, "lr": auto_lr(name, dim)}
-    raw["schedule"] = {"min_lr": auto_lr(name, dim) / 10, **(raw.get("schedule") or {})}
+    raw["schedule"] = {"min_lr": float(f"{auto_lr(name, dim) / 10:.3g}"), **(raw.get("schedule") or {})}
 
 
 def _describe(error: ValidationError, where: str) -> str:
@@ -450,7 +450,7 @@ def resolve(
     )
     precision = ("bf16" if bf16_native else "fp32") if training.precision == "auto" else training.precision
     if training.fp8:
-        _check_fp8(resolved_model, precision)
+        _check_fp8(resolved_model, precision, training.micro_batch_size * seq_len)
     compiled = compile_auto if training.compile == "auto" else training.compile
     return config.model_copy(
         update={
@@ -461,11 +461,16 @@ def resolve(
     )
 
 
-def _check_fp8(model: ModelSection, precision: str) -> None:
+def _check_fp8(model: ModelSection, precision: str, tokens: int) -> None:
     if precision != "bf16":
         raise UserError(f"training.fp8 is for what is bf16 else, but training.precision is {precision}; leave one out")
     kv_dim = (model.kv_heads or model.heads) * model.head_dim
-    sides = {"model.dim": model.dim, "keys' width (kv_heads × dim / heads)": kv_dim, "model.ff_dim": model.ff_dim or 0}
+    sides = {
+        "model.dim": model.dim,
+        "keys' width (kv_heads × dim / heads)": kv_dim,
+        "model.ff_dim": model.ff_dim or 0,
+        "micro_batch_size × seq_len": tokens,
+    }
     for name, side in sides.items():
         if side % 16:
             raise UserError(f"training.fp8 multiplies in tiles of 16, but {name} is {side}; choose a multiple of 16")

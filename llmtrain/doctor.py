@@ -128,7 +128,11 @@ def main(argv: list[str]) -> None:
     parser = VerbParser("doctor", __doc__.splitlines()[0], "llmtrain doctor --config configs/debug.yaml --overfit")
     parser.add_argument("--config", type=Path, metavar="FILE", help="check training with this config, too")
     parser.add_argument("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
-    parser.add_argument("--find-lr", action="store_true", help="try rising learning rates, and suggest optimizer.lr")
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="try 150 rising rates, a batch each; suggest optimizer.lr",
+    )
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")

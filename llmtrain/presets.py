@@ -26,9 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# The peak rate at a width, and the power of the width by which it falls. AdamW: through the published rates of GPT-3
-# (Brown et al. 2020, table 2.1) and LLaMA (Touvron et al. 2023, table 2). Muon: found here, between widths of 64 and
-# 256. docs/LOG.md has what was measured.
+# The peak rate at a width, and the power of the width by which it falls. AdamW: near those of LLaMA (Touvron et al.
+# 2023, table 2) and about twice those of GPT-3 (Brown et al. 2020, table 2.1). Muon: found here, between widths of 64
+# and 256. docs/LOG.md has what was measured.
 AUTO_LR = {"adam": (2e-3, 256, 0.7), "adamw": (2e-3, 256, 0.7), "muon": (1e-2, 128, 0.5)}
 
 

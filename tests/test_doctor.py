@@ -186,12 +186,24 @@ def test_a_learning_rate_is_found_and_compared_with_the_configs(examine, optimiz
     assert len(suggestions) == 1  # whatever the config says
 
 
+def test_where_steps_are_no_longer_finite_is_a_turn(examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1e30 weights overflow in a step or two, long before the smoothed loss has risen."""
+    monkeypatch.setattr(rate_finder, "STEPS", 25)
+    monkeypatch.setattr(rate_finder, "LOWEST", 3e-3)
+    monkeypatch.setattr(rate_finder, "HIGHEST", 1e30)
+    monkeypatch.setattr(rate_finder, "_RISEN", 1e30)
+    code, findings = examine("--find-lr")
+    assert code == 0 and "the loss of a fresh model turns at" in findings["find lr"]["detail"]
+
+
 def test_a_range_without_a_turn_suggests_nothing(examine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_finder, "STEPS", 40)
     monkeypatch.setattr(rate_finder, "HIGHEST", 2e-3)
     code, findings = examine("--find-lr")
     assert code == 0 and findings["find lr"]["status"] == "warn"
     assert "still falls at 2.0e-03" in findings["find lr"]["detail"]
+    assert not rate_finder.RangeTest([1.0, 2.0], [3.0, 2.0]).has_turned
+    assert rate_finder.RangeTest([1.0, 2.0], [3.0, 2.0], is_lost=True).has_turned
     monkeypatch.setattr(rate_finder, "HIGHEST", 1e-5)
     code, findings = examine("--find-lr")
     assert code == 2 and "does not fall at any rate" in failures(findings)["find lr"]

@@ -33,5 +33,5 @@ def to_fp8(model: Transformer, device: torch.device) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ModuleNotFoundError as error:
         raise UserError(f"training.fp8 needs torchao ({error}); pip install llmtrain[fp8]") from error
-    # Emulated: rounded to fp8, multiplied in bf16. What cannot multiply in fp8 was refused above.
+    # Emulated is rounded to fp8 and multiplied in bf16: for the tests, as what cannot multiply in fp8 is refused above.
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type != "cuda"))

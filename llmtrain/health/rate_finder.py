@@ -17,10 +17,11 @@ from llmtrain.observe.formats import rate
 
 STEPS = 150
 LOWEST, HIGHEST = 1e-5, 1.0
-BELOW_TURN = 5.0  # the peak rate is this factor below the one where the loss turns
+BELOW_TURN = 5.0  # the peak rate of a short run is about this factor below the one where the loss turns
+_LONG_RUNS = 20.0  # and that of a long one not further below than this
 _SMOOTHING = 0.9
 _RISEN = 0.2  # of what was learned: so much lost again ends the test,
-_NOISE = 0.1  # nats, if it is more than batches differ by
+_NOISE = 0.1  # nats: batches may differ by so much
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class RangeTest:
 
     rates: list[float]
     losses: list[float]
+    is_lost: bool = False  # the next step was not finite
 
     @property
     def turn(self) -> float:
@@ -39,41 +41,42 @@ class RangeTest:
     def has_turned(self) -> bool:
         """Whether the loss rose again, so that the turn is one."""
         lowest = min(self.losses)
-        return self.losses[-1] - lowest > max(_RISEN * (self.losses[0] - lowest), _NOISE)
+        return self.is_lost or self.losses[-1] - lowest > max(_RISEN * (self.losses[0] - lowest), _NOISE)
 
 
 def range_test(parts: Assembly) -> RangeTest:
     """Step a fresh model through the rates, each on a batch of its own, until the loss rises for good."""
-    test = RangeTest([], [])
+    rates: list[float] = []
+    losses: list[float] = []
     smoothed = weight = 0.0
     stream = batches(parts.train, parts.layout, seed=parts.config.run.seed, position=0)
     for step, batch in zip(range(STEPS), stream, strict=False):
         lr = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-        loss = _step(parts, batch, lr)
-        if not math.isfinite(loss):
-            break
+        loss, is_finite = _step(parts, batch, lr)
+        if not is_finite:
+            return RangeTest(rates, losses, is_lost=True)
         smoothed = _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        test.rates.append(lr)
-        test.losses.append(smoothed / weight)
-        if test.has_turned:
+        rates.append(lr)
+        losses.append(smoothed / weight)
+        if RangeTest(rates, losses).has_turned:
             break
-    return test
+    return RangeTest(rates, losses)
 
 
-def _step(parts: Assembly, batch: Batch, lr: float) -> float:
-    """Take one optimizer step; return the loss before it, over all ranks."""
+def _step(parts: Assembly, batch: Batch, lr: float) -> tuple[float, bool]:
+    """Take one optimizer step; return the loss before it, over all ranks, and whether that and its norm are finite."""
     engine, total = parts.engine, 0.0
     for tokens, is_last in batch.micro_batches():
         inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, engine.device)
         loss_sum = engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
         total += engine.sum(loss_sum).item()
-    engine.step(lr)
-    return total / batch.target_count
+    norm = engine.step(lr).grad_norm.item()
+    return total / batch.target_count, math.isfinite(total) and math.isfinite(norm)
 
 
 def find_rate(parts: Assembly) -> Finding:
-    """Suggest a peak learning rate, and compare with the config's."""
+    """Suggest a peak learning rate for a fresh model, whatever `model.init_from` says, and look at the config's."""
     name, lr = "find lr", parts.config.optimizer.lr
     test = range_test(parts)
     if not test.losses or test.losses[0] - min(test.losses) < _NOISE:
@@ -81,8 +84,10 @@ def find_rate(parts: Assembly) -> Finding:
     if not test.has_turned:
         return warn(name, f"the loss still falls at {rate(test.rates[-1])}, so no rate of the test is too high")
     suggested = float(f"{test.turn / BELOW_TURN:.1g}")
-    told = f"the loss turns at {rate(test.turn)}; a good peak for {parts.config.optimizer.name} is about optimizer.lr="
-    detail = f"{told}{rate(suggested)}, the config has {rate(lr)}"
-    if not suggested / 4 <= lr <= suggested * 4:
+    detail = (
+        f"the loss of a fresh model turns at {rate(test.turn)}; a run of a hundred steps learns fastest at about "
+        f"optimizer.lr={rate(suggested)}, a long one at less, down to a tenth of that; the config has {rate(lr)}"
+    )
+    if not suggested / _LONG_RUNS <= lr <= 2 * suggested:
         return warn(name, detail)
     return ok(name, detail)

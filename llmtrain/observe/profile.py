@@ -7,6 +7,7 @@ of gradients with the backward pass, still does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmtrain.config import ProfileSection, RunConfig
 from llmtrain.engine import Engine
-from llmtrain.errors import PeerLostError
+from llmtrain.engine.rendezvous import is_exchange_failure
 from llmtrain.health.peers import Peers
 from llmtrain.observe.files import replacing
 
@@ -40,10 +41,9 @@ def profiled(config: RunConfig, engine: Engine, peers: Peers, say: Callable[[str
     peers.listener = profiler.moved_on
     try:
         yield
-    except PeerLostError:
-        raise  # the process leaves without the interpreter's end
-    except BaseException:
-        profiler.discard()  # or the interpreter's end would crash in it
+    except BaseException as error:
+        if not is_exchange_failure(error):  # then the device may wait for ever; the process leaves by another way
+            profiler.discard()  # or the interpreter's end would crash in it
         raise
     else:
         profiler.close()
@@ -83,7 +83,8 @@ class Profiler:
     def discard(self) -> None:
         """The run is left: nothing is written."""
         if self._profile:
-            self._profile.stop()
+            with contextlib.suppress(Exception):  # why the run is left is worth more than what a broken device says
+                self._profile.stop()
             self._profile = None
 
     def _begin(self) -> None:

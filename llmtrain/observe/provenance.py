@@ -19,7 +19,7 @@ from llmtrain import __version__
 from llmtrain.data.shards import Manifest
 from llmtrain.observe.files import replacing
 
-_PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors")
+_PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "torchao")
 
 
 def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_size: int) -> dict[str, Any]:

@@ -49,10 +49,13 @@ def test_without_the_hardware_it_is_refused_in_one_line(train: Any, tmp_path: Pa
         ({"dim": 40, "heads": 2}, {}, "model.dim is 40"),
         ({"dim": 64, "heads": 8, "kv_heads": 1}, {}, "keys' width .* is 8"),
         ({"dim": 64, "ff_dim": 100}, {}, "model.ff_dim is 100"),
+        ({}, {"micro_batch_size": 1, "seq_len": 250}, "micro_batch_size × seq_len is 250"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(model: dict[str, Any], training: dict[str, Any], reason: str) -> None:
-    config = make_config({"model": model, "training": {"fp8": True, **training}})
+    settings = {"fp8": True, **training}
+    data = {"seq_len": settings.pop("seq_len", 256)}
+    config = make_config({"data": data, "model": model, "training": settings})
     with pytest.raises(UserError, match=reason):
         resolve(config, bf16_native=True, **FACTS)
 
