@@ -115,7 +115,7 @@ def _summary(outcome: Outcome, out: Path | str) -> dict[str, Any]:
         "skipped": manifest.recipe.get("skipped", {}),
         "changed": manifest.recipe.get("changed", {}),
         "unknown_tokens": manifest.recipe.get("unknown_tokens", {}),
-        "used_in_place": [file.path for file in manifest.outside()],
+        "used_in_place": sorted({file.path for file in manifest.outside()}),
         "fingerprint": manifest.fingerprint(),
         "fit_seconds": round(outcome.fit_seconds, 3),
         "encode_seconds": round(outcome.encode_seconds, 3),
@@ -134,7 +134,7 @@ def _as_text(summary: dict[str, Any]) -> str:
                 else ""
             )
         )
-    if files := sorted(set(summary["used_in_place"])):
+    if files := summary["used_in_place"]:
         lines.append(f"  used in place, so leave them there: {', '.join(files[:3])}{', …' if len(files) > 3 else ''}")
     if summary["skipped"]:
         lines.append(f"  skipped: {told(summary['skipped'])}")

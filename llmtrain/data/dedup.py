@@ -5,7 +5,7 @@ few; more are dealt out to files by the first byte of the hash, and a file that 
 result is a file of one byte for each record of the input, 1 where a document is a copy; it is looked up through a
 memory map. Which copy stays, the first, does not depend on who did what when.
 
-It costs one more reading of the input, and on the disk 24 bytes a document while it runs, one until the end.
+It costs one more reading of the input, and on the disk 24 to 48 bytes a document while it runs, one until the end.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ def _copies(pieces: Iterator[Records], folder: Path, depth: int) -> Iterator[npt
         yield _copies_in_memory(np.concatenate([*held, np.empty(0, RECORD)]))
         return
     for path in _dealt_out(chain(held, pieces), folder, depth):
-        yield from _copies(_read(path), folder, depth + 1)
-        path.unlink()
+        yield from _copies(_read_once(path), folder, depth + 1)
 
 
 def _copies_in_memory(records: Records) -> npt.NDArray[np.int64]:
@@ -141,7 +140,9 @@ def _dealt_out(pieces: Iterator[Records], folder: Path, depth: int) -> list[Path
     return sorted(paths)
 
 
-def _read(path: Path) -> Iterator[Records]:
+def _read_once(path: Path) -> Iterator[Records]:
+    """Read a file of records, and delete it: before what is in it is dealt out once more to others."""
     with path.open("rb") as file:
         while data := file.read(max(1, IN_MEMORY // 4) * RECORD.itemsize):
             yield np.frombuffer(data, RECORD)
+    path.unlink()

@@ -10,6 +10,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -70,13 +71,25 @@ def find(inputs: Sequence[str], max_files: int | None = None, selection: Selecti
     left_out = Counter[str]()
     files = list[SourceFile]()
     for source in inputs:
-        found = _files_of(source)
-        kept = [file for file in found if file.named or selection.takes(file.path, file.is_text, file.bytes, left_out)]
+        found, base = _files_of(source), _base_of(source)
+
+        def is_taken(file: SourceFile, base: Path = base) -> bool:
+            below = file.path.relative_to(base) if file.path.is_relative_to(base) else file.path
+            return file.named or selection.takes(below, file.is_text, file.bytes, left_out)
+
+        kept = [file for file in found if is_taken(file)]
         if not kept:
             reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
             raise UserError(f"{source}: none of its {len(found):,} files is taken ({reasons})")
         files += kept
     return Found(files[:max_files], left_out)
+
+
+def _base_of(source: str) -> Path:
+    """The folder below which the files of a source lie."""
+    if source == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
+    return Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
 
 
 def digest(files: Iterable[SourceFile]) -> str:

@@ -132,8 +132,8 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
     add(
         "--dedup",
         action="store_true",
-        help="leave exact copies of earlier documents out; reads the input once more, and takes 24 bytes a document on"
-        " the disk of --out meanwhile",
+        help="leave exact copies of earlier documents out; reads the input once more, and takes 24 to 48 bytes a"
+        " document on the disk of --out meanwhile",
     )
     add("--seed", type=int, default=default.seed, metavar="N", help="of split and augmentation (default: %(default)s)")
     add(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,8 +108,25 @@ def _open(source: str, revision: str | None) -> tuple[Any, Any]:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
     if builder.name not in KINDS:
         raise UserError(f"{source}: a dataset of kind {builder.name}; only these are read: {', '.join(KINDS)}")
+    _refuse_files_elsewhere(source, name, builder.config.data_files or {})
     with _told_in_one_line(source, "cannot be opened"):
         return builder, builder.as_streaming_dataset(split=split)
+
+
+def _refuse_files_elsewhere(source: str, name: str, data_files: Mapping[str, Iterable[object]]) -> None:
+    """A dataset's card says which files it is made of, and could name any of this machine or of the internet.
+
+    From the hub all must be of the commit that was found; from a folder below it, wherever links in it lead.
+    """
+    for file in (str(file) for files in data_files.values() for file in files):
+        inner = file.rpartition("::")[2]  # of an archive
+        if Path(name).exists():
+            folders = (Path(name).absolute(), Path(name).resolve())
+            is_own = any(Path(os.path.normpath(inner)).is_relative_to(folder) for folder in folders)
+        else:
+            is_own = PINNED.match(inner) is not None and ".." not in inner.split("/")
+        if not is_own:
+            raise UserError(f"{source}: its card names {file}, which is not a file of the dataset; nothing was read")
 
 
 def _parts(source: str) -> tuple[str, str | None, str]:

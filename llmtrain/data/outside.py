@@ -1,8 +1,8 @@
 """Token files that a prepared folder does not hold but refers to: they are memory-mapped where they lie, never copied.
 
 Only a shard of type `TokenRange` may lie outside its folder, and only in a manifest that lies on this machine (what
-comes from a store must bring its own files). Such a manifest could still be somebody else's, so it has to know a part
-of each file's content before the file is used: one that names files whose content it does not know opens nothing.
+comes from a store must bring its own files). Such a manifest could still be somebody else's, so it has to know a few
+pages of what it uses of a file: one whose maker does not know these opens nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmtrain.errors import CorruptError
 
@@ -40,6 +40,12 @@ class TokenRange(BaseModel):
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=SHA256)
     sample_sha256: str = Field(pattern=SHA256)
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if self.bytes % self.stored.itemsize:
+            raise ValueError(f"{self.bytes} bytes are no whole number of {self.dtype} ids")
+        return self
 
     @property
     def stored(self) -> np.dtype[Any]:

@@ -70,7 +70,8 @@ class Plan(BaseModel):
         """Say in what this plan is another than one would make now; None if in nothing."""
         if parts not in (None, len(self.stretches)):
             return f"it was begun in {len(self.stretches)} parts, not {parts}"
-        for key, value in request.items():
+        for key in {**request, **self.request}:
+            value = request.get(key)
             if self.request.get(key) != value:
                 if key in ("files", "files_digest", "tokenizer_digest"):
                     return f"{'the tokenizer file' if key == 'tokenizer_digest' else 'the input'} was changed since"

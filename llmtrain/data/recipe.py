@@ -61,6 +61,15 @@ class Options:
     def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that decides what is written, as JSON values: equal requests give equal data."""
         tokenizer_file = existing_tokenizer_file(self.tokenizer)
+        chosen = {
+            "include": list(self.selection.patterns),
+            "max_file_bytes": self.selection.max_bytes,
+            "normalize": self.refine.normalize,
+            "min_chars": self.refine.min_chars,
+            "max_chars": self.refine.max_chars,
+            "filter": [f"{name}={value!r}" for name, value in self.refine.filters],
+            "dedup": self.dedup,
+        }
         return {
             "inputs": list(self.inputs),
             "files": len(files),
@@ -76,13 +85,8 @@ class Options:
             "max_files": self.max_files,
             "text_field": self.text_field,
             "skip_bad": self.skip_bad,
-            "include": list(self.selection.patterns),
-            "max_file_bytes": self.selection.max_bytes,
-            "normalize": self.refine.normalize,
-            "min_chars": self.refine.min_chars,
-            "max_chars": self.refine.max_chars,
-            "filter": [f"{name}={value:g}" for name, value in self.refine.filters],
-            "dedup": self.dedup,
+            # Named only where something is chosen: requests from before there was a choice stay what they are.
+            **{name: value for name, value in chosen.items() if value not in (None, [], False)},
         }
 
 

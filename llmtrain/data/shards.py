@@ -126,9 +126,15 @@ class Manifest(BaseModel):
         content = {
             "dtype": self.dtype,
             "tokenizer": self.tokenizer.sha256,
-            "splits": {k: [s.ids.sha256 for s in v.shards] for k, v in sorted(self.splits.items())},
+            "splits": {k: [self._content(s.ids) for s in v.shards] for k, v in sorted(self.splits.items())},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _content(self, ids: FileInfo | TokenRange) -> str:
+        """What is in a file of ids; the same bytes are other ids in another width than the others'."""
+        if isinstance(ids, TokenRange) and ids.dtype != self.dtype:
+            return f"{ids.sha256} {ids.dtype}"
+        return ids.sha256
 
 
 class ShardWriter:

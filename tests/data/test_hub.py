@@ -20,6 +20,7 @@ from llmtrain.data.corpus import ReadOptions, cut_into_chunks, survey
 from llmtrain.data.files import find_files
 from llmtrain.data.parts import prepare_part
 from llmtrain.data.recipe import Options
+from llmtrain.errors import UserError
 from llmtrain.prepare import main, prepare
 from tests.conftest import Call, is_one_clear_line
 from tests.test_prepare import content
@@ -121,3 +122,25 @@ def test_without_the_package_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, _, err = call(main, "--input", "hf:some/name", "--out", tmp_path / "out")
     assert code == 2 and is_one_clear_line(err) and "hf:some/name: Hugging Face datasets need the package" in err
+
+
+@pytest.mark.parametrize("named", ["{outside}/secret.jsonl", "../secret.jsonl", "https://example.invalid/x.jsonl"])
+def test_a_card_that_names_files_elsewhere_opens_none(named: str, tmp_path: Path, call: Call) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "secret.jsonl").write_text('{"text": "of this machine"}\n')
+    folder, _ = write_dataset(tmp_path / "set", "jsonl")
+    name = named.format(outside=tmp_path)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {name}\n---\n"
+    (folder / "README.md").write_text(card)
+    code, _, err = call(main, "--input", f"hf:{folder}", "--tokenizer", "byte", "--out", tmp_path / "out")
+    assert code == 2 and is_one_clear_line(err) and not (tmp_path / "out").exists()
+    if not name.startswith("https"):  # there it may be the network that fails first
+        assert "which is not a file of the dataset" in err
+
+
+def test_files_of_the_hub_must_be_of_the_commit_that_was_found() -> None:
+    own = f"hf://datasets/some/set@{'a' * 40}/"
+    hub._refuse_files_elsewhere("hf:some/set", "some/set", {"train": [f"{own}x.parquet", f"zip://y.jsonl::{own}y.zip"]})
+    for file in ("/etc/passwd", f"{own}../../../x", "https://example.invalid/x", f"{own}x.zip::/etc/passwd"):
+        with pytest.raises(UserError, match="not a file of the dataset"):
+            hub._refuse_files_elsewhere("hf:some/set", "some/set", {"train": [f"{own}x.parquet"], "test": [file]})

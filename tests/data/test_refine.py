@@ -185,6 +185,26 @@ def test_every_language_names_files_of_its_own() -> None:
         assert not selection.takes(Path("x.unheard"), True, 1, left_out) and left_out.total() == 1
 
 
+def test_paths_are_matched_below_the_input_wherever_that_lies(tmp_path: Path) -> None:
+    project = tmp_path / "src" / "proj"
+    for name in ("src/a.py", "tests/b.py", "c.py"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("x = 1\n")
+    for source in (project, project / "**" / "*.py"):
+        found = find([str(source)], selection=Selection(("src/*.py",)))
+        assert [file.path.name for file in found.files] == ["a.py"]
+
+
+def test_what_is_not_chosen_is_not_in_the_request() -> None:
+    """So that data from before there was a choice is that of the same command today."""
+    chosen = {"include", "max_file_bytes", "normalize", "min_chars", "max_chars", "filter", "dedup"}
+    assert not chosen & Options().request([]).keys()
+    every = Options(
+        selection=Selection(("*.py",), 10), refine=Refinement("nfc", 1, 2, (("line-length", 1234567.0),)), dedup=True
+    ).request([])
+    assert chosen <= every.keys() and every["filter"] == ["line-length=1234567.0"]
+
+
 def test_a_file_that_was_named_is_taken_whatever_it_is_called(project: Path) -> None:
     found = find([str(project / "README.md"), str(project)], None, Selection(("src/*.py",), 10_000))
     assert found.files[0].path.name == "README.md"
