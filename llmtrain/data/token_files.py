@@ -86,29 +86,36 @@ def find_token_files(
     """
     train, val = list[TokenFile](), list[TokenFile]()
     for source in inputs:
-        paths = _paths_of(source)
-        if paths is None:
+        if (paths := _paths_of(source)) is None:
             raise UserError(f"{source}: not a token file (.bin), nor a folder or a glob of such")
-        named = paths == [Path(source)] or not by_name
+        goes_by_name = by_name and _named(source) is None
         for path in paths:
-            is_val = not named and VALIDATION_NAME.search(path.stem) is not None
+            is_val = goes_by_name and VALIDATION_NAME.search(path.stem) is not None
             (val if is_val else train).append(_describe(path, dtype))
     return train, val
 
 
 def _paths_of(source: str) -> list[Path] | None:
     """The `.bin` files of an input; None if it is an input of another kind, or not there."""
+    if (named := _named(source)) is not None:
+        return [named]
     path = Path(source)
     if path.is_dir():
         return _in_folder(path)
-    if path.suffix in SUFFIXES and path.is_file():
-        return [path.with_suffix(".bin")]
-    if not path.exists() and all(_with(path, suffix).is_file() for suffix in SUFFIXES):
-        return [_with(path, ".bin")]
     if glob.has_magic(source) and not path.exists():
         found = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
         if found and all(match.suffix in SUFFIXES for match in found):
             return [match for match in found if match.suffix == ".bin"]
+    return None
+
+
+def _named(source: str) -> Path | None:
+    """The `.bin` file that an input names by itself, by its `.idx` or by what both have in common; else None."""
+    path = Path(source)
+    if path.suffix in SUFFIXES and path.is_file():
+        return path.with_suffix(".bin")
+    if not path.exists() and all(_with(path, suffix).is_file() for suffix in SUFFIXES):
+        return _with(path, ".bin")
     return None
 
 

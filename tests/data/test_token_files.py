@@ -148,6 +148,14 @@ def test_megatron_documents_are_kept_and_the_split_falls_between_two(code: int, 
         assert call(verify, out)[0] == 0
 
 
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_a_file_called_val_that_is_named_is_for_training(suffix: str, tmp_path: Path, call: Call) -> None:
+    megatron(tmp_path / "books_val_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
+    source = tmp_path / f"books_val_text_document{suffix}"
+    summary = prepared(call, "--input", source, "--vocab-size", VOCAB, "--val-split", 0, "--out", tmp_path / "out")
+    assert summary["splits"].keys() == {"train"} and stream(tmp_path / "out") == [1, 2, 3, 4, 5]
+
+
 def test_documents_by_the_eos_id_and_a_tail_wherever_it_falls(tmp_path: Path, call: Call) -> None:
     documents = [[*ids_of(length, length, 900).tolist(), 999] for length in range(1, 60)]
     flat = [*chain(*documents)]
