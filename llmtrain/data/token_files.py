@@ -30,6 +30,7 @@ LLMC: dict[int, tuple[int, Dtype]] = {20240520: (1, "uint16"), 20240801: (7, "ui
 LLMC_EVALUATION = 20240522
 # As nanoGPT (val.bin) and llm.c (fineweb_val_000000.bin) call it.
 VALIDATION_NAME = re.compile(r"(^|[_.-])(val|valid|validation)($|[_.-])")
+TEST_NAME = re.compile(r"(^|[_.-])test")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def find_token_files(
     Args:
         inputs: files, folders, globs, or Megatron prefixes without a suffix.
         dtype: of the ids in files that do not say it; None: uint16.
-        by_name: files of folders and globs that are called `val`, as in `val.bin`, are for validation.
+        by_name: files of folders and globs that are called `val`, as in `val.bin`, are for validation, and those that
+            are called `test` for nothing.
 
     Raises:
         UserError: an input is not there, is no token file, or is damaged as far as headers and sizes tell.
@@ -90,6 +92,8 @@ def find_token_files(
             raise UserError(f"{source}: not a token file (.bin), nor a folder or a glob of such")
         goes_by_name = by_name and _named(source) is None
         for path in paths:
+            if goes_by_name and TEST_NAME.search(path.stem):
+                continue
             is_val = goes_by_name and VALIDATION_NAME.search(path.stem) is not None
             (val if is_val else train).append(_describe(path, dtype))
     return train, val
@@ -121,9 +125,16 @@ def _named(source: str) -> Path | None:
 
 def _in_folder(folder: Path) -> list[Path] | None:
     files = sorted(file for file in folder.glob("*.bin") if file.is_file() and not file.name.startswith("."))
+    if (folder / "train.bin").is_file():
+        for file in files:
+            if file.name not in ("train.bin", "val.bin") and not TEST_NAME.search(file.stem):
+                raise UserError(
+                    f"{file}: beside a train.bin, and of a folder with one only that and val.bin are taken; name the"
+                    " files by --input"
+                )
+        return [file for file in files if file.name in ("train.bin", "val.bin")]
     # Folders of text may hold files of that name, too, which are passed over there.
-    are_tokens = (folder / "train.bin").is_file() or (files and all(_is_of_known_format(file) for file in files))
-    return files if are_tokens else None
+    return files if files and all(_is_of_known_format(file) for file in files) else None
 
 
 def _is_of_known_format(path: Path) -> bool:

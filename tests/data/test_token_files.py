@@ -148,6 +148,22 @@ def test_megatron_documents_are_kept_and_the_split_falls_between_two(code: int, 
         assert call(verify, out)[0] == 0
 
 
+def test_of_a_folder_with_train_bin_nothing_else_is_trained_on(tmp_path: Path, call: Call) -> None:
+    for seed, name in enumerate(("train", "val", "test", "zzz_test_2")):
+        raw(tmp_path / f"owt/{name}.bin", ids_of(100, seed))
+    for source in (tmp_path / "owt", tmp_path / "owt/*.bin"):
+        out = tmp_path / f"out-{source.stem}".replace("*", "all")
+        summary = prepared(call, "--input", source, "--max-files", 1, "--vocab-size", VOCAB, "--out", out)
+        assert stream(out) == ids_of(100, 0).tolist() and stream(out, "val") == ids_of(100, 1).tolist()
+        assert summary["used_in_place"] == [str(tmp_path / f"owt/{name}.bin") for name in ("train", "val")]
+    old = raw(tmp_path / "owt/old.bin", ids_of(100))
+    message = refused(call, "--input", tmp_path / "owt", "--vocab-size", VOCAB, "--out", tmp_path / "out")
+    assert f"{old}: beside a train.bin" in message and "by --input" in message
+    named = ("--input", old, "--input", tmp_path / "owt/test.bin")
+    summary = prepared(call, *named, "--vocab-size", VOCAB, "--val-split", 0, "--out", tmp_path / "out")
+    assert summary["used_in_place"] == [str(old), str(tmp_path / "owt/test.bin")]
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_a_file_called_val_that_is_named_is_for_training(suffix: str, tmp_path: Path, call: Call) -> None:
     megatron(tmp_path / "books_val_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
