@@ -31,6 +31,8 @@ LLMC_EVALUATION = 20240522
 # As nanoGPT (val.bin) and llm.c (fineweb_val_000000.bin) call it.
 VALIDATION_NAME = re.compile(r"(^|[_.-])(val|valid|validation)($|[_.-])")
 TEST_NAME = re.compile(r"(^|[_.-])test")
+TEXT_NAME = re.compile(r"\.((txt|jsonl)(\.gz|\.zst)?|parquet)$")
+NANOGPT_TEXT = "input.txt"  # which its prepare.py leaves beside the train.bin made of it
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,21 @@ def _in_folder(folder: Path) -> list[Path] | None:
                     f"{file}: beside a train.bin, and of a folder with one only that and val.bin are taken; name the"
                     " files by --input"
                 )
+        _refuse_text(folder, files[0], but=NANOGPT_TEXT)
         return [file for file in files if file.name in ("train.bin", "val.bin")]
     # Folders of text may hold files of that name, too, which are passed over there.
-    return files if files and all(_is_of_known_format(file) for file in files) else None
+    if not files or not all(_is_of_known_format(file) for file in files):
+        return None
+    _refuse_text(folder, files[0])
+    return files
+
+
+def _refuse_text(folder: Path, tokens: Path, but: str = "") -> None:
+    for file in sorted(folder.iterdir()):
+        if TEXT_NAME.search(file.name) and file.name != but and not file.name.startswith("."):
+            raise UserError(
+                f"{folder}: holds token ids ({tokens.name}) and text ({file.name}); name the files by --input"
+            )
 
 
 def _is_of_known_format(path: Path) -> bool:

@@ -164,6 +164,23 @@ def test_of_a_folder_with_train_bin_nothing_else_is_trained_on(tmp_path: Path, c
     assert summary["used_in_place"] == [str(old), str(tmp_path / "owt/test.bin")]
 
 
+@pytest.mark.parametrize("name", ["books.jsonl", "books.jsonl.zst", "a.txt", "a.txt.gz", "part.parquet"])
+def test_text_beside_token_files_in_a_folder_is_not_passed_over(name: str, tmp_path: Path, call: Call) -> None:
+    megatron(tmp_path / "m/books_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
+    raw(tmp_path / "n/train.bin", ids_of(100))
+    (tmp_path / "n/input.txt").write_text("what nanoGPT made train.bin of")
+    flags = ("--vocab-size", VOCAB, "--val-split", 0, "--out", tmp_path / "out")
+    for folder, file in ((tmp_path / "m", "books_text_document.bin"), (tmp_path / "n", "train.bin")):
+        (folder / name).write_text('{"text": "a"}')
+        message = refused(call, "--input", folder, *flags)
+        assert f"{folder}: holds token ids ({file}) and text ({name}); name the files" in message
+        (folder / name).unlink()
+        (folder / "tokenizer.json").touch()
+    assert (
+        prepared(call, "--input", tmp_path / "m", "--input", tmp_path / "n", *flags)["splits"]["train"]["tokens"] == 105
+    )
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_a_file_called_val_that_is_named_is_for_training(suffix: str, tmp_path: Path, call: Call) -> None:
     megatron(tmp_path / "books_val_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
