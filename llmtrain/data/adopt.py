@@ -73,9 +73,8 @@ def adopt(options: Options, *, say: Say, show_progress: bool = False) -> Outcome
         UserError: files that are damaged, hold other ids than the tokenizer has, or are too few; nothing is left.
     """
     check_unused(options, TEXT_FLAGS, "for text only; token files are used as they are")
-    train, val = find_token_files(options.inputs, options.token_dtype)
+    train, val = find_token_files(options.inputs, options.val_inputs, options.token_dtype)
     train = train[: options.max_files]
-    val += find_token_files(options.val_inputs, options.token_dtype, by_name=False)[0]
     request = _request(options, train, val)
     if (existing := find_existing(options.out, request)) is not None:
         return Outcome(existing, already_prepared=True)

@@ -42,6 +42,7 @@ class TokenFile:
     path: Path  # absolute
     file_bytes: int
     modified_ns: int
+    identity: tuple[int, int]  # device and inode: the same by whatever name
     dtype: Dtype
     header_bytes: int = 0
     index: Path | None = None  # of a Megatron dataset
@@ -75,30 +76,50 @@ def are_token_files(inputs: Sequence[str]) -> bool:
 
 
 def find_token_files(
-    inputs: Sequence[str], dtype: Dtype | None = None, *, by_name: bool = True
+    inputs: Sequence[str], val_inputs: Sequence[str] = (), dtype: Dtype | None = None
 ) -> tuple[list[TokenFile], list[TokenFile]]:
-    """List the training and the validation files of inputs, each in the order of the inputs and sorted within each.
+    """List the training and the validation files, each in the order of the inputs and sorted within each.
+
+    Of folders and globs of `inputs`, files that are called `val`, as in `val.bin`, are for validation, those that are
+    called `test` for nothing, and those of `val_inputs` too are only for validation.
 
     Args:
         inputs: files, folders, globs, or Megatron prefixes without a suffix.
+        val_inputs: the same, of which all is for validation.
         dtype: of the ids in files that do not say it; None: uint16.
-        by_name: files of folders and globs that are called `val`, as in `val.bin`, are for validation, and those that
-            are called `test` for nothing.
 
     Raises:
-        UserError: an input is not there, is no token file, or is damaged as far as headers and sizes tell.
+        UserError: an input is not there, is no token file, or is damaged as far as headers and sizes tell; or a file
+            comes twice, by whatever names.
     """
     train, val = list[TokenFile](), list[TokenFile]()
+    held = [_describe(path, dtype) for source in val_inputs for path in _paths_or_refuse(source)]
+    held_ids = {file.identity for file in held}
     for source in inputs:
-        if (paths := _paths_of(source)) is None:
-            raise UserError(f"{source}: not a token file (.bin), nor a folder or a glob of such")
-        goes_by_name = by_name and _named(source) is None
-        for path in paths:
-            if goes_by_name and TEST_NAME.search(path.stem):
+        found = _named(source) is None
+        for path in _paths_or_refuse(source):
+            if found and TEST_NAME.search(path.stem):
                 continue
-            is_val = goes_by_name and VALIDATION_NAME.search(path.stem) is not None
-            (val if is_val else train).append(_describe(path, dtype))
-    return train, val
+            file = _describe(path, dtype)
+            if found and file.identity in held_ids:
+                continue
+            (val if found and VALIDATION_NAME.search(path.stem) else train).append(file)
+    _refuse_twice([*train, *val, *held])
+    return train, val + held
+
+
+def _refuse_twice(files: Sequence[TokenFile]) -> None:
+    seen = dict[tuple[int, int], Path]()
+    for file in files:
+        if (first := seen.setdefault(file.identity, file.path)) is not file.path:
+            also = f" (also as {first})" if first != file.path else ""
+            raise UserError(f"{file.path}: comes twice in --input and --val-input{also}; name each file once")
+
+
+def _paths_or_refuse(source: str) -> list[Path]:
+    if (paths := _paths_of(source)) is None:
+        raise UserError(f"{source}: not a token file (.bin), nor a folder or a glob of such")
+    return paths
 
 
 def _paths_of(source: str) -> list[Path] | None:
@@ -183,6 +204,7 @@ def _describe(path: Path, dtype: Dtype | None) -> TokenFile:
         path.absolute(),
         status.st_size,
         status.st_mtime_ns,
+        (status.st_dev, status.st_ino),
         found,
         header_bytes,
         index.absolute() if index.is_file() else None,

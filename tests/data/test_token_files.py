@@ -181,6 +181,27 @@ def test_text_beside_token_files_in_a_folder_is_not_passed_over(name: str, tmp_p
     )
 
 
+def test_a_file_is_for_training_or_for_validation_and_once(tmp_path: Path, call: Call) -> None:
+    a, held = raw(tmp_path / "web/a.bin", ids_of(100)), raw(tmp_path / "web/heldout.bin", ids_of(50, 1))
+    (tmp_path / "link.bin").symlink_to(held)
+    (tmp_path / "hard.bin").hardlink_to(a)
+    flags = ("--vocab-size", VOCAB, "--out", tmp_path / "out")
+    for number, val in enumerate((held, tmp_path / "link.bin")):
+        out = tmp_path / f"out{number}"
+        prepared(call, "--input", tmp_path / "web/*.bin", "--val-input", val, "--vocab-size", VOCAB, "--out", out)
+        assert stream(out) == ids_of(100).tolist() and stream(out, "val") == ids_of(50, 1).tolist()
+    for twice in (
+        ("--input", a, "--input", tmp_path / "web/../web/a.bin"),
+        ("--input", a, "--input", tmp_path / "hard.bin"),
+        ("--input", a, "--input", tmp_path / "web/*.bin"),
+        ("--input", a, "--val-input", a),
+        ("--input", a, "--val-input", held, "--val-input", tmp_path / "link.bin"),
+    ):
+        assert "comes twice in --input and --val-input" in refused(call, *twice, *flags)
+    message = refused(call, "--input", tmp_path / "web/*.bin", "--val-input", tmp_path / "web/*.bin", *flags)
+    assert "no token files for training" in message
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_a_file_called_val_that_is_named_is_for_training(suffix: str, tmp_path: Path, call: Call) -> None:
     megatron(tmp_path / "books_val_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
