@@ -194,6 +194,11 @@ def _describe(path: Path, dtype: Dtype | None) -> TokenFile:
         raise UserError(f"{path}: holds multiple-choice questions for llm.c, not a stream of tokens")
     elif header[0] in LLMC:
         found, header_bytes = _check_llmc(path, header, status.st_size), LLMC_HEADER_BYTES
+    elif dtype is None and _looks_like_uint32(path):
+        raise UserError(
+            f"{path}: looks like uint32, as every second id is 0 when read as uint16; say --token-dtype uint32, or"
+            " uint16 if it is right"
+        )
     itemsize = np.dtype(found).itemsize
     if (status.st_size - header_bytes) % itemsize:
         raise UserError(f"{path}: {status.st_size} bytes are not a whole number of {found} ids; truncated?")
@@ -209,6 +214,13 @@ def _describe(path: Path, dtype: Dtype | None) -> TokenFile:
         header_bytes,
         index.absolute() if index.is_file() else None,
     )
+
+
+def _looks_like_uint32(path: Path) -> bool:
+    with path.open("rb") as file:
+        data = file.read(2 * 4096)
+    ids = np.frombuffer(data[: len(data) // 2 * 2], "<u2")
+    return len(ids) >= 16 and not ids[1::2].any()
 
 
 def _llmc_header(path: Path) -> list[int]:

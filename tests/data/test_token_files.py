@@ -202,6 +202,18 @@ def test_a_file_is_for_training_or_for_validation_and_once(tmp_path: Path, call:
     assert "no token files for training" in message
 
 
+@pytest.mark.parametrize("count", [8, 10_000])
+def test_uint32_ids_are_not_taken_for_uint16(count: int, tmp_path: Path, call: Call) -> None:
+    source = raw(tmp_path / "wide.bin", ids_of(count), "<u4")
+    flags = ("--input", source, "--vocab-size", VOCAB, "--val-split", 0)
+    assert "wide.bin: looks like uint32" in refused(call, *flags, "--out", tmp_path / "out")
+    for dtype, ids in (("uint32", ids_of(count)), ("uint16", [half for one in ids_of(count) for half in (one, 0)])):
+        prepared(call, *flags, "--token-dtype", dtype, "--out", tmp_path / dtype)
+        assert stream(tmp_path / dtype) == list(ids)
+    prepared(call, *flags[2:], "--input", raw(tmp_path / "few.bin", ids_of(7), "<u4"), "--out", tmp_path / "few")
+    assert len(stream(tmp_path / "few")) == 14, "too few to tell"
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_a_file_called_val_that_is_named_is_for_training(suffix: str, tmp_path: Path, call: Call) -> None:
     megatron(tmp_path / "books_val_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
