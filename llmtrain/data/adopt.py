@@ -47,7 +47,10 @@ TEXT_FLAGS = {
     "--dedup": "dedup",
     "--include, --language, --max-file-bytes": "selection",
     "--filter, --normalize, --min-chars, --max-chars": "refine",
+    "--seed": "seed",
+    "--shard-tokens": "shard_tokens",
 }
+SPLIT_FLAGS = {"--val-split": "val_split", "--val-by": "val_by"}
 THREADS = 8  # of which each hashes a file: hashing lets the others run
 
 
@@ -75,6 +78,8 @@ def adopt(options: Options, *, say: Say, show_progress: bool = False) -> Outcome
     check_unused(options, TEXT_FLAGS, "for text only; token files are used as they are")
     train, val = find_token_files(options.inputs, options.val_inputs, options.token_dtype)
     train = train[: options.max_files]
+    if val:
+        check_unused(options, SPLIT_FLAGS, f"nothing is set aside, as {val[0].path} is for validation; leave it out")
     request = _request(options, train, val)
     if (existing := find_existing(options.out, request)) is not None:
         return Outcome(existing, already_prepared=True)

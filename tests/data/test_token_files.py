@@ -355,6 +355,12 @@ def test_options_that_do_not_fit_are_one_clear_line(tmp_path: Path, call: Call) 
     assert "x.bin: holds token ids, and" in message and "book.txt text; prepare them one after the other" in message
     for flags in (["--augment", "case"], ["--dedup"], ["--filter", "letters"], ["--language", "python"]):
         assert flags[0] in (message := refused(call, *given, *flags)) and "for text only" in message
+    for flags in (["--seed", 1], ["--shard-tokens", 50]):
+        assert f"{flags[0]}: for text only" in refused(call, *given, *flags)
+    val = raw(tmp_path / "v.bin", ids_of(100, 1))
+    for flags in (["--val-split", 0.1], ["--val-by", "tail"]):
+        message = refused(call, *given, "--val-input", val, *flags)
+        assert f"{flags[0]}: nothing is set aside, as {val} is for validation" in message
     assert "leave --part and --join out" in refused(call, *given, "--part", "1/2")
     assert "leave the URL out" in refused(call, *given[:4], "--out", f"file://{tmp_path}/store")
     assert "--eos-id: for token files (.bin) only" in refused(
