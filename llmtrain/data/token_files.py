@@ -66,9 +66,14 @@ def are_token_files(inputs: Sequence[str]) -> bool:
     """Whether the inputs are token files.
 
     Raises:
-        UserError: some are and some are not.
+        UserError: some are and some are not, or one cannot be looked at.
     """
-    kinds = {source: _paths_of(source) is not None for source in inputs}
+    kinds = dict[str, bool]()
+    for source in inputs:
+        try:
+            kinds[source] = _paths_of(source) is not None
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from error
     if len(set(kinds.values())) == 2:
         tokens, text = (next(source for source in inputs if kinds[source] is kind) for kind in (True, False))
         raise UserError(f"{tokens}: holds token ids, and {text} text; prepare them one after the other, into two --out")

@@ -341,6 +341,11 @@ def test_a_damaged_file_is_one_clear_line(case: str, tmp_path: Path, call: Call)
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_input_that_cannot_be_looked_at_is_one_clear_line(tmp_path: Path, call: Call) -> None:
+    code, _, err = call(prepare, "--input", tmp_path / ("x" * 300), "--out", tmp_path / "out")
+    assert code == 2 and is_one_clear_line(err) and "File name too long" in err
+
+
 def test_options_that_do_not_fit_are_one_clear_line(tmp_path: Path, call: Call) -> None:
     (tmp_path / "book.txt").write_text("text " * 100)
     tokens, out = raw(tmp_path / "x.bin", ids_of(100)), ("--out", tmp_path / "out")
