@@ -20,7 +20,7 @@ LOWEST, HIGHEST = 1e-5, 1.0
 BELOW_TURN = 5.0  # the peak rate of a short run is about this factor below the one where the loss turns
 _LONG_RUNS = 20.0  # and that of a long one not further below than this
 _SMOOTHING = 0.9
-_RISEN = 0.2  # of what was learned: so much lost again ends the test,
+_RISEN = 0.2  # of what was learned: so much lost again ends the test
 _NOISE = 0.1  # nats: batches may differ by so much
 
 
@@ -86,7 +86,7 @@ def find_rate(parts: Assembly) -> Finding:
     suggested = float(f"{test.turn / BELOW_TURN:.1g}")
     detail = (
         f"the loss of a fresh model turns at {rate(test.turn)}; a run of a hundred steps learns fastest at about "
-        f"optimizer.lr={rate(suggested)}, a long one at less, down to a tenth of that; the config has {rate(lr)}"
+        f"optimizer.lr={rate(suggested)}, a long one at less; the config has {rate(lr)}"
     )
     if not suggested / _LONG_RUNS <= lr <= 2 * suggested:
         return warn(name, detail)
