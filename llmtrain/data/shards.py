@@ -17,21 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmtrain.data.outside import SHA256, TokenRange, map_range, read_blocks
+from llmtrain.data.outside import SHA256, TokenRange, hash_samples, map_range, read_blocks
 from llmtrain.errors import CorruptError, UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Ids = npt.NDArray[np.integer[Any]]
+_SAMPLED_SHARDS = 64
 Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
 
@@ -45,13 +47,18 @@ class FileInfo(BaseModel):
 
 
 class ShardInfo(BaseModel):
-    """One shard: its tokens (a file of the folder, or part of one elsewhere), and the documents that end in it."""
+    """One shard: its tokens (a file of the folder, or part of one elsewhere), and the documents that end in it.
+
+    `sample_sha256` is over a few pages of a file of the folder (`hash_samples`); None: it was written before there was
+    one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
     ids: FileInfo | TokenRange
     ends: FileInfo
+    sample_sha256: str | None = Field(default=None, pattern=SHA256)
 
     def files(self) -> list[FileInfo]:
         """Its files that lie in the folder."""
@@ -60,6 +67,11 @@ class ShardInfo(BaseModel):
     def path(self, folder: Path) -> Path:
         """Where its ids are."""
         return folder / self.ids.path  # which is absolute where it is elsewhere
+
+    @property
+    def end_byte(self) -> int:
+        """Where its ids end in their file."""
+        return self.ids.bytes + (self.ids.begin if isinstance(self.ids, TokenRange) else 0)
 
     def place(self, position: int) -> str:
         """Name the place of the id at `position`."""
@@ -96,6 +108,17 @@ class TokenizerInfo(BaseModel):
     vocab_size: int = Field(gt=0)
     sha256: str
     files: tuple[FileInfo, ...]
+
+
+class DataIdentity(Protocol):
+    """What tells data from other data."""
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """That its ids were made with."""
+
+    def fingerprint(self) -> str:
+        """Equal exactly when the token streams are equal."""
 
 
 class Manifest(BaseModel):
@@ -196,7 +219,15 @@ class ShardWriter:
             path=self._path.name, bytes=self._filled * self._dtype.itemsize, sha256=self._hash.hexdigest()
         )
         ends_info = FileInfo(path=ends_path.name, bytes=ends.nbytes, sha256=hashlib.sha256(ends.tobytes()).hexdigest())
-        self._shards.append(ShardInfo(tokens=self._filled, documents=len(ends), ids=ids_info, ends=ends_info))
+        self._shards.append(
+            ShardInfo(
+                tokens=self._filled,
+                documents=len(ends),
+                ids=ids_info,
+                ends=ends_info,
+                sample_sha256=hash_samples(self._path, 0, ids_info.bytes),
+            )
+        )
 
     def close(self) -> SplitInfo:
         """Finish the last shard; return what the manifest says of this split."""
@@ -207,10 +238,13 @@ class ShardWriter:
 
 
 class TokenStream:
-    """One split as one long memory-mapped sequence of token ids; opening it reads nothing but file sizes.
+    """One split as one long memory-mapped sequence of token ids.
+
+    Opening it looks at all file sizes, and at a few pages of at most `_SAMPLED_SHARDS` files.
 
     Raises:
-        CorruptError: a shard is missing or has another size than the manifest says, or the manifest contradicts itself.
+        CorruptError: a shard is missing, has another size than the manifest says or another content, or the manifest
+            contradicts itself.
     """
 
     def __init__(self, folder: Path, split: SplitInfo, dtype: str, vocab_size: int):
@@ -223,10 +257,14 @@ class TokenStream:
         shards = [shard for shard in split.shards if shard.tokens]
         self._shards = shards
         self._maps = [_map_ids(folder, shard, self.dtype) for shard in shards]
+        self._paths = [str(shard.path(folder)) for shard in shards]
+        for shard in shards[:: -(-len(shards) // _SAMPLED_SHARDS) or 1]:
+            _check_samples(folder, shard)
         # Ids of another width are widened on the way, piece by piece.
         self._is_one = len(self._maps) == 1 and self._maps[0].dtype == self.dtype
         self._views: dict[int, Ids] = {}  # by length: every window of a stream that is one shard
         self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
+        self._end_bytes = [shard.end_byte for shard in shards]
 
     def __len__(self) -> int:
         return self.tokens
@@ -241,14 +279,26 @@ class TokenStream:
             (rows, length) ids in the stored dtype, in one fresh buffer.
 
         Raises:
-            CorruptError: an id is outside the vocabulary; names the shard and the position.
+            CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
+        self._require_whole(starts, length)
         from_one = self._is_one and len(starts)
         rows = self._gather_from_one(starts, length) if from_one else self._gather_across(starts, length)
         # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
         if rows.size and int(rows.max()) >= self.vocab_size:
             self._name_bad_id(starts, rows)
         return rows
+
+    def _require_whole(self, starts: npt.NDArray[np.int64], length: int) -> None:
+        """Look at the sizes of the shards that are about to be read: past the end of a file there is only a SIGBUS."""
+        if self._is_one:
+            touched = [0]
+        else:
+            ends = np.concatenate((starts, starts + length - 1))
+            touched = np.unique(np.searchsorted(self._starts, ends, "right") - 1).tolist()
+        for shard in touched:
+            if problem := _cut_off(self._paths[shard], self._end_bytes[shard]):
+                raise CorruptError(problem)
 
     def _gather_from_one(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         """All rows in one call, half the time of one call for each; the view of all windows copies nothing."""
@@ -332,6 +382,23 @@ def _map_ids(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> Ids:
     _check_size(path, shard.ids.bytes)
     # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
     return np.asarray(np.memmap(path, dtype=stored, mode="r"))
+
+
+def _check_samples(folder: Path, shard: ShardInfo) -> None:
+    if isinstance(shard.ids, FileInfo) and shard.sample_sha256:
+        path = shard.path(folder)
+        if hash_samples(path, 0, shard.ids.bytes) != shard.sample_sha256:
+            raise CorruptError(f"{path}: was changed since it was prepared; prepare the data again")
+
+
+def _cut_off(path: str, expected: int) -> str | None:
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116 -- for every micro-batch, and a Path takes as long again
+    except OSError as error:
+        return f"{path}: is gone while it is read ({error.strerror}); put it back, and start the run again"
+    return (
+        None if size >= expected else f"{path}: was cut off to {size} bytes while it was read; prepare the data again"
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:

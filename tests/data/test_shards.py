@@ -82,9 +82,9 @@ def prepared(tmp_path: Path) -> Path:
     return write(tmp_path / "data", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], shard_tokens=4)
 
 
-def change_manifest(folder: Path, change) -> None:
+def change_manifest(folder: Path, change, shard: int = 0) -> None:
     content = json.loads((folder / MANIFEST).read_text())
-    change(content["splits"]["train"]["shards"][0])
+    change(content["splits"]["train"]["shards"][shard])
     (folder / MANIFEST).write_text(json.dumps(content))
 
 
@@ -109,6 +109,33 @@ def test_a_truncated_or_missing_shard_is_named(prepared):
         TokenDataset(prepared).split("train")
 
 
+@pytest.mark.parametrize(("shard_tokens", "number"), [(100, 0), (4, 1), (2, 2)])
+def test_a_shard_that_is_cut_off_or_goes_away_while_it_is_read_is_named(tmp_path, shard_tokens, number):
+    """Reading on would end the process by SIGBUS. One shard is read in another way than several."""
+    folder = write(tmp_path / "data", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], shard_tokens)
+    shard = folder / f"train-{number:05d}.bin"
+    stream = TokenDataset(folder).split("train")
+    begin = np.array([0, 2])
+    assert stream.gather(begin, 3).tolist() == [[1, 2, 3], [3, 4, 5]]
+    with shard.open("r+b") as file:
+        file.truncate(2)
+    with pytest.raises(CorruptError, match=rf"{shard.name}: was cut off to 2 bytes while it was read"):
+        stream.gather(begin, 3)
+    shard.unlink()
+    with pytest.raises(CorruptError, match=rf"{shard.name}: is gone while it is read \(No such file"):
+        stream.gather(begin, 3)
+
+
+def test_a_shard_with_other_content_is_named_when_it_is_opened(prepared):
+    ids = np.fromfile(prepared / "train-00001.bin", "<u2")
+    ids[2] += 1
+    ids.tofile(prepared / "train-00001.bin")
+    with pytest.raises(CorruptError, match=r"train-00001.bin: was changed since it was prepared"):
+        TokenDataset(prepared).split("train")
+    change_manifest(prepared, lambda shard: shard.pop("sample_sha256"), 1)  # as before there was one
+    assert len(TokenDataset(prepared).split("train"))
+
+
 @pytest.mark.parametrize("what", ["tokens", "documents"])
 def test_a_manifest_whose_counts_do_not_add_up_is_refused_when_it_is_opened(prepared, what):
     content = json.loads((prepared / MANIFEST).read_text())
@@ -122,6 +149,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_shard_and_position(prepa
     ids = np.fromfile(prepared / "train-00001.bin", "<u2")
     ids[2] = VOCAB
     ids.tofile(prepared / "train-00001.bin")
+    change_manifest(prepared, lambda shard: shard.pop("sample_sha256"), 1)
     stream = TokenDataset(prepared).split("train")
     assert stream.gather(np.array([0]), 6).tolist() == [[1, 2, 3, 4, 5, 6]]
     with pytest.raises(CorruptError, match=r"train-00001.bin: token id 100 at position 2 .*vocabulary of 100"):
