@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import alternate, print_table, spread, write_result
 from benchmarks.synthetic import write_random_data
-from llmtrain.data.batches import Layout, Windows, batches, inputs_and_targets
+from llmtrain.data.batches import Layout, Windows, batches, inputs_and_targets, plain_order
 from llmtrain.data.shards import TokenDataset
 
 LENGTH, BATCH = 1024, 8
@@ -56,7 +56,7 @@ def bare_gather(path: Path) -> Iterator[object]:
 
 def ours(folder: Path) -> Iterator[object]:
     windows = Windows(TokenDataset(folder).split("train"), LENGTH, LENGTH)
-    for batch in batches(windows, Layout(len(windows), BATCH, BATCH), seed=1, position=0):
+    for batch in batches(windows, Layout(len(windows), BATCH, BATCH), plain_order(len(windows), 1), position=0):
         for tokens, _ in batch.micro_batches():
             yield inputs_and_targets(tokens, BATCH, CPU)
 

@@ -157,7 +157,7 @@ def llmtrain_contenders(bench: Bench) -> dict[str, tuple[Action, Action | None]]
     def saver(asynchronous: bool) -> Action:
         section = CheckpointSection(async_save=asynchronous)
         runs = bench.folder / f"run-{asynchronous}"
-        store = CheckpointStore(runs, section, parts.config.to_yaml(), parts.data.manifest, parts.data.path)
+        store = CheckpointStore(runs, section, parts.config.to_yaml(), parts.data)
 
         def save_one(step: int) -> float:
             began = time.perf_counter()

@@ -154,11 +154,12 @@ def compare(line: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def work(variant: str, sizes: dict[str, Any], out: str) -> None:
     """The launched process: train a few steps, write down what they gave."""
-    from llmtrain.config import make_config, resolve
+    from llmtrain.config import make_config
     from llmtrain.engine import make_engine
     from llmtrain.model.cost import flops_per_token, model_flops_utilization
     from llmtrain.model.transformer import Transformer
     from llmtrain.observe.meter import peak_memory_gb
+    from llmtrain.resolve import resolve
 
     precision, compiled, _ = VARIANTS[variant]
     rows, seq_len = sizes["micro_batch"], sizes["seq_len"]
@@ -171,11 +172,9 @@ def work(variant: str, sizes: dict[str, Any], out: str) -> None:
             "compile": compiled,
         },
     }  # fmt: skip
-    length = 10**9  # of the data that is not there
     config = resolve(
         make_config(settings),
         vocab_size=sizes["vocab_size"],
-        train_tokens=length,
         world_size=1,
         bf16_native=True,
         compile_auto=False,

@@ -17,9 +17,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from llmtrain.config import RunConfig, make_config, resolve
+from llmtrain.config import RunConfig, make_config
 from llmtrain.engine.accelerate import AccelerateEngine
 from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
 
 
 class Held(TorchDispatchMode):
@@ -74,7 +75,7 @@ def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulat
         },
     }  # fmt: skip
     return resolve(
-        make_config(raw), vocab_size=model["vocab_size"], train_tokens=10**9, world_size=1, bf16_native=True,
+        make_config(raw), vocab_size=model["vocab_size"], world_size=1, bf16_native=True,
         compile_auto=False,
     )  # fmt: skip
 

@@ -108,7 +108,7 @@ def bare_loop(
     optimizer = make_optimizer(model, config.optimizer)
     wrapped = wrap(model)
     rows = config.training.micro_batch_size
-    stream = batches(parts.train, parts.layout, seed=1, position=0)
+    stream = batches(parts.train, parts.layout, parts.order(), position=0)
     ready = [
         inputs_and_targets(tokens, rows, torch.device("cpu"))
         for batch in itertools.islice(stream, steps)

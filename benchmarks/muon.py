@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT, alternate, print_table, spread, write_result
-from llmtrain.config import load_config, resolve
+from llmtrain.config import load_config
 from llmtrain.engine.device import pick_device
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim import muon
 from llmtrain.optim.optimizers import muon_groups
+from llmtrain.resolve import resolve
 
 
 def main() -> None:
@@ -28,9 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns that count, after one that does not")
     parser.add_argument("--out", type=Path, help="file of the result; default: benchmarks/results/muon.json")
     args = parser.parse_args()
-    config = resolve(
-        load_config(args.config), vocab_size=65, train_tokens=10**6, world_size=1, bf16_native=False, compile_auto=False
-    )
+    config = resolve(load_config(args.config), vocab_size=65, world_size=1, bf16_native=False, compile_auto=False)
     device = pick_device()
     with device:
         model = Transformer(config.model, config.data.seq_len)

@@ -216,7 +216,7 @@ def work(settings: dict[str, Any], out: str) -> None:
 
     engine = make_engine(60)
     parts = assemble(make_config(settings), engine)
-    stream = batches(parts.train, parts.layout, seed=1, position=0)
+    stream = batches(parts.train, parts.layout, parts.order(), position=0)
 
     def read_sent() -> float:
         engine.barrier()

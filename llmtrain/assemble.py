@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from llmtrain.config import RunConfig, resolve
-from llmtrain.data.batches import Layout, Windows
-from llmtrain.data.fetch import local_data
-from llmtrain.data.shards import TokenDataset
+from llmtrain.config import RunConfig
+from llmtrain.data.batches import Layout, Order, Windows, WindowSet
+from llmtrain.data.mixture import Stage, plan_stages, samples_per_epoch
+from llmtrain.data.sources import TrainingData, fetch_data, make_order, open_data, weights_from
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
 from llmtrain.health.agreement import patiently, require_agreement, together
 from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,28 @@ class Assembly:
     """Everything that is fixed for one launch."""
 
     config: RunConfig  # resolved
-    data: TokenDataset
-    train: Windows
-    val: Windows | None
+    data: TrainingData
+    train: WindowSet
+    val: dict[str, Windows]  # by source
     layout: Layout
     engine: Engine
     warnings: list[str]  # differences between the ranks that do not make the run wrong
+
+    def stages(self, past: Sequence[Stage] = (), step: int = 0, position: int = 0) -> list[Stage]:
+        """Of a mixture: those past, and those to come seen from `step` steps that consumed `position` samples."""
+        if not self.config.data.sources:
+            return []
+        after = partial(self.layout.position_after, position)
+        return plan_stages(past, weights_from(self.config.data), step, position, after)
+
+    def order(self, stages: Sequence[Stage] | None = None) -> Order:
+        """The order of the training windows; by default that of a new run."""
+        return make_order(self.train, self.config.run.seed, self.stages() if stages is None else stages)
+
+    def last_weights(self) -> dict[str, float]:
+        """By source, those that the run ends with."""
+        weights = [source.weight_after(self.total_steps()) for source in self.config.data.sources or ()] or [1.0]
+        return dict(zip(self.config.data.names, weights, strict=True))
 
     def total_steps(self, step: int = 0, position: int = 0) -> int:
         """Optimizer steps of the whole run, seen from `step` steps that consumed `position` samples."""
@@ -48,11 +67,11 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     Raises:
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
-    folder = patiently(engine, lambda: local_data(config.data.path))
-    data, config, train, val = together(engine, lambda: _open(folder, config, engine))
-    warnings = require_agreement(engine, config, data.manifest.fingerprint())
+    folders = patiently(engine, lambda: fetch_data(config.data))
+    data, config, train, val = together(engine, lambda: _open(folders, config, engine))
+    warnings = require_agreement(engine, config, data.fingerprint())
     layout = Layout(
-        windows=len(train),
+        windows=samples_per_epoch(train, config.training.global_batch_size),
         global_batch=config.training.global_batch_size,
         micro_batch=config.training.micro_batch_size,
         rank=engine.rank,
@@ -67,31 +86,23 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     return Assembly(config, data, train, val, layout, engine, warnings)
 
 
-def _open(folder: Path, config: RunConfig, engine: Engine) -> tuple[TokenDataset, RunConfig, Windows, Windows | None]:
-    data = TokenDataset(folder)
-    stream = data.split("train")
-    config = resolve_here(
-        config, data.manifest.tokenizer.vocab_size, len(stream), engine.world_size, engine.compiles_well
-    )
+def _open(
+    folders: list[Path], config: RunConfig, engine: Engine
+) -> tuple[TrainingData, RunConfig, WindowSet, dict[str, Windows]]:
+    data = open_data(config.data, folders)
+    config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.compiles_well)
     refuse_contradictions(config.training)
-    train = Windows(stream, config.data.seq_len, config.data.stride or config.data.seq_len)
-    val = None
-    if "val" in data.manifest.splits:
-        # Validation windows never overlap: each token counts once, whatever stride training uses.
-        val = Windows(data.split("val"), config.data.seq_len, config.data.seq_len)
-    if val is None or not len(val):
-        if config.training.early_stopping_patience:
-            raise UserError(
-                f"training.early_stopping_patience needs validation data, but the val split of {data.path} has no "
-                f"window of {config.data.seq_len + 1} tokens; prepare with a larger --val-split"
-            )
-        val = None
+    seq_len = config.data.seq_len
+    train, val = data.train_windows(seq_len, config.data.stride or seq_len), data.val_windows(seq_len)
+    if not val and config.training.early_stopping_patience:
+        raise UserError(
+            f"training.early_stopping_patience needs validation data, but the val split of {data.where} has no "
+            f"window of {seq_len + 1} tokens; prepare with a larger --val-split"
+        )
     return data, config, train, val
 
 
-def resolve_here(
-    config: RunConfig, vocab_size: int, train_tokens: int, world_size: int = 1, compiles_well: bool = False
-) -> RunConfig:
+def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compiles_well: bool = False) -> RunConfig:
     """Resolve the config against the data and this machine.
 
     Raises:
@@ -101,7 +112,6 @@ def resolve_here(
     return resolve(
         config,
         vocab_size=vocab_size,
-        train_tokens=train_tokens,
         world_size=world_size,
         bf16_native=computes_bf16_natively(device),
         compile_auto=compiles_well,
@@ -115,7 +125,7 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
 
     config, layout = parts.config, parts.layout
     model, training, seq_len = config.model, config.training, config.data.seq_len
-    manifest = parts.data.manifest
+    val = sum(map(len, parts.val.values()))
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
     peak = peak_memory(
         model, seq_len, layout.micro_batch, engine="ddp" if layout.world_size > 1 else "single",
@@ -128,8 +138,8 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",
-        "data": f"{parts.data.path} · {manifest.splits['train'].tokens:,} tokens · {manifest.tokenizer.kind} · "
-        f"{layout.windows:,} windows of {seq_len}" + (f" · {len(parts.val):,} for validation" if parts.val else ""),
+        "data": f"{parts.data.where} · {parts.data.train_tokens:,} tokens · {parts.data.tokenizer.kind} · "
+        f"{layout.windows:,} windows of {seq_len}" + (f" · {val:,} for validation" if val else ""),
         "batch": f"{layout.global_batch} sequences = {layout.global_batch * seq_len:,} tokens · micro-batch "
         f"{layout.micro_batch} × {accumulation} accumulated × {layout.world_size} process"
         + ("es" if layout.world_size > 1 else ""),

@@ -1,15 +1,14 @@
 """One YAML file and dotted overrides become one frozen, validated `RunConfig`.
 
-`load_config` reads and checks what the file alone can tell; `resolve` settles what depends on the data and the machine
-(vocabulary, widths, precision) and refuses contradictions before anything starts. A resolved config that is written to
-the run folder and read again gives the same run.
+`load_config` reads and checks what the file alone can tell; `llmtrain/resolve.py` settles what depends on the data and
+the machine. A resolved config that is written to the run folder and read again gives the same run.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
@@ -61,15 +60,77 @@ class RunSection(Section):
     name: str | None = None
 
 
+class SourceSection(Section):
+    """One source of a mixture."""
+
+    path: str
+    weight: (
+        Rate | Annotated[dict[Annotated[int, Field(ge=0)], Rate], Field(min_length=1)]
+    )  # or by steps: {0: 1, 500: 2}
+    name: str | None = None  # in metrics; null: the last part of the path
+
+    def weight_after(self, steps: int) -> float:
+        """The weight that holds after `steps` optimizer steps; 0 before the first that is given."""
+        if isinstance(self.weight, float):
+            return self.weight
+        return max(((at, weight) for at, weight in self.weight.items() if at <= steps), default=(0, 0.0))[1]
+
+
 class DataSection(Section):
     """Which prepared data, and how windows are cut from it."""
 
-    path: str = "data/stdlib"
+    path: str | None = "data/stdlib"  # null where there are sources
     seq_len: PositiveInt = 256
     stride: PositiveInt | None = None  # tokens from one window to the next; null: seq_len, windows do not overlap
     document_mask: Literal[False] = False
     workers: Annotated[int, Field(ge=0)] = 0
-    sources: None = None
+    sources: tuple[SourceSection, ...] | None = None  # instead of path: several, by weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _let_sources_stand_for_the_path(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("sources") is None:
+            return values
+        if values.get("path") is not None:
+            raise ValueError("path and sources contradict each other; leave one out")
+        return {**values, "path": None}
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if self.sources is None:
+            if self.path is None:
+                raise ValueError("path is null, and there are no sources; give one of them")
+            return self
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one, or leave it out and set path")
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"two sources are called '{name}'; give each a name of its own")
+        for at in self.stage_steps:
+            if not any(source.weight_after(at) for source in self.sources):
+                raise ValueError(f"all weights of sources are 0 after {at} steps; one must be above 0")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all sources."""
+        return tuple(source.path for source in self.sources or ()) or (str(self.path),)
+
+    @property
+    def where(self) -> str:
+        """Names them for people."""
+        return ", ".join(self.paths)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all sources, as metrics call them."""
+        return tuple(source.name or PurePath(source.path).name for source in self.sources or ()) or ("data",)
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """The numbers of steps after which weights change, and 0."""
+        changing = [source.weight for source in self.sources or () if isinstance(source.weight, dict)]
+        return sorted({0, *(at for weights in changing for at in weights)})
 
 
 class ModelSection(Section):
@@ -339,7 +400,7 @@ def _parse_overrides(overrides: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _step_back(raw: dict[str, Any], given: dict[str, dict[str, Any]]) -> None:
-    """Take out of the file what would otherwise beat an override of another name: sizes, and lengths of the run."""
+    """Take out of the file what would otherwise beat an override of another name: sizes, lengths of the run, data."""
     model, preset = raw.get("model") or {}, given.get("model", {}).get("preset")
     if preset is not None:
         # A resolved config spells its own preset out; what still equals that was not set by hand.
@@ -347,6 +408,9 @@ def _step_back(raw: dict[str, Any], given: dict[str, dict[str, Any]]) -> None:
         spelled_out = {key for key, value in model.items() if key in old and value == old[key]}
         for key in {*_SIZES, *_preset(preset), *spelled_out}:
             model.pop(key, None)
+    for key, other in (("path", "sources"), ("sources", "path")):
+        if given.get("data", {}).get(key) is not None:
+            (raw.get("data") or {}).pop(other, None)
     if any(given.get("training", {}).get(key) is not None for key in _LENGTHS):
         for key in _LENGTHS:
             (raw.get("training") or {}).pop(key, None)
@@ -401,87 +465,14 @@ def _describe(error: ValidationError, where: str) -> str:
     problems: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"][:2])
+        key = ".".join(str(part) for part in problem["loc"][: 4 if "sources" in problem["loc"] else 2])
         message = problem["msg"].removeprefix("Value error, ")
-        if key in ("data.sources", "data.document_mask"):
+        if key == "data.document_mask":
             message = "not supported by this version; leave it out"
         problems.setdefault(key, []).append(message)
         given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
     lines = [f"{key + ': ' if key else ''}{' or '.join(texts)}{given[key]}" for key, texts in problems.items()]
     return f"{where}: {'; '.join(lines)}"
-
-
-def resolve(
-    config: RunConfig, *, vocab_size: int, train_tokens: int, world_size: int, bf16_native: bool, compile_auto: bool
-) -> RunConfig:
-    """Settle what depends on the data and the machine; refuse contradictions with a reason.
-
-    Args:
-        config: as loaded.
-        vocab_size: of the data's tokenizer, in ids.
-        train_tokens: length of the training stream.
-        world_size: number of processes.
-        bf16_native: whether this device computes bf16 natively (what `precision: auto` asks).
-        compile_auto: what `compile: auto` means on this device.
-    """
-    model, training, seq_len = config.model, config.training, config.data.seq_len
-    if model.vocab_size and model.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size {model.vocab_size} is smaller than the {vocab_size} ids of the tokenizer in "
-            f"{config.data.path}; leave it out or raise it"
-        )
-    if train_tokens < seq_len + 1:
-        raise UserError(
-            f"data.seq_len {seq_len} is longer than the data: {config.data.path} has {train_tokens} training tokens "
-            f"and one window takes {seq_len + 1}; lower data.seq_len or prepare more text"
-        )
-    per_step = training.micro_batch_size * world_size
-    if training.global_batch_size % per_step:
-        raise UserError(
-            f"training.global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
-            f"{training.micro_batch_size} × {world_size} processes = {per_step}; {_fitting_micro(training, world_size)}"
-        )
-    resolved_model = model.model_copy(
-        update={
-            "vocab_size": model.vocab_size or vocab_size,
-            "kv_heads": model.kv_heads or model.heads,
-            "ff_dim": model.ff_dim or default_ff_dim(model.dim, model.activation),
-        }
-    )
-    precision = ("bf16" if bf16_native else "fp32") if training.precision == "auto" else training.precision
-    if training.fp8:
-        _check_fp8(resolved_model, precision, training.micro_batch_size * seq_len)
-    compiled = compile_auto if training.compile == "auto" else training.compile
-    return config.model_copy(
-        update={
-            "model": resolved_model,
-            "data": config.data.model_copy(update={"stride": config.data.stride or seq_len}),
-            "training": training.model_copy(update={"precision": precision, "compile": compiled}),
-        }
-    )
-
-
-def _check_fp8(model: ModelSection, precision: str, tokens: int) -> None:
-    if precision != "bf16":
-        raise UserError(f"training.fp8 is for what is bf16 else, but training.precision is {precision}; leave one out")
-    kv_dim = (model.kv_heads or model.heads) * model.head_dim
-    sides = {
-        "model.dim": model.dim,
-        "keys' width (kv_heads × dim / heads)": kv_dim,
-        "model.ff_dim": model.ff_dim or 0,
-        "micro_batch_size × seq_len": tokens,
-    }
-    for name, side in sides.items():
-        if side % 16:
-            raise UserError(f"training.fp8 multiplies in tiles of 16, but {name} is {side}; choose a multiple of 16")
-
-
-def _fitting_micro(training: TrainingSection, world_size: int) -> str:
-    per_rank, rest = divmod(training.global_batch_size, world_size)
-    if rest:
-        return f"choose a global_batch_size that is a multiple of {world_size}"
-    fits = max(m for m in range(1, min(per_rank, training.micro_batch_size) + 1) if per_rank % m == 0)
-    return f"training.micro_batch_size={fits} fits"
 
 
 def default_ff_dim(dim: int, activation: str) -> int:

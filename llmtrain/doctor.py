@@ -16,8 +16,7 @@ from llmtrain.arguments import VerbParser
 from llmtrain.assemble import Assembly, assemble, describe, resolve_here
 from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.config import RunConfig, load_config
-from llmtrain.data.fetch import local_data
-from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
+from llmtrain.data.sources import fetch_data, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import make_engine
 from llmtrain.engine.device import pick_device
@@ -43,9 +42,9 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
             for name, detail in describe(parts, parts.total_steps()).items():
                 yield ok(name, detail)
             yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, needed))
-            if parts.val is None:
+            if not parts.val:
                 yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
-            yield from checklist(parts, load_tokenizer(parts.data.path / TOKENIZER_FOLDER))
+            yield from checklist(parts, load_tokenizer(parts.data.tokenizer_folder))
         if args.find_lr:
             with _assembled(config) as parts:
                 yield find_rate(parts)
@@ -70,8 +69,8 @@ def _assembled(config: RunConfig) -> Iterator[Assembly]:
 
 def _needed(config: RunConfig) -> RankMemory:
     """What training takes on one device, known before anything of that size is built."""
-    data = TokenDataset(local_data(config.data.path))
-    resolved = resolve_here(config, data.manifest.tokenizer.vocab_size, len(data.split("train")))
+    data = open_data(config.data, fetch_data(config.data))
+    resolved = resolve_here(config, data.tokenizer.vocab_size)
     return rank_memory(
         "single",
         resolved.model,

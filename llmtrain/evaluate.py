@@ -85,7 +85,12 @@ def _as_text(result: dict[str, Any]) -> str:
 
 def _open_data(trained: TrainedModel, path: Path | str | None) -> TokenDataset:
     """Open the data asked for, or the run's own."""
-    own = local_data(path or trained.config.data.path)
+    if path is None and (sources := trained.config.data.sources):
+        raise UserError(
+            f"{trained.reader.folder}: was trained on several sources; name one by --data: "
+            f"{' or '.join(source.path for source in sources)}"
+        )
+    own = local_data(path or trained.config.data.where)
     if path is None and not own.is_dir():
         raise UserError(f"{own}: the data that {trained.reader.folder} was trained on is not here; name it by --data")
     return TokenDataset(own)

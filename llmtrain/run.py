@@ -34,7 +34,7 @@ from llmtrain.checkpoint.store import (
     newest_good,
 )
 from llmtrain.data.batches import Batch, batches, validation_batches
-from llmtrain.data.shards import TOKENIZER_FOLDER
+from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Outcome
@@ -55,7 +55,8 @@ from llmtrain.observe.profile import profiled
 from llmtrain.observe.provenance import append_launch, provenance
 from llmtrain.observe.record import finite
 from llmtrain.observe.sinks import require_sinks
-from llmtrain.observe.validation import Validation, validate
+from llmtrain.observe.source_log import SourceLog
+from llmtrain.observe.validation import Validation, mixed, validate
 from llmtrain.optim.schedule import make_schedule
 
 _NFS_S = 40.0  # so long a host may take to see what another has made: nfs(5), acdirmin 30 s
@@ -98,7 +99,7 @@ class Run:
         return reader
 
     def _progress_of(self, reader: CheckpointReader) -> Progress:
-        return progress_of(reader, self.config, self.parts.data.manifest)
+        return progress_of(reader, self.config, self.parts.data)
 
     def _start_or_go_on(self, resume: str) -> CheckpointReader | None:
         """Fill the engine from a checkpoint of the run, or from the weights that it is to start with."""
@@ -113,7 +114,7 @@ class Run:
 
     def _load_weights(self, path: Path) -> None:
         def accept(reader: CheckpointReader) -> None:
-            accept_weights(reader, self.config, self.parts.data.manifest)
+            accept_weights(reader, self.config, self.parts.data)
 
         def choose(open_one: OpenCheckpoint) -> CheckpointReader:
             return open_one(find_checkpoint(path))
@@ -135,7 +136,12 @@ class Run:
         """What follows from how far the run is, and from the data that it leaves out."""
         left_out = tuple(self.guard.policy.left_out)
         self.parts = replace(self.parts, layout=replace(self.parts.layout, left_out=left_out))
-        self.total_steps = self.parts.total_steps(self.progress.step, self.progress.position)
+        step, position = self.progress.step, self.progress.position
+        stages = self.parts.stages([Stage(begin, tuple(w)) for begin, w in self.progress.stages], step, position)
+        self.progress.stages = [[stage.begin, list(stage.weights)] for stage in stages]
+        self.order = self.parts.order(stages)
+        self.sources = SourceLog(self.config.data, self.order, position)
+        self.total_steps = self.parts.total_steps(step, position)
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
 
     def _make_store(self, saved_step: int | None) -> CheckpointStore:
@@ -144,8 +150,7 @@ class Run:
             self.dir,
             config.checkpoint,
             config.to_yaml(),
-            data.manifest,
-            data.path,
+            data,
             saved_step=saved_step,
             on_saved=self.mirror.saved,
             is_needed=self.mirror.holds,
@@ -154,7 +159,7 @@ class Run:
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
         self.parts.data.check_tokenizer()  # or the damage would go into every checkpoint, under a right hash
-        self._tokenizer = load_tokenizer(self.parts.data.path / TOKENIZER_FOLDER)
+        self._tokenizer = load_tokenizer(self.parts.data.tokenizer_folder)
         prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
         self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
         require_sinks(self.config)
@@ -178,22 +183,21 @@ class Run:
             self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
         for line in self._changes:
             self.observer.message(f"changed since then: {line}")
-        if self.config.training.eval_every and self.parts.val is None:
+        if self.config.training.eval_every and not self.parts.val:
             self.observer.warn(
-                f"no validation: the val split of {self.parts.data.path} has not one window of "
+                f"no validation: the val split of {self.parts.data.where} has not one window of "
                 f"{self.config.data.seq_len + 1} tokens; prepare with a larger --val-split"
             )
 
     def _go_on_recording(self) -> None:
         self.observer.load_state(self.progress.observer)
         if self.config.logging.sample_ledger:
-            self.ledger = SampleLedger(self.dir, self.engine, self.progress.step, self.config.run.seed)
+            self.ledger = SampleLedger(self.dir, self.engine, self.progress.step)
 
     def _open_folder(self, lock: RunLock) -> Observer | NullObserver:
         """On rank 0: put the folder in order, and say in it what is run."""
         if self.engine.rank != 0:
             return NullObserver()
-        manifest, device = self.parts.data.manifest, self.engine.device
         with self._naming_what_cannot_be_written():
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -202,7 +206,7 @@ class Run:
             self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())
-            launch = provenance(manifest, self.parts.data.path, device, self.engine.world_size)
+            launch = provenance(self.parts.data, self.engine.device, self.engine.world_size)
             append_launch(self.dir / "run.json", launch, self._early_warning)
         return self._make_observer(describe(self.parts, self.total_steps))
 
@@ -235,7 +239,7 @@ class Run:
         return batches(
             self.parts.train,
             self.parts.layout,
-            seed=self.config.run.seed,
+            self.order,
             position=self.progress.position,
             workers=self.config.data.workers,
             reading=lambda micro_batches: self.peers.reading(micro_batches, lambda: self.progress.step + 1),
@@ -255,16 +259,19 @@ class Run:
         Raises:
             Stopped: told to stop; saved. The resumed run evaluates first.
         """
-        if self.parts.val is None:
+        if not self.parts.val:
             return None
         layout, limit = self.parts.layout, self.config.training.eval_batches
-        windows = validation_batches(self.parts.val, layout, limit and limit * layout.global_batch)
+        found = {}
         try:
             with self.meter.paused():
-                return validate(self.engine, self._until_told(windows), layout.micro_batch)
+                for name, of_source in self.parts.val.items():
+                    windows = validation_batches(of_source, layout, limit and limit * layout.global_batch)
+                    found[name] = validate(self.engine, self._until_told(windows), layout.micro_batch)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
+        return mixed(found, self.parts.last_weights())
 
     def unfinished(self) -> tuple[int, float, torch.Tensor]:
         """Epoch, learning rate and gradient norm of the last step, which a signal kept from its evaluation."""
@@ -299,6 +306,9 @@ class Run:
             grad_norm=grad_norm,
             val=val,
         )
+        record = self.sources.add(record, self.progress.position, val)
+        for line in self.sources.news():
+            self.observer.message(line)
         self.observer.log(record)
         if record.val_loss is not None and not math.isfinite(record.val_loss):
             raise DivergedError(self.guard.diagnosis(f"validation loss {record.val_loss} at step {record.step:,}"))

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.config import RunConfig, default_ff_dim, load_config, make_config, resolve
+from llmtrain.config import RunConfig, default_ff_dim, load_config, make_config
 from llmtrain.errors import UserError
 from llmtrain.presets import PRESETS, auto_lr
+from llmtrain.resolve import resolve
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -23,7 +24,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 
 
 def settled(config: RunConfig, **facts: Any) -> RunConfig:
-    defaults = {"vocab_size": 100, "train_tokens": 10**6, "world_size": 1, "bf16_native": False, "compile_auto": False}
+    defaults = {"vocab_size": 100, "world_size": 1, "bf16_native": False, "compile_auto": False}
     return resolve(config, **{**defaults, **facts})
 
 
@@ -56,7 +57,7 @@ def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> Non
     ("optimizer: {lr: -1}", [], "optimizer.lr: Input should be greater than or equal to 0 (given: -1)"),
     ("optimizer: {lr: fast}", [], "optimizer.lr"),
     ("training: {compile: maybe}", [], "training.compile: "),
-    ("data: {sources: [1]}", [], "not supported by this version"),
+    ("data: {sources: [1]}", [], "data.sources.0: Input should be a valid dictionary"),
     ("model: {dim: 1, dim: 2}", [], "key 'dim' stands twice"),
     ("model: [", [], "not valid YAML"),
     ("just words", [], "must hold sections"),
@@ -172,7 +173,6 @@ def test_resolving_settles_what_the_data_and_the_machine_decide() -> None:
 
 
 @pytest.mark.parametrize(("facts", "reason"), [
-    ({"train_tokens": 256}, "seq_len 256 is longer than the data"),
     ({"world_size": 3}, "choose a global_batch_size that is a multiple of 3"),
     ({"world_size": 4}, "training.micro_batch_size=4 fits"),
 ])  # fmt: skip

@@ -28,6 +28,7 @@ from llmtrain.assemble import assemble
 from llmtrain.checkpoint.folders import committed_steps, point, pointed
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.config import load_config, make_config
+from llmtrain.data.shards import MANIFEST
 from llmtrain.engine import make_engine
 from llmtrain.engine.processes import Processes
 from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError
@@ -599,6 +600,9 @@ def test_an_id_outside_the_vocabulary_is_named_and_checkpoints_stay(
     with (folder / "train-00001.bin").open("r+b") as file:
         file.seek(2 * 4000)
         file.write(b"\xff\xff")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][1]["sample_sha256"] = None  # which would notice it before
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LlmtrainError, match=r"train-00001\.bin: token id 65535 at position 4000 is outside"):
         run(merged(config_dict, data={"path": str(folder)}))
 

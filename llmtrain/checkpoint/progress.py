@@ -19,6 +19,7 @@ class Progress:
     evaluations_since_best: int = 0
     launches: int = 0  # how often the run was started or resumed
     started_from: str | None = None  # what `--resume PATH` named, where the run branched off or was rewound
+    stages: list[Any] = field(default_factory=list)  # of a mixture: [position from which they hold, weights]
     meter: dict[str, Any] = field(default_factory=dict)  # sums since the last record
     unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember

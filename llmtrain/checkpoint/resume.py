@@ -11,7 +11,7 @@ from llmtrain.checkpoint.format import CONFIG, CheckpointReader
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.store import OpenCheckpoint, find_checkpoint, newest_good
 from llmtrain.config import RunConfig, load_config
-from llmtrain.data.shards import Manifest
+from llmtrain.data.shards import DataIdentity
 from llmtrain.errors import CorruptError, UserError
 
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
@@ -70,7 +70,7 @@ def own_step(run_dir: Path, reader: CheckpointReader | None) -> int | None:
     return step if reader.folder.resolve() == step_folder(run_dir, step).resolve() else None
 
 
-def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> Progress:
+def progress_of(reader: CheckpointReader, config: RunConfig, data: DataIdentity) -> Progress:
     """Check that the checkpoint belongs to this run; return how far it had come.
 
     Raises:
@@ -79,7 +79,7 @@ def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> 
     check_tokenizer(reader, data)
     if reader.manifest.data_fingerprint != data.fingerprint():
         raise UserError(
-            f"{reader.folder}: was trained on other data than {config.data.path} holds (fingerprint "
+            f"{reader.folder}: was trained on other data than {config.data.where} holds (fingerprint "
             f"{reader.manifest.data_fingerprint[:12]}, now {data.fingerprint()[:12]}), so its position in the data "
             "means nothing here; use the same data, or start a new run.dir with model.init_from"
         )
@@ -98,7 +98,7 @@ def progress_of(reader: CheckpointReader, config: RunConfig, data: Manifest) -> 
         raise CorruptError(f"{reader.folder}: its state is not one of this version: {error}") from error
 
 
-def check_tokenizer(reader: CheckpointReader, data: Manifest) -> None:
+def check_tokenizer(reader: CheckpointReader, data: DataIdentity) -> None:
     """Refuse data whose ids mean something else than those the model was trained on."""
     if reader.manifest.tokenizer_sha256 != data.tokenizer.sha256:
         raise UserError(
@@ -125,7 +125,7 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def accept_weights(reader: CheckpointReader, config: RunConfig, data: Manifest) -> None:
+def accept_weights(reader: CheckpointReader, config: RunConfig, data: DataIdentity) -> None:
     """Check that a checkpoint's weights can start this run: `model.init_from`.
 
     Raises:

@@ -23,7 +23,8 @@ from llmtrain.checkpoint.retention import Retention
 from llmtrain.checkpoint.room import Room
 from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.config import CheckpointSection
-from llmtrain.data.shards import TOKENIZER_FOLDER, Manifest
+from llmtrain.data.shards import TOKENIZER_FOLDER
+from llmtrain.data.sources import TrainingData
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
@@ -126,8 +127,7 @@ class CheckpointStore:
         run_dir: Path,
         config: CheckpointSection,
         config_yaml: str,
-        data: Manifest,
-        data_path: Path,
+        data: TrainingData,
         *,
         saved_step: int | None = None,
         on_saved: Callable[[Path], None] = lambda _folder: None,
@@ -142,8 +142,7 @@ class CheckpointStore:
         self._config_yaml = config_yaml
         self._data = data
         # Read once: a data folder that is moved during the run cannot fail a save.
-        tokenizer = data_path / TOKENIZER_FOLDER
-        self._tokenizer = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
+        self._tokenizer = {path.name: path.read_bytes() for path in sorted(data.tokenizer_folder.iterdir())}
         self._saved_step = saved_step
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None

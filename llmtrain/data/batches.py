@@ -9,9 +9,11 @@ change and no rank is left out of a collective.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +26,20 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 4096  # positions ordered at once: numpy's cost per call is spread over many batches
 Tokens_BS = torch.Tensor
+Order = Callable[[Int64s], Int64s]  # from positions to window ids
+
+
+class WindowSet(Protocol):
+    """Numbered windows of equal length."""
+
+    @property
+    def seq_len(self) -> int:
+        """Inputs of one window, and targets."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, ids: Int64s) -> Tokens_BS:
+        """Read windows `ids` as (len(ids), seq_len + 1) tokens in the stored dtype; row[1:] are the targets."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,13 @@ class Windows:
         return max(0, (len(self.stream) - 1 - self.seq_len) // self.stride + 1)
 
     def gather(self, ids: Int64s) -> Tokens_BS:
-        """Read windows `ids` as (len(ids), seq_len + 1) tokens in the stored dtype; row[1:] are the targets."""
+        """Read windows by their ids, see `WindowSet`."""
         return torch.from_numpy(self.stream.gather(ids * self.stride, self.seq_len + 1))
+
+
+def plain_order(windows: int, seed: int) -> Order:
+    """All windows in each epoch, each epoch in an order of its own."""
+    return partial(sample_ids, windows=windows, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,12 @@ class Layout:
         epochs, rest = divmod(max(0, end - position), self.windows)
         return steps + epochs * self.steps_per_epoch() + -(-rest // self.global_batch)
 
+    def position_after(self, position: int, steps: int) -> int:
+        """Where the batch begins that follows `steps` optimizer steps from `position` on."""
+        farthest = position + steps * self.global_batch + sum(end - begin for begin, end in self.left_out)
+        taken = bisect_right(range(position, farthest + 1), steps, key=lambda end: self.steps_to(position, end))
+        return self.begin_of_batch(position + taken - 1)
+
     def micro_steps(self, position: int) -> int:
         """Micro-steps of the batch that begins at `position`: the same on every rank."""
         return -(-(self.end_of_batch(position) - position) // (self.micro_batch * self.world_size))
@@ -105,9 +132,10 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
     Unlike its base class it holds no permutation, needs no `set_epoch` and never repeats samples to even out ranks.
     """
 
-    def __init__(self, windows: Windows, layout: Layout, seed: int, position: int = 0):
-        super().__init__(windows, num_replicas=layout.world_size, rank=layout.rank, seed=seed)  # type: ignore[arg-type]
+    def __init__(self, windows: WindowSet, layout: Layout, order: Order, position: int = 0):
+        super().__init__(windows, num_replicas=layout.world_size, rank=layout.rank)  # type: ignore[arg-type]
         self.layout = layout
+        self.order = order
         self.position = position
 
     def __iter__(self) -> Iterator[Int64s]:
@@ -120,7 +148,7 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
                 micro_batches += rows
                 wanted += max(1, sum(map(len, rows)))
                 position = self.layout.begin_of_batch(self.layout.end_of_batch(position))
-            ids = sample_ids(np.concatenate(micro_batches), self.layout.windows, self.seed)
+            ids = self.order(np.concatenate(micro_batches))
             yield from np.split(ids, np.cumsum([len(m) for m in micro_batches])[:-1])
 
     def __len__(self) -> int:
@@ -135,6 +163,7 @@ class Batch:
     begin: int  # position of the first sample of the global batch
     end: int  # position after the last one
     target_count: int  # target tokens in the global batch, over all ranks
+    order: Order
     _loader: Iterator[Tokens_BS]
 
     @property
@@ -159,7 +188,7 @@ class _MapStyle(Dataset[Tokens_BS | LlmtrainError]):
     the place of its one line.
     """
 
-    def __init__(self, windows: Windows):
+    def __init__(self, windows: WindowSet):
         self._windows = windows
 
     def __getitem__(self, ids: Int64s) -> Tokens_BS | LlmtrainError:
@@ -176,14 +205,14 @@ def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
 
 
 def batches(
-    windows: Windows, layout: Layout, *, seed: int, position: int, workers: int = 0, reading: Reading = iter
+    windows: WindowSet, layout: Layout, order: Order, *, position: int, workers: int = 0, reading: Reading = iter
 ) -> Iterator[Batch]:
     """Yield the batches from `position` on, endlessly; `reading` goes through the micro-batches and may take note.
 
     Mapped files are gathered in this process: one whole micro-batch at a time takes microseconds, where sending it from
     a worker takes hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
     """
-    sampler = ResumableDistributedSampler(windows, layout, seed, position)
+    sampler = ResumableDistributedSampler(windows, layout, order, position)
     loader: Iterator[Tokens_BS]
     if workers:
         # batch_size=None: the sampler's items are whole micro-batches already.
@@ -198,11 +227,11 @@ def batches(
     while True:
         position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)
-        yield Batch(layout, position, end, (end - position) * windows.seq_len, loader)
+        yield Batch(layout, position, end, (end - position) * windows.seq_len, order, loader)
         position = end
 
 
-def validation_batches(windows: Windows, layout: Layout, limit: int | None) -> Iterator[Tokens_BS]:
+def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) -> Iterator[Tokens_BS]:
     """Yield this rank's micro-batches of the validation windows: all of them, or `limit` spread evenly over the split.
 
     Every rank yields equally many, empty ones included, so that collectives match.

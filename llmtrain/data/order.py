@@ -31,24 +31,38 @@ def sample_ids(positions: Int64s, windows: int, seed: int) -> Int64s:
         (n,) window indices in [0, windows); each epoch visits every window exactly once, in an order of its own.
     """
     epochs, offsets = np.divmod(positions, windows)
-    ids = np.empty_like(offsets)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        ids[here] = permute(offsets[here], windows, _epoch_key(seed, epoch))
-    return ids
+    distinct, epoch_of = np.unique(epochs, return_inverse=True)
+    keys = np.array([_epoch_key(seed, epoch) for epoch in distinct.tolist()], dtype=np.uint64)
+    return _permute(offsets, windows, _round_keys(keys if len(keys) < 2 else keys[epoch_of]))
+
+
+def seed_of_source(seed: int, source: int) -> int:
+    """The seed for one source of a mixture; the first source has that of the run."""
+    return seed if source == 0 else _mix_int(_mix_int(seed + 0x8CB92BA72F3D8DD7) ^ _mix_int(source))
 
 
 def permute(offsets: Int64s, size: int, key: int) -> Int64s:
     """Apply the permutation of [0, size) named by the 64-bit `key` to `offsets`, shape (n,)."""
+    return _permute(offsets, size, _round_keys(np.array([key], dtype=np.uint64)))
+
+
+def _permute(offsets: Int64s, size: int, round_keys: UInt64s) -> Int64s:
+    """`round_keys` are (rounds, n), one column for each offset, or (rounds, 1) for all."""
     bits = max(_MIN_BITS, (size - 1).bit_length())
-    round_keys = [_mix_int(key + round_ * 0x9E3779B97F4A7C15) for round_ in range(_ROUNDS)]
     values = _feistel(offsets.astype(np.uint64), bits, round_keys)
     while (outside := np.flatnonzero(values >= size)).size:  # expected: fewer than two walks, the domain is < 2 × size
-        values[outside] = _feistel(values[outside], bits, round_keys)
+        keys = round_keys if round_keys.shape[1] == 1 else round_keys[:, outside]
+        values[outside] = _feistel(values[outside], bits, keys)
     return values.astype(np.int64)
 
 
-def _feistel(values: UInt64s, bits: int, round_keys: list[int]) -> UInt64s:
+def _round_keys(keys: UInt64s) -> UInt64s:
+    """From (n,) keys to (rounds, n)."""
+    steps = np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return _mix(keys + steps[:, None], np.uint64(0))
+
+
+def _feistel(values: UInt64s, bits: int, round_keys: UInt64s) -> UInt64s:
     """XOR a hash of one half into the other, by turns; each round undoes itself, so the whole is a bijection."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
@@ -62,9 +76,9 @@ def _feistel(values: UInt64s, bits: int, round_keys: list[int]) -> UInt64s:
     return (high << low_bits) | low
 
 
-def _mix(values: UInt64s, key: int) -> UInt64s:
+def _mix(values: UInt64s, key: UInt64s | np.uint64) -> UInt64s:
     """Hash 64-bit words under a key: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), vectorised."""
-    words = values + np.uint64(key)
+    words = values + key
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(27)

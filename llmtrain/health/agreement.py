@@ -121,7 +121,7 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
                 continue
             difference = f"rank {rank} on {host}: {name} is {theirs.get(name)}, on rank 0 {reference.get(name)}"
             if name == "data":
-                message = f"{difference}; give all hosts the same prepared data in {config.data.path}"
+                message = f"{difference}; give all hosts the same prepared data in {config.data.where}"
                 raise _everywhere(UserError(message))
             warnings.append(difference)
     return warnings

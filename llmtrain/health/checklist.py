@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.assemble import Assembly
-from llmtrain.data.batches import Windows, batches, inputs_and_targets
+from llmtrain.data.batches import WindowSet, batches, inputs_and_targets
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine import Engine
 from llmtrain.health.finding import Finding, fail, ok, warn
@@ -45,7 +45,7 @@ class OneBatch:
 
 def first_batch(parts: Assembly) -> OneBatch:
     """Read the batch that training would begin with."""
-    batch = next(batches(parts.train, parts.layout, seed=parts.config.run.seed, position=0))
+    batch = next(batches(parts.train, parts.layout, parts.order(), position=0))
     tokens, _ = next(batch.micro_batches())
     inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, parts.engine.device)
     return OneBatch(inputs_BS, targets_BS, int((targets_BS != IGNORE_INDEX).sum()))
@@ -65,13 +65,12 @@ def _ids(parts: Assembly, tokenizer: Tokenizer) -> Finding:
     """Read windows from all over the data; an id outside the vocabulary raises CorruptError on the way."""
     name, seen = "token ids", set[int]()
     unknown = total = 0
-    for windows in (parts.train, parts.val):
-        if windows is not None:
-            ids = _spread(windows)
-            values, counts = np.unique(ids, return_counts=True)
-            seen.update(values.tolist())
-            total += int(counts.sum())
-            unknown += int(counts[values == tokenizer.unk_id].sum())
+    for windows in (parts.train, *parts.val.values()):
+        ids = _spread(windows)
+        values, counts = np.unique(ids, return_counts=True)
+        seen.update(values.tolist())
+        total += int(counts.sum())
+        unknown += int(counts[values == tokenizer.unk_id].sum())
     detail = f"{min(seen)} to {max(seen)} of {tokenizer.vocab_size:,}, {len(seen):,} different in {total:,} tokens"
     if len(seen) < 2:
         return fail(name, f"{detail}; there is nothing to learn; look at what was prepared")
@@ -80,7 +79,7 @@ def _ids(parts: Assembly, tokenizer: Tokenizer) -> Finding:
     return ok(name, detail)
 
 
-def _spread(windows: Windows) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
+def _spread(windows: WindowSet) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
     count = min(len(windows), SAMPLED_WINDOWS)
     ids: np.ndarray[tuple[int, ...], np.dtype[np.integer]] = windows.gather(
         np.linspace(0, len(windows) - 1, count).astype(np.int64)

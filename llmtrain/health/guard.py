@@ -17,7 +17,6 @@ import torch
 
 from llmtrain.config import RunConfig
 from llmtrain.data.batches import Batch
-from llmtrain.data.order import sample_ids
 from llmtrain.engine import Limits, Outcome, Verdict
 from llmtrain.health.divergence import DivergencePolicy, Seen, Stretch
 from llmtrain.observe.files import LineAppender, read_steps, replacing
@@ -81,11 +80,10 @@ class Guard:
         return [seen if isinstance(seen, Verdict) else Verdict.read(next(read)) for seen in self._pending]
 
     def _entry(self, seen: Seen, reason: str, batch: Batch) -> dict[str, Any]:
-        windows = batch.layout.windows
-        ids = sample_ids(np.arange(seen.begin, seen.end, dtype=np.int64), windows, self._config.run.seed)
+        ids = batch.order(np.arange(seen.begin, seen.end, dtype=np.int64))
         return {
             "step": seen.step,
-            "epoch": seen.begin // windows,
+            "epoch": seen.begin // batch.layout.windows,
             "rollbacks": self.policy.rollbacks,
             "reason": reason,
             "loss": finite(seen.loss),

@@ -49,7 +49,7 @@ def range_test(parts: Assembly) -> RangeTest:
     rates: list[float] = []
     losses: list[float] = []
     smoothed = weight = 0.0
-    stream = batches(parts.train, parts.layout, seed=parts.config.run.seed, position=0)
+    stream = batches(parts.train, parts.layout, parts.order(), position=0)
     for step, batch in zip(range(STEPS), stream, strict=False):
         lr = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
         loss, is_finite = _step(parts, batch, lr)

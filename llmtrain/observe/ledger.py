@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from llmtrain.data.batches import Batch
-from llmtrain.data.order import sample_ids
 from llmtrain.engine import Engine
 from llmtrain.observe.files import LineAppender, rewind
 
@@ -16,8 +15,7 @@ from llmtrain.observe.files import LineAppender, rewind
 class SampleLedger:
     """Appends `{"step": s, "ids": [window, …]}` to `samples-rankNNNNN.jsonl`; forgets what lies beyond the resume."""
 
-    def __init__(self, run_dir: Path, engine: Engine, resume_step: int, seed: int):
-        self._seed = seed
+    def __init__(self, run_dir: Path, engine: Engine, resume_step: int):
         path = run_dir / f"samples-rank{engine.rank:05d}.jsonl"
         # The run may have gone on in more processes before; what those did beyond the checkpoint is done again by ours.
         others = run_dir.glob("samples-rank*.jsonl") if engine.rank == 0 else []
@@ -29,5 +27,4 @@ class SampleLedger:
     def write(self, step: int, batch: Batch) -> None:
         """Record this rank's share of the batch that step `step` trained on."""
         positions = np.concatenate(batch.layout.rank_positions(batch.begin))
-        ids = sample_ids(positions, batch.layout.windows, self._seed)
-        self._file.append(json.dumps({"step": step, "ids": ids.tolist()}))
+        self._file.append(json.dumps({"step": step, "ids": batch.order(positions).tolist()}))

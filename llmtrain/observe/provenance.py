@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from llmtrain import __version__
-from llmtrain.data.shards import Manifest
+from llmtrain.data.sources import TrainingData
 from llmtrain.observe.files import replacing
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "torchao")
 
 
-def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_size: int) -> dict[str, Any]:
+def provenance(data: TrainingData, device: torch.device, world_size: int) -> dict[str, Any]:
     """Versions, git commit, hardware, launch, fingerprints; never the environment, which may hold secrets."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -40,8 +40,8 @@ def provenance(manifest: Manifest, data_path: Path, device: torch.device, world_
             "cuda": torch.version.cuda,
         },
         "launch": {"world_size": world_size, "threads": torch.get_num_threads()},
-        "data": {"path": str(data_path), "fingerprint": manifest.fingerprint()},
-        "tokenizer": {"kind": manifest.tokenizer.kind, "sha256": manifest.tokenizer.sha256},
+        "data": {"path": data.where, "fingerprint": data.fingerprint()},
+        "tokenizer": {"kind": data.tokenizer.kind, "sha256": data.tokenizer.sha256},
     }
 
 

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 Number = float | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """What is known of one source of a mixture."""
+
+    epochs: float  # how often it was gone through, from 0
+    tokens: int  # target tokens from it, those of skipped steps and left-out stretches too
+    val_loss: float | None  # nats per target token; None where not evaluated
+    val_accuracy: float | None
+
+    def row(self) -> dict[str, Number]:
+        """Every field by name, holding only what strict JSON can hold."""
+        return {field.name: finite(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,7 @@ class Record:
     # By which the slowest rank is later than the median one, a mean since the last record, see `own_time`; None: alone.
     step_time_spread_s: float | None = None
     slowest_rank: int | None = None
+    sources: Mapping[str, SourceRecord] | None = None  # by name; None: there is but one
 
     @property
     def perplexity(self) -> float:
@@ -39,12 +55,15 @@ class Record:
         return perplexity(self.train_loss)
 
     def row(self) -> dict[str, Number]:
-        """Every field and the perplexity by name, in the order of `COLUMNS`, holding only what strict JSON can hold."""
+        """Every field but the sources, and the perplexity, in the order of `COLUMNS`, as strict JSON can hold them."""
         return {name: finite(getattr(self, name)) for name in COLUMNS}
 
     def to_json(self) -> str:
         """The record as one line of strict JSON."""
-        return json.dumps(self.row(), allow_nan=False)
+        row: dict[str, Any] = dict(self.row())
+        if self.sources:
+            row["sources"] = {name: source.row() for name, source in self.sources.items()}
+        return json.dumps(row, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
@@ -56,10 +75,13 @@ class Record:
         values: Any = json.loads(line)
         if not isinstance(values, dict) or not all(isinstance(values.get(name), int) for name in _COUNTS):
             raise ValueError(f"not a record: {line!r}")
-        return cls(**{name: _or_nan(name, values.get(name)) for name in _FIELDS})
+        sources = values.get("sources")
+        if sources is not None:
+            sources = {name: SourceRecord(**of_source) for name, of_source in sources.items()}
+        return cls(**{name: _or_nan(name, values.get(name)) for name in _FIELDS}, sources=sources)
 
 
-_FIELDS = tuple(field.name for field in fields(Record))
+_FIELDS = tuple(field.name for field in fields(Record) if field.name != "sources")
 _COUNTS = ("step", "epoch", "tokens")
 _OPTIONAL = ("val_loss", "val_accuracy", "mfu", "step_time_spread_s", "slowest_rank")
 COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.index("tokens") :])

@@ -79,6 +79,8 @@ def scalars(record: Record) -> dict[str, float]:
             "accuracy": record.val_accuracy,
         },
     }
+    for name, source in (record.sources or {}).items():
+        groups[f"source/{name}"] = source.row()
     named = {f"{group}/{name}": finite(value) for group, values in groups.items() for name, value in values.items()}
     return {name: value for name, value in named.items() if value is not None}
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,7 @@ class Validation:
     loss: float  # nats per token
     accuracy: float  # share of targets that were the most likely token
     tokens: int
+    by_source: Mapping[str, Validation] = field(default_factory=dict)  # where there are several
 
     @property
     def perplexity(self) -> float:
@@ -49,3 +50,22 @@ def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int) -> Vali
             sums[2] += (targets_BS != IGNORE_INDEX).sum()
     loss_sum, correct_sum, count = engine.sum(sums).tolist()
     return Validation(loss_sum / count, correct_sum / count, int(count))
+
+
+def mixed(found: Mapping[str, Validation], weights: Mapping[str, float]) -> Validation:
+    """What the sources of a mixture come to together: the mean by their weights, of those that could be evaluated.
+
+    Where all of these have weight 0, they count alike.
+    """
+    if len(weights) == 1:
+        return next(iter(found.values()))
+    shares = {name: weights[name] for name in found}
+    if not any(shares.values()):
+        shares = dict.fromkeys(found, 1.0)
+    total = sum(shares.values())
+    return Validation(
+        sum(shares[name] * one.loss for name, one in found.items()) / total,
+        sum(shares[name] * one.accuracy for name, one in found.items()) / total,
+        sum(one.tokens for one in found.values()),
+        found,
+    )

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_speed
-from llmtrain.config import load_config, resolve
+from llmtrain.config import load_config
+from llmtrain.resolve import resolve
 
 
 @pytest.mark.slow
@@ -49,7 +50,7 @@ def test_what_it_asks_of_a_gpu_fits_into_one(size: str, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
     settings = gpu_speed._settings(size, 40, False, tmp_path, tmp_path)
     config = resolve(
-        load_config(tmp_path / "empty.yaml", settings), vocab_size=gpu_speed.VOCAB_SIZE, train_tokens=10**7,
+        load_config(tmp_path / "empty.yaml", settings), vocab_size=gpu_speed.VOCAB_SIZE,
         world_size=1, bf16_native=True, compile_auto=True,
     )  # fmt: skip
     assert gpu_speed._predicted(config) < 0.9 * 141e9

@@ -51,7 +51,7 @@ def parts(config_dict: dict[str, Any]) -> Any:
 
 def store_of(parts: Assembly, folder: Path, **settings: Any) -> CheckpointStore:
     section = CheckpointSection(**settings)
-    return CheckpointStore(folder, section, parts.config.to_yaml(), parts.data.manifest, parts.data.path)
+    return CheckpointStore(folder, section, parts.config.to_yaml(), parts.data)
 
 
 def save(store: CheckpointStore, parts: Assembly, step: int, *links: str) -> None:

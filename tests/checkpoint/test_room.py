@@ -47,7 +47,7 @@ def test_uneven_shares_are_added_up_and_not_multiplied(
 
     def save(rank: int) -> tuple[str | None, list[str]]:
         data = parts.data
-        store = CheckpointStore(tmp_path, CheckpointSection(), parts.config.to_yaml(), data.manifest, data.path)
+        store = CheckpointStore(tmp_path, CheckpointSection(), parts.config.to_yaml(), data)
         engine: Any = Saver(rank, ranks)
         store.save(engine, {"step": 1}, ())
         return store.settle(engine), store.news()[1]

@@ -16,7 +16,8 @@ from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, point, pointed, step_folder
 from llmtrain.checkpoint.resume import own_step
 from llmtrain.checkpoint.store import CheckpointStore, clear_way, find_checkpoint, newest_good
-from llmtrain.config import CheckpointSection
+from llmtrain.config import CheckpointSection, DataSection
+from llmtrain.data.sources import open_data
 from llmtrain.errors import CorruptError, UserError
 from tests.checkpoint.conftest import save, store_of
 from tests.verified import open_verified
@@ -145,10 +146,7 @@ def test_which_step_is_saved_already_is_remembered_and_not_looked_up(parts: Asse
         save(store, parts, step)
     records = [step_folder(tmp_path, step) / "rank00000.json" for step in (1, 2)]
     before = [path.stat().st_ino for path in records]
-    data = parts.data
-    store = CheckpointStore(
-        tmp_path, CheckpointSection(), parts.config.to_yaml(), data.manifest, data.path, saved_step=1
-    )
+    store = CheckpointStore(tmp_path, CheckpointSection(), parts.config.to_yaml(), parts.data, saved_step=1)
     save(store, parts, 1, "best")
     assert records[0].stat().st_ino == before[0] and pointed(tmp_path, "best") == step_folder(tmp_path, 1)
     save(store, parts, 2)
@@ -170,9 +168,9 @@ def test_a_checkpoint_of_another_run_is_not_one_of_this(parts: Assembly, tmp_pat
 
 
 def test_a_data_folder_that_moves_away_fails_no_save(parts: Assembly, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(parts.data.path, tmp_path / "data"))
-    section = CheckpointSection()
-    store = CheckpointStore(tmp_path / "run", section, parts.config.to_yaml(), parts.data.manifest, copied)
+    copied = Path(shutil.copytree(parts.data.tokenizer_folder.parent, tmp_path / "data"))
+    data = open_data(DataSection(), [copied])
+    store = CheckpointStore(tmp_path / "run", CheckpointSection(), parts.config.to_yaml(), data)
     shutil.rmtree(copied)
     save(store, parts, 1)
     assert newest_good(tmp_path / "run", print, open_verified) is not None

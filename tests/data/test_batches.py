@@ -18,6 +18,7 @@ from llmtrain.data.batches import (
     Windows,
     batches,
     inputs_and_targets,
+    plain_order,
     validation_batches,
 )
 from llmtrain.data.shards import ShardWriter, TokenStream
@@ -104,7 +105,7 @@ def test_steps_to_counts_what_the_loop_will_do(layout: Layout, done: int, more: 
 
 def consumed(windows: Windows, layout: Layout, position: int, steps: int, workers: int = 0) -> list[list[int]]:
     """The first token of every sample of each step, which with an identity stream names the sample."""
-    stream = batches(windows, layout, seed=5, position=position, workers=workers)
+    stream = batches(windows, layout, plain_order(len(windows), 5), position=position, workers=workers)
     return [
         [int(row[0]) for tokens, _ in batch.micro_batches() for row in tokens]
         for batch in itertools.islice(stream, steps)
@@ -150,7 +151,9 @@ def test_an_error_in_a_worker_is_the_same_one_line_as_without(tmp_path: Path) ->
 
 def test_the_sampler_is_a_distributed_sampler_that_starts_anywhere(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path, 1000), 10, 10)
-    sampler = ResumableDistributedSampler(windows, Layout(len(windows), 4, 4), seed=1, position=10**12)
+    sampler = ResumableDistributedSampler(
+        windows, Layout(len(windows), 4, 4), plain_order(len(windows), 1), position=10**12
+    )
     assert isinstance(sampler, DistributedSampler)
     assert len(next(iter(sampler))) in range(1, 5)
     with pytest.raises(TypeError, match="endless"):
@@ -197,6 +200,7 @@ def test_what_is_left_out_is_in_no_batch_and_everything_else_is(
     position, seen, steps = layouts[0].begin_of_batch(0), [], 0
     while position < 300:
         assert layouts[0].steps_to(position, 300) == layouts[0].steps_to(0, 300) - steps
+        assert layouts[0].position_after(0, steps) == position
         seen += sorted(int(p) for layout in layouts for micro in layout.rank_positions(position) for p in micro)
         steps += 1
         position = layouts[0].begin_of_batch(layouts[0].end_of_batch(position))

@@ -10,15 +10,16 @@ import sys
 
 import torch
 
-from llmtrain.config import OptimizerSection, make_config, resolve
+from llmtrain.config import OptimizerSection, make_config
 from llmtrain.engine import make_engine
 from llmtrain.errors import run_main
 from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
 
 
 def main(_argv: list[str]) -> None:
     config = make_config({"model": {"dim": 64}, "training": {"precision": "fp32", "micro_batch_size": 1}})
-    config = resolve(config, vocab_size=256, train_tokens=10**6, world_size=2, bf16_native=False, compile_auto=False)
+    config = resolve(config, vocab_size=256, world_size=2, bf16_native=False, compile_auto=False)
     held: list[int] = []
 
     def make_model() -> Transformer:

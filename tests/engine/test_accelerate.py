@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.config import RunConfig, make_config, resolve
+from llmtrain.config import RunConfig, make_config
 from llmtrain.engine import Engine, Limits, Verdict, make_engine
 from llmtrain.engine.processes import Processes
 from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
 
 ROWS, SEQ_LEN, VOCAB = 6, 16, 50
 
@@ -22,7 +23,7 @@ def config_of(optimizer: str, **training: Any) -> RunConfig:
     model = {"dim": 32, "layers": 2, "heads": 2}
     training = {"precision": "fp32", **training}
     config = make_config({"model": model, "training": training, "optimizer": {"name": optimizer}})
-    facts = {"train_tokens": 10**6, "world_size": 1, "bf16_native": True, "compile_auto": False}
+    facts = {"world_size": 1, "bf16_native": True, "compile_auto": False}
     return resolve(config, vocab_size=VOCAB, **facts)
 
 

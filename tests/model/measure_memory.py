@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llmtrain.config import make_config, resolve
+from llmtrain.config import make_config
 from llmtrain.engine import Engine, make_engine
 from llmtrain.errors import run_main
 from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
 
 FIRST_STEPS = 2  # in which ZeRO-3 learns the order of modules
 STEPS = 5
@@ -36,7 +37,7 @@ def measure(engine: Engine, raw: dict[str, Any]) -> int:
     Of several steps the smallest: a thread of gloo that gets no core drops late what it has sent.
     """
     config = resolve(
-        make_config(raw), vocab_size=raw["model"]["vocab_size"], train_tokens=10**6, world_size=engine.world_size,
+        make_config(raw), vocab_size=raw["model"]["vocab_size"], world_size=engine.world_size,
         bf16_native=False, compile_auto=False,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -9,20 +9,19 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
-from llmtrain.config import ModelSection, make_config, resolve
+from llmtrain.config import ModelSection, make_config
 from llmtrain.model.cost import flops_per_token, model_flops_utilization, parameter_count
 from llmtrain.model.transformer import KVCache, SquaredReLU, Transformer
 from llmtrain.optim.optimizers import make_optimizer, parameter_groups
 from llmtrain.presets import PRESETS
+from llmtrain.resolve import resolve
 
 SEQ_LEN = 32
 
 
 def resolved(vocab_size: int = 101, **model: Any) -> ModelSection:
     config = make_config({"model": {"dim": 64, "layers": 3, "heads": 4, **model}})
-    return resolve(
-        config, vocab_size=vocab_size, train_tokens=10**9, world_size=1, bf16_native=False, compile_auto=False
-    ).model
+    return resolve(config, vocab_size=vocab_size, world_size=1, bf16_native=False, compile_auto=False).model
 
 
 def build(vocab_size: int = 101, checkpointing: str = "none", seed: int = 0, **model: Any) -> Transformer:
@@ -193,7 +192,6 @@ def test_every_preset_builds_with_about_the_size_in_its_name(preset: str) -> Non
     model = resolve(
         config,
         vocab_size=8192 if preset == "10m" else 32_000,
-        train_tokens=10**9,
         world_size=1,
         bf16_native=True,
         compile_auto=False,

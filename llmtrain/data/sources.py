@@ -1,0 +1,136 @@
+"""The data of a run: one prepared folder, or several that are mixed (`data.sources`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.config import DataSection
+from llmtrain.data.batches import Order, Windows, WindowSet, plain_order
+from llmtrain.data.fetch import local_data
+from llmtrain.data.mixture import MixedOrder, MixedWindows, Stage, Weights
+from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset, TokenizerInfo
+from llmtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prepared folder, and what it is called in metrics."""
+
+    name: str
+    data: TokenDataset
+
+    def train_windows(self, seq_len: int, stride: int) -> Windows:
+        """Its training windows.
+
+        Raises:
+            UserError: there is not one.
+        """
+        stream = self.data.split("train")
+        windows = Windows(stream, seq_len, stride)
+        if not len(windows):
+            raise UserError(
+                f"data.seq_len {seq_len} is longer than the data: {self.data.path} has {len(stream)} training tokens "
+                f"and one window takes {seq_len + 1}; lower data.seq_len or prepare more text"
+            )
+        return windows
+
+    def val_windows(self, seq_len: int) -> Windows | None:
+        """Its validation windows; None: there is not one. They never overlap, so that each token counts once."""
+        if "val" not in self.data.manifest.splits:
+            return None
+        windows = Windows(self.data.split("val"), seq_len, seq_len)
+        return windows if len(windows) else None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All sources, of one tokenizer, in the order of the config."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def where(self) -> str:
+        """Names the folders for people."""
+        return ", ".join(str(source.data.path) for source in self.sources)
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """Of every source."""
+        return self.sources[0].data.manifest.tokenizer
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where it lies."""
+        return self.sources[0].data.path / TOKENIZER_FOLDER
+
+    @property
+    def train_tokens(self) -> int:
+        """Of all sources."""
+        return sum(source.data.manifest.splits["train"].tokens for source in self.sources)
+
+    def fingerprint(self) -> str:
+        """Equal exactly when the token streams are equal; that of one folder is its own."""
+        prints = [source.data.manifest.fingerprint() for source in self.sources]
+        return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+    def check_tokenizer(self) -> None:
+        """Raise CorruptError if the tokenizer's files are not those that the ids were made with."""
+        self.sources[0].data.check_tokenizer()
+
+    def train_windows(self, seq_len: int, stride: int) -> WindowSet:
+        """The training windows of all sources.
+
+        Raises:
+            UserError: a source has none.
+        """
+        windows = [source.train_windows(seq_len, stride) for source in self.sources]
+        return windows[0] if len(windows) == 1 else MixedWindows(windows)
+
+    def val_windows(self, seq_len: int) -> dict[str, Windows]:
+        """The validation windows of each source that has any, by its name."""
+        found = {source.name: source.val_windows(seq_len) for source in self.sources}
+        return {name: windows for name, windows in found.items() if windows is not None}
+
+
+def make_order(windows: WindowSet, seed: int, stages: Sequence[Stage]) -> Order:
+    """The order of training windows; `stages` are of no account where there is only one source."""
+    if isinstance(windows, MixedWindows):
+        return MixedOrder([len(source) for source in windows.sources], seed, stages)
+    return plain_order(len(windows), seed)
+
+
+def fetch_data(section: DataSection) -> list[Path]:
+    """The folders of this machine where the data lies; what a URL names is fetched."""
+    return [local_data(path) for path in section.paths]
+
+
+def open_data(section: DataSection, folders: Sequence[Path]) -> TrainingData:
+    """Open what `fetch_data` found.
+
+    Raises:
+        UserError: one is not prepared data, or sources have different tokenizers.
+        CorruptError: a manifest is damaged.
+    """
+    opened = [TokenDataset(folder) for folder in folders]
+    first = opened[0]
+    for other in opened[1:]:
+        if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            raise UserError(
+                f"data.sources: {other.path} was prepared with another tokenizer ({_told(other)}) than {first.path} "
+                f"({_told(first)}); prepare it with --tokenizer {first.path / TOKENIZER_FOLDER}"
+            )
+    return TrainingData(tuple(map(Source, section.names, opened)))
+
+
+def weights_from(section: DataSection) -> dict[int, Weights]:
+    """The weights of all sources by the number of steps after which they hold."""
+    sources = section.sources or ()
+    return {at: tuple(source.weight_after(at) for source in sources) for at in section.stage_steps}
+
+
+def _told(data: TokenDataset) -> str:
+    tokenizer = data.manifest.tokenizer
+    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, {tokenizer.sha256[:12]}"
