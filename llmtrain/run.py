@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -36,7 +35,6 @@ from llmtrain.checkpoint.store import (
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
-from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Outcome
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
 from llmtrain.health.agreement import patiently, together
@@ -46,7 +44,6 @@ from llmtrain.health.peers import Peers, Phase
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
 from llmtrain.health.watchdog import Watchdog
-from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.observe.files import replacing
 from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
@@ -54,6 +51,7 @@ from llmtrain.observe.observer import NullObserver, Observer
 from llmtrain.observe.profile import profiled
 from llmtrain.observe.provenance import append_launch, provenance
 from llmtrain.observe.record import finite
+from llmtrain.observe.samples import Samples
 from llmtrain.observe.sinks import require_sinks
 from llmtrain.observe.source_log import SourceLog
 from llmtrain.observe.validation import Validation, mixed, validate
@@ -159,9 +157,7 @@ class Run:
     def _check_surroundings(self) -> None:
         """Whether everything else that the run needs is there and usable."""
         self.parts.data.check_tokenizer()  # or the damage would go into every checkpoint, under a right hash
-        self._tokenizer = load_tokenizer(self.parts.data.tokenizer_folder)
-        prompts = self.config.training.sample_prompts if self.config.training.sample_every else ()
-        self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
+        self._samples = Samples(self.parts.data.tokenizer_folder, self.config)
         require_sinks(self.config)
         check_writable(self.dir)
         self.mirror.check_writable()
@@ -201,6 +197,8 @@ class Run:
         with self._naming_what_cannot_be_written():
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            if lock.warning:
+                self._early_warning(lock.warning)
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
             self.mirror.clear_way(self.progress.step, self._early_warning)
             self.guard.rewind(self.progress.step)
@@ -366,12 +364,8 @@ class Run:
         """Let the model write, from each of the configured prompts."""
         self._now("sampling")
         with self.meter.paused(), self.engine.evaluating() as model:
-            for prompt, ids in self._prompts:
-                prompt_BS = torch.tensor([ids], device=self.engine.device)
-                options = SamplingOptions(temperature=0.8, vocab_size=self._tokenizer.vocab_size)
-                tokens = self.peers.through(sample(model, prompt_BS, options, seeds=[self.config.run.seed]))
-                written = [int(t) for t in itertools.islice(tokens, self.config.training.sample_tokens)]
-                self.observer.sample(self.progress.step, prompt, self._tokenizer.decode(written))
+            for prompt, text in self._samples.write(model, self.engine.device, self.peers.through):
+                self.observer.sample(self.progress.step, prompt, text)
 
     def save(self, *links: str) -> None:
         """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
@@ -441,7 +435,18 @@ class Run:
         step = self.progress.step
         if not step:
             return Stopped(f"stopped by {reason} before the first step: nothing to save; the same command begins again")
-        if warning := self.stopping.too_short_for(self.store.last_save_s):
+        was_saving = self.store.is_under_way
+        self.saving.settle(self.observer.warn, forgiven=2)
+        warning = self.stopping.too_short_for(self.store.last_save_s)
+        if was_saving and any(self.engine.gather(warning is not None)) and (saved := self.store.saved_step):
+            # A save was just finished: better to leave with that than to be killed in the next.
+            self._report_saves()
+            self.engine.barrier()
+            return Stopped(
+                f"stopped after step {step:,} by {reason}; too little of health.grace_s is left to save again; the "
+                f"same command goes on from step {saved:,}"
+            )
+        if warning:
             self.observer.warn(warning)
         self._save_for_good()
         # The launcher ends all ranks of a machine soon after the first one left; rank 0 must have committed by then.

@@ -166,17 +166,25 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_75(config_dict: Config, tmp_path: Path, number: signal.Signals) -> None:
-    config = merged(config_dict, training={"max_steps": 100_000, "eval_every": None}, checkpoint={"save_every": None})
+@pytest.mark.parametrize(("number", "workers"), [
+    (signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1),
+])  # fmt: skip
+def test_a_signal_to_all_processes_saves_and_exits_75(
+    config_dict: Config, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    config = merged(
+        config_dict, training={"max_steps": 100_000, "eval_every": None}, checkpoint={"save_every": None},
+        data={"workers": workers},
+    )  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     process = subprocess.Popen(
         [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True,
     )  # fmt: skip
     wait_until(lambda: last_step(tmp_path / "run") >= 4, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert process.wait(60) == 75
     assert process.stderr is not None
     assert number.name in process.stderr.read()

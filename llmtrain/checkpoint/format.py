@@ -171,9 +171,19 @@ class CheckpointReader:
         """The files that hold tensors."""
         return [file for file in self.manifest.files if file.path.endswith(_TENSORS)]
 
+    def path(self, name: str) -> Path:
+        """Where a file of the checkpoint lies.
+
+        Raises:
+            CorruptError: the manifest does not list it, so no hash vouches for what is there.
+        """
+        if all(file.path != name for file in self.manifest.files):
+            raise CorruptError(f"{self.folder / MANIFEST}: lists no '{name}', so nothing vouches for what is there")
+        return self.folder / name
+
     def state(self) -> dict[str, Any]:
         """The parsed `state.json`."""
-        path = self.folder / STATE
+        path = self.path(STATE)
         try:
             state: dict[str, Any] = json.loads(_read_text(path))
         except ValueError as error:
@@ -186,7 +196,7 @@ class CheckpointReader:
             shapes: dict[str, tuple[int, ...]] = {}
             fragments: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
             for rank in range(self.manifest.world_size):
-                path = self.folder / f"rank{rank:05d}.json"
+                path = self.path(f"rank{rank:05d}.json")
                 text = _read_text(path)
                 report(len(text))
                 for name, info in _parse(RankRecord, path, text).tensors.items():

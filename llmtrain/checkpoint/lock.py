@@ -32,6 +32,13 @@ class RunLock:
                 f"{folder}: another launch is running in it ({holder}); wait for it, stop it, or choose another run.dir"
             )
 
+    @property
+    def warning(self) -> str | None:
+        """What it cannot do here."""
+        if self._lock.is_exclusive:
+            return None
+        return f"{self._lock.path.parent}: this file system has no locks (flock); start no second launch in this folder"
+
     def release(self) -> None:
         """Give the lock back."""
         self._lock.release()

@@ -12,7 +12,7 @@ from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.store import OpenCheckpoint, find_checkpoint, newest_good
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import DataIdentity
-from llmtrain.errors import CorruptError, UserError
+from llmtrain.errors import UserError
 
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
 _FIXED = {
@@ -95,7 +95,10 @@ def progress_of(reader: CheckpointReader, config: RunConfig, data: DataIdentity)
     try:
         return Progress(**reader.state())
     except TypeError as error:
-        raise CorruptError(f"{reader.folder}: its state is not one of this version: {error}") from error
+        raise UserError(
+            f"{reader.folder}: its state is of another version of llmtrain ({reader.manifest.llmtrain_version}: "
+            f"{error}); go on with that version, or start a new run.dir with model.init_from"
+        ) from error
 
 
 def check_tokenizer(reader: CheckpointReader, data: DataIdentity) -> None:
@@ -110,7 +113,7 @@ def check_tokenizer(reader: CheckpointReader, data: DataIdentity) -> None:
 
 def saved_config(reader: CheckpointReader) -> RunConfig:
     """The resolved config that the checkpoint was saved with."""
-    return load_config(reader.folder / CONFIG)
+    return load_config(reader.path(CONFIG))
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:

@@ -102,7 +102,11 @@ class Retention:
         return [
             step
             for step, folder in folders.items()
-            if folder not in linked and not self._is_needed(folder) and self._is_good(step)
+            if folder not in linked
+            and not self._is_needed(folder)
+            and self._is_good(step)
+            # A folder that somebody moved elsewhere and linked is theirs to delete.
+            and not folder.is_symlink()
         ]
 
     def _counts(self, step: int) -> bool:

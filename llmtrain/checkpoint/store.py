@@ -89,7 +89,7 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             continue
         if not fmt.is_committed(path):
             warn(f"{path}: an unfinished checkpoint; removed")
-            shutil.rmtree(path)
+            _remove(path, warn)
         elif int(path.name[5:]) > resumed_step:
             aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")  # a run may go back twice in a second
             warn(f"{path}: later than step {resumed_step}, where this run goes on; renamed to {aside.name}")
@@ -103,6 +103,24 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             (run_dir / name).unlink(missing_ok=True)
         for leftover in run_dir.glob(f".{name}.*"):
             leftover.unlink()
+
+
+def _remove(folder: Path, warn: Callable[[str], None]) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # such as a file that another process has open, on some file systems
+        aside = folder.with_name(f"{folder.name}.unfinished-{time.time_ns()}")
+        folder.rename(aside)
+        warn(f"{folder}: cannot be removed ({error.strerror or error}); renamed to {aside.name}, delete it by hand")
+
+
+def _not_listed(paths: list[Path]) -> list[Path]:
+    """Those that are not there yet. Their folder is listed: asked for single files, NFS may go on saying no."""
+    listed = {path.name for path in paths[0].parent.iterdir()} if paths else set[str]()
+    return [path for path in paths if path.name not in listed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +168,7 @@ class CheckpointStore:
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
+        self._unset: dict[str, str] = {}  # pointers, and where they are to lead
         self._committed: list[Path] = []
         self._warnings: list[str] = []
         self._room = Room(run_dir)
@@ -190,6 +209,11 @@ class CheckpointStore:
         """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""
         self._saved_step = step
         self._retention.forget()
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step that was saved last, once that is settled."""
+        return self._saved_step
 
     @property
     def is_under_way(self) -> bool:
@@ -257,7 +281,7 @@ class CheckpointStore:
         folder = step_folder(self.run_dir, self._saved_step or 0)
         is_saved = fmt.is_committed(folder)
         if engine.rank == 0 and not is_saved:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is cleared away by the next launch
         return self._saved_step if engine.gather(is_saved)[0] else None
 
     def hurry(self) -> None:
@@ -301,7 +325,8 @@ class CheckpointStore:
                     self._committed.append(folder)
                 self.last_save_s = time.monotonic() - self._began
             if engine.rank == 0:
-                self._link(folder, links)
+                self._unset.update({name: folder.name for name in (LATEST, *links)})
+                self._link()
         except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
             return
@@ -339,13 +364,17 @@ class CheckpointStore:
         """Wait until other ranks' files are there; the file system is all that a background thread may share."""
         self._is_waiting.set()
         began = time.monotonic()
-        while missing := [path for path in paths if not path.exists()]:
+        missing, wait_s = paths, 0.01
+        while missing := _not_listed(missing):
             too_late = time.monotonic() > min(began + _RECORDS_TIMEOUT_S, self._give_up_at)
             if too_late or self._is_given_up.is_set():
                 raise _GivenUpError(0, f"{missing[0]} did not appear within {time.monotonic() - began:.0f} s")
-            time.sleep(0.01)
+            time.sleep(wait_s)
+            wait_s = min(1.5 * wait_s, 0.5)
         self._is_waiting.clear()
 
-    def _link(self, folder: Path, links: tuple[str, ...]) -> None:
-        for name in (LATEST, *links):
-            point(self.run_dir, name, folder.name)
+    def _link(self) -> None:
+        """Set the pointers; one that cannot be set is tried again with the next save, before anything is deleted."""
+        for name, target in list(self._unset.items()):
+            point(self.run_dir, name, target)
+            del self._unset[name]

@@ -9,6 +9,7 @@ change and no rank is left out of a collective.
 
 from __future__ import annotations
 
+import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from llmtrain.data.order import Int64s, sample_ids
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import LlmtrainError
+from llmtrain.health.signals import STOP_SIGNALS
 from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 4096  # positions ordered at once: numpy's cost per call is spread over many batches
@@ -198,6 +200,12 @@ class _MapStyle(Dataset[Tokens_BS | LlmtrainError]):
             return error
 
 
+def _leave_stopping_to_the_parent(_worker: int) -> None:
+    """A scheduler signals all processes of a job; a worker that obeyed would end the run before it has saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
     if isinstance(item, LlmtrainError):
         raise item
@@ -219,7 +227,14 @@ def batches(
         pinned = torch.cuda.is_available()
         loader = map(
             _raise_error,
-            DataLoader(_MapStyle(windows), sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pinned),
+            DataLoader(
+                _MapStyle(windows),
+                sampler=sampler,
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=pinned,
+                worker_init_fn=_leave_stopping_to_the_parent,
+            ),
         )
     else:
         loader = map(windows.gather, sampler)

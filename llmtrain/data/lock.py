@@ -8,6 +8,7 @@ import fcntl
 import os
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class FileLock:
         self.path = path
         self.is_exclusive = True
         self._descriptor: int | None = None
+        # A forked data worker that outlives this process must not hold the lock for it.
+        lock = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _release(lock()))
 
     @property
     def is_held(self) -> bool:
@@ -80,3 +84,8 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _release(lock: FileLock | None) -> None:
+    if lock:
+        lock.release()

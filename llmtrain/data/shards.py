@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Ids = npt.NDArray[np.integer[Any]]
 _SAMPLED_SHARDS = 64
+_AGAIN_AFTER_S = 1.0
 Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
 
@@ -477,12 +479,16 @@ def verify_files(
         if wrong := _size_problem(path, info.bytes):
             return wrong
         try:
-            same = read(path, report) in (None, info.sha256)
+            try:
+                found = read(path, report)
+            except OSError:  # of a network, perhaps, that is back in a moment
+                time.sleep(_AGAIN_AFTER_S)
+                found = read(path, report)
         except OSError as error:  # a bad disk says so only when it is read
             return f"{path}: cannot be read ({error.strerror})"
         except CorruptError as error:
             return str(error)
-        return None if same else f"{path}: content differs from the hash in the manifest"
+        return None if found in (None, info.sha256) else f"{path}: content differs from the hash in the manifest"
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return [line for line in pool.map(problem, files) if line]

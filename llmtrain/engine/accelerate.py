@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from heapq import heapreplace
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,11 @@ class AccelerateEngine(Processes):
         return nn.utils.get_total_norm([parameter.detach() for parameter in self._parameters])
 
     def fragments(self) -> Iterator[Fragment]:
-        """See `Engine`. Every rank holds everything; they share the work: tensor i falls to rank i mod world."""
-        for index, (name, tensor) in enumerate(self._state_tensors()):
-            if index % self.world_size == self.rank:
+        """See `Engine`. Every rank holds everything; they share the work, whole tensors, evenly by bytes."""
+        tensors = list(self._state_tensors())
+        owners = dealt_out([tensor.nbytes for _, tensor in tensors], self.world_size)
+        for (name, tensor), owner in zip(tensors, owners, strict=True):
+            if owner == self.rank:
                 yield Fragment(name, tuple(tensor.shape), 0, tensor.detach().flatten())
 
     def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -100,3 +103,12 @@ class AccelerateEngine(Processes):
 
     def publish(self) -> None:
         """See `Engine`. The model computes with the very tensors that were written."""
+
+
+def dealt_out(sizes: list[int], ranks: int) -> list[int]:
+    """Give each size to a rank so that the sums come out about even: the largest first, to whoever has least."""
+    owners, waiting = [0] * len(sizes), [(0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        held, owners[index] = waiting[0]
+        heapreplace(waiting, (held + sizes[index], owners[index]))
+    return owners

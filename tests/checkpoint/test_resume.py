@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llmtrain.train
-from llmtrain.checkpoint.folders import FINAL, pointed, step_folder
+from llmtrain.checkpoint import format as fmt
+from llmtrain.checkpoint.folders import FINAL, committed_steps, pointed, step_folder
+from llmtrain.errors import Stopped, UserError
 from llmtrain.run import Run
 from llmtrain.train import main
 from tests.conftest import small_config
+from tests.faults.test_hostile import rehash
 from tests.faulty_steps import faulty
 from tests.verified import open_verified
 
@@ -60,3 +66,31 @@ def test_once_it_has_begun_a_run_holds_no_file_of_a_checkpoint(
     train(data, run_dir, "training.max_steps=40", "health.max_skips=3", "health.spike_window=8")
     assert [step for step, _ in seen] == [31, 32, *range(31, 41)]
     assert not any(is_mapped for _, is_mapped in seen)
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(data: Path, run_dir: Path) -> None:
+    """Going back would rename it aside and train its steps again."""
+    newest = step_folder(run_dir, 30)
+    state = json.loads((newest / fmt.STATE).read_text())
+    (newest / fmt.STATE).write_text(json.dumps({**state, "something_new": 1}))
+    rehash(newest)
+    with pytest.raises(UserError, match="its state is of another version of llmtrain"):
+        train(data, run_dir, "training.max_steps=40")
+    assert committed_steps(run_dir) == [10, 20, 30]
+
+
+def test_a_stop_in_the_middle_of_a_save_does_not_begin_another_that_cannot_be_finished(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process would be killed in it, and whoever looks at its exit code would not start it again."""
+    plain = fmt.write_rank
+
+    def write_rank(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.0)
+        plain(*args)
+
+    monkeypatch.setattr("llmtrain.checkpoint.format.write_rank", write_rank)
+    with pytest.raises(Stopped, match=r"too little of health.grace_s .* goes on from step 10"):
+        train(data, tmp_path / "run", "training.max_steps=100000", "training.eval_every=null", "health.grace_s=1.2")
+    assert committed_steps(tmp_path / "run") == [10]

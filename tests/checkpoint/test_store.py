@@ -242,3 +242,53 @@ def test_two_processes_save_their_parts_and_one_resumes(config_dict: dict[str, A
         # The gradient is summed in another order: float32 rounding, grown over 30 steps.
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["tokens"] == b["tokens"]
+
+
+def test_a_link_that_failed_is_set_by_the_next_save_before_anything_is_deleted(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the best checkpoint would go, for nothing says any more that it is one."""
+    store = store_of(parts, tmp_path, keep_last=1)
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtrain.checkpoint.store.point", no_room)
+        store.save(parts.engine, {"step": 1}, ("best",))
+        assert "No space left" in str(store.settle(parts.engine))
+    save(store, parts, 2)
+    save(store, parts, 3)
+    assert committed_steps(tmp_path) == [1, 3]
+    assert [pointed(tmp_path, name) for name in ("best", "latest")] == [step_folder(tmp_path, n) for n in (1, 3)]
+
+
+def test_folders_that_were_moved_and_linked_are_left_alone(parts: Assembly, tmp_path: Path) -> None:
+    store = store_of(parts, tmp_path / "run", keep_last=1)
+    save(store, parts, 1)
+    elsewhere = step_folder(tmp_path / "run", 1).rename(tmp_path / "elsewhere")
+    step_folder(tmp_path / "run", 1).symlink_to(elsewhere)
+    save(store, parts, 2)
+    save(store, parts, 3)
+    assert committed_steps(tmp_path / "run") == [1, 3] and store.news()[1] == []
+    (elsewhere / fmt.MARKER).unlink()
+    clear_way(tmp_path / "run", 3, None, print)
+    assert committed_steps(tmp_path / "run") == [3] and (elsewhere / fmt.MANIFEST).exists()
+
+
+def test_an_unfinished_folder_that_cannot_be_removed_is_renamed(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(store_of(parts, tmp_path), parts, 1)
+    torn = step_folder(tmp_path, 2)
+    torn.mkdir()
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtrain.checkpoint.store.shutil.rmtree", busy)
+        clear_way(tmp_path, 1, None, print)
+    assert not torn.exists() and len(list(tmp_path.glob("step-00000002.unfinished-*"))) == 1
+    assert "cannot be removed (Device or resource busy)" in capsys.readouterr().out
+    save(store_of(parts, tmp_path), parts, 2)

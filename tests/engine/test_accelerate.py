@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmtrain.config import RunConfig, make_config
 from llmtrain.engine import Engine, Limits, Verdict, make_engine
+from llmtrain.engine.accelerate import dealt_out
 from llmtrain.engine.processes import Processes
 from llmtrain.model.transformer import Transformer
 from llmtrain.resolve import resolve
@@ -189,3 +192,11 @@ def test_a_refused_step_leaves_everything_as_it_was_also_the_first(
     states = [{f.name: f.values for f in one.fragments()} for one in (engine, plain_engine)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@given(sizes=st.lists(st.integers(1, 1000)), ranks=st.integers(1, 9))
+def test_ranks_share_the_writing_evenly(sizes: list[int], ranks: int) -> None:
+    """By whole tensors, so nobody has more than a fair part and the largest besides."""
+    owners = dealt_out(sizes, ranks)
+    held = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
+    assert sum(held) == sum(sizes) and max(held) <= sum(sizes) / ranks + max(sizes, default=0)

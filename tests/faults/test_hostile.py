@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import step_folder
 from llmtrain.data.shards import FileInfo
+from llmtrain.errors import CorruptError
 from llmtrain.generate import main as generate
 from llmtrain.verify import main as verify
 from tests.conftest import Call, is_one_clear_line
@@ -169,6 +170,25 @@ def test_a_record_that_lies_about_its_tensors(
     (checkpoint / "rank00000.json").write_text(json.dumps(record))
     rehash(checkpoint)
     assert_refused(launcher, call, data, checkpoint, reason)
+
+
+@pytest.mark.parametrize("name", [fmt.CONFIG, "rank00000.json"])
+def test_a_manifest_that_leaves_out_what_is_read(
+    launcher: Launcher, call: Call, data: Path, checkpoint: Path, name: str
+) -> None:
+    """No hash vouches for it then, and it may be a link to anywhere."""
+    manifest = json.loads((checkpoint / fmt.MANIFEST).read_text())
+    manifest["files"] = [file for file in manifest["files"] if file["path"] != name]
+    write_manifest(checkpoint, manifest)
+    assert_refused(launcher, call, data, checkpoint, f"lists no '{name}'")
+
+
+def test_a_manifest_that_leaves_out_the_state(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / fmt.MANIFEST).read_text())
+    manifest["files"] = [file for file in manifest["files"] if file["path"] != fmt.STATE]
+    write_manifest(checkpoint, manifest)
+    with pytest.raises(CorruptError, match=r"lists no 'state\.json'"):
+        fmt.CheckpointReader(checkpoint).state()
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/hostname"])

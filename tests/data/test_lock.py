@@ -1,0 +1,48 @@
+"""The lock of a folder: held by a process, and by nothing that outlives it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from llmtrain.checkpoint.lock import RunLock
+from llmtrain.data.lock import FileLock
+
+
+def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """A data worker does, for seconds, after a kill -9; the same command could not be started again at once."""
+    lock = FileLock(tmp_path / ".lock")
+    assert lock.acquire() is None
+    context = multiprocessing.get_context("fork")
+    go_on = context.Event()
+    child = context.Process(target=go_on.wait)
+    child.start()
+    try:
+        assert "process" in str(FileLock(tmp_path / ".lock").acquire())
+        lock.release()  # as the end of the process would
+        other = FileLock(tmp_path / ".lock")
+        assert child.is_alive() and other.acquire() is None
+        other.release()
+    finally:
+        go_on.set()
+        child.join()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert lock.warning is None
+    lock.release()
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert "has no locks" in str(lock.warning)
+    lock.release()
