@@ -396,6 +396,8 @@ def _check_samples(folder: Path, shard: ShardInfo) -> None:
 def _cut_off(path: str, expected: int) -> str | None:
     try:
         size = os.stat(path).st_size  # noqa: PTH116 -- for every micro-batch, and a Path takes as long again
+    except PermissionError:  # what is mapped stays readable
+        return None
     except OSError as error:
         return f"{path}: is gone while it is read ({error.strerror}); put it back, and start the run again"
     return (
