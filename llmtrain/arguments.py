@@ -39,6 +39,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def count_int(text: str) -> int:
+    """Argparse type: a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not '{text}'")
+    return int(text)
+
+
 def id_number(text: str) -> int:
     """Argparse type: a token id."""
     if not text.isdecimal() or int(text) >= 2**32:

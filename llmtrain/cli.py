@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model from a config, or go on with an interrupted run",
     "generate": "sample text from a run or a checkpoint",
     "evaluate": "loss, perplexity, accuracy and bits per byte on prepared data",
+    "report": "what prepared data holds: tokens, lengths, vocabulary, copies, samples",
     "doctor": "check the machine, then the training checklist on one batch",
     "verify": "check every hash of prepared data or of a checkpoint",
 }

@@ -169,6 +169,12 @@ class Outline:
     source_bytes: int
 
 
+def source_of(chunk: Chunk, ordinal: int) -> int:
+    """The number of the input that a document of a chunk is from."""
+    file = chunk.files[ordinal - chunk.start.ordinal] if isinstance(chunk, TextChunk) else chunk.file
+    return file.source
+
+
 def read_documents(chunk: Chunk, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
     """Yield (ordinal, text) of each document of a chunk that is to be used, as it is to be used."""
     if options.refine == NO_CHANGE and options.copies is None:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrain.data.corpus import Chunk, ReadOptions, Skipped, read_documents
+from llmtrain.data.corpus import Chunk, ReadOptions, Skipped, read_documents, source_of
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shards import ShardWriter, SplitInfo
 from llmtrain.data.split import Splitter, augmented
@@ -23,12 +23,16 @@ SplitName = Literal["train", "val"]
 
 
 class Encoded(BaseModel):
-    """What was written of an input, or of one part of it: shards, and counts of what was left out or unknown."""
+    """What was written of an input, or of one part of it: shards, and counts of what was left out or unknown.
+
+    `sources` has for each split how many documents are from each input, by its number; they follow each other.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     splits: dict[str, SplitInfo]
     skipped: dict[str, int]
     unknown: dict[str, int]
+    sources: dict[str, dict[int, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class EncodedChunk:
     splits: dict[SplitName, EncodedDocuments]
     skipped: Skipped
     source_bytes: int
+    sources: dict[SplitName, Counter[int]]  # how many documents are from each input
 
 
 class ChunkEncoder:
@@ -93,11 +98,14 @@ class ChunkEncoder:
         """Read, divide and encode a chunk."""
         skipped: Skipped = Counter()
         documents: dict[SplitName, list[str]] = {"train": [], "val": []}
+        sources: dict[SplitName, Counter[int]] = {"train": Counter(), "val": Counter()}
         for ordinal, text in read_documents(chunk, self._division.reading, skipped):
+            source = source_of(chunk, ordinal)
             for split, parts in self._division.divide(ordinal, text).items():
                 documents[split] += parts
+                sources[split][source] += len(parts)
         splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
-        return EncodedChunk(splits, skipped, chunk.source_bytes)
+        return EncodedChunk(splits, skipped, chunk.source_bytes, sources)
 
 
 def encode_to_shards(
@@ -125,16 +133,19 @@ def encode_to_shards(
     """
     writers = {name: ShardWriter(folder, name, dtype, shard_tokens) for name in division.split_names()}
     skipped, unknown, written = Counter[str](), Counter[str](), 0
+    sources = {name: Counter[int]() for name in division.split_names()}
     make_encoder: Callable[[], ChunkEncoder] = partial(ChunkEncoder.load, division, tokenizer_folder)
     for chunk in ordered_map(make_encoder, chunks, workers):
         for name, documents in chunk.splits.items():
             writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
             unknown[name] += documents.unknown
+            sources[name] += chunk.sources[name]
         skipped += chunk.skipped
         written += sum(len(documents.lengths) for documents in chunk.splits.values())
         report(chunk.source_bytes, f"{written:,} documents")
     splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
-    return Encoded(splits=splits, skipped=skipped, unknown=unknown)
+    counts: dict[str, dict[int, int]] = {name: dict(count) for name, count in sources.items()}
+    return Encoded(splits=splits, skipped=skipped, unknown=unknown, sources=counts)
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> EncodedDocuments:

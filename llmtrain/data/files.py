@@ -9,7 +9,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ class SourceFile:
     bytes: int
     modified_ns: int
     dataset: DatasetShard | None = None  # what it is part of, where it is no file of its own
+    source: int = 0  # the number of the input that it is from
 
     @property
     def is_text(self) -> bool:
@@ -70,7 +71,7 @@ def find(inputs: Sequence[str], max_files: int | None = None, selection: Selecti
     """
     left_out = Counter[str]()
     files = list[SourceFile]()
-    for source in inputs:
+    for number, source in enumerate(inputs):
         found, base = _files_of(source), _base_of(source)
 
         def is_taken(file: SourceFile, base: Path = base) -> bool:
@@ -81,7 +82,7 @@ def find(inputs: Sequence[str], max_files: int | None = None, selection: Selecti
         if not kept:
             reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
             raise UserError(f"{source}: none of its {len(found):,} files is taken ({reasons})")
-        files += kept
+        files += [replace(file, source=number) for file in kept] if number else kept
     return Found(files[:max_files], left_out)
 
 

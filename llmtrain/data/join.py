@@ -79,6 +79,9 @@ def join_parts(
         splits=splits,
         skipped=sum((Counter(encoded.skipped) for _, encoded in parts), Counter()),
         unknown=sum((Counter(encoded.unknown) for _, encoded in parts), Counter()),
+        sources={
+            name: sum((Counter(encoded.sources.get(name, {})) for _, encoded in parts), Counter()) for name in splits
+        },
     )
 
 

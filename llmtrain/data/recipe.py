@@ -171,6 +171,10 @@ def write_manifest(
         "skipped": dict(sorted(counts.items())),
         "changed": changed,
         "unknown_tokens": {name: count for name, count in sorted(encoded.unknown.items()) if count},
+        "documents_of_inputs": {
+            name: [count.get(number, 0) for number in range(len(request["inputs"]))]
+            for name, count in encoded.sources.items()
+        },
         "request": request,
     }
     manifest = Manifest(dtype=id_dtype(tokenizer.vocab_size), tokenizer=tokenizer, splits=encoded.splits, recipe=recipe)

@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """Return the text of ids; those that stand for no text are left out, invalid UTF-8 becomes U+FFFD."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of text that one id stands for inside a text; none where it stands for no text."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer into an existing folder; `load_tokenizer` reads it back."""
         ...

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 BYTES = 256
 PROBED_IDS = 1000
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceTokenizer:
@@ -59,6 +61,7 @@ class HuggingFaceTokenizer:
         self.unk_id = self._full.token_to_id(unk) if unk else None
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
         self._dtype = id_dtype(self.vocab_size)
+        self._decoders = _decoders(config.get("decoder"))
         marks = {i for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None}
         self._textless = marks | set(special.values())
         names = (self._full.id_to_token(i) for i in self._textless)
@@ -106,6 +109,18 @@ class HuggingFaceTokenizer:
         with _panics_refused(self._source):
             return self._full.decode(known, skip_special_tokens=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token of a byte-level tokenizer, and what others decode it to, in UTF-8."""
+        piece = self._full.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if piece is None or token in self._textless:
+            return b""
+        if "ByteLevel" in self._decoders and set(piece) <= _bytes_by_letter().keys():
+            return bytes(map(_bytes_by_letter().__getitem__, piece))
+        if "ByteFallback" in self._decoders and BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[1:-1], 16)])
+        # Decoded twice, because decoders treat the start of a text, such as a space there, in their own ways.
+        return self.decode([token, token]).removeprefix(self.decode([token])).encode()
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `tokenizers` and `transformers` load as it is."""
         (folder / TOKENIZER_FILE).write_text(self._content, encoding="utf-8")
@@ -134,6 +149,12 @@ def _one_merge_per_token(model: dict[str, Any]) -> bool:
         return True
     merged = ["".join(pair) for pair in _merges(model)]
     return len(set(merged)) == len(merged)
+
+
+def _decoders(config: dict[str, Any] | None) -> set[str]:
+    """The types of the decoders, of which a sequence is several."""
+    config = config or {}
+    return {str(config.get("type"))}.union(*(_decoders(part) for part in config.get("decoders") or []))
 
 
 def _merges(model: dict[str, Any]) -> list[list[str]]:
@@ -247,3 +268,8 @@ def _byte_alphabet() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(BYTES)]
+
+
+@functools.cache
+def _bytes_by_letter() -> dict[str, int]:
+    return {letter: byte for byte, letter in enumerate(_byte_alphabet())}

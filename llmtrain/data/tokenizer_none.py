@@ -50,6 +50,10 @@ class NoTokenizer:
         """Write each id as its number, for reports that show what is in a batch."""
         return "".join(f"<{int(token)}>" for token in ids)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return nothing: which text an id stands for is not known."""
+        return b""
+
     def save(self, folder: Path) -> None:
         """Write what there is."""
         write_identity(folder, self.kind, vocab_size=self.vocab_size, eos_id=self._eos_id)

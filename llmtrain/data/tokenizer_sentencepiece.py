@@ -111,6 +111,17 @@ class SentencePieceTokenizer:
         known = [i for i in np.asarray(ids).tolist() if 0 <= i < self.vocab_size]
         return str(self._processor.decode(known))
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the text of a piece, in UTF-8, or its byte."""
+        if not 0 <= token < self.vocab_size:
+            return b""
+        if self._processor.is_control(token) or self._processor.is_unknown(token) or self._processor.is_unused(token):
+            return b""
+        piece = str(self._processor.id_to_piece(token))
+        if self._processor.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])  # as in <0x0A>
+        return piece.replace(SPACE_SYMBOL, " ").encode()
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.model`, which the library loads as it is."""
         (folder / MODEL_FILE).write_bytes(self._model)

@@ -65,6 +65,10 @@ class ByteTokenizer:
         array = np.asarray(ids, np.int64)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the byte itself."""
+        return bytes([token]) if 0 <= token < 256 else b""
+
     def save(self, folder: Path) -> None:
         """Write the kind; there is nothing else to know."""
         write_identity(folder, self.kind)
@@ -136,6 +140,10 @@ class CharTokenizer:
         """Return the characters of ids; `<unk>` becomes U+FFFD."""
         return _look_up(ids, self._characters, self.unk_id)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the character in UTF-8."""
+        return _look_up([token], self._characters, None).encode()
+
     def save(self, folder: Path) -> None:
         """Write the characters."""
         write_identity(folder, self.kind, characters=self._characters, has_unk=self._has_unk)
@@ -196,6 +204,10 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text of ids; `<unk>` becomes U+FFFD."""
         return _look_up(ids, self._words, self.unk_id)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the piece in UTF-8."""
+        return _look_up([token], self._words, None).encode()
 
     def save(self, folder: Path) -> None:
         """Write the words, most frequent first."""

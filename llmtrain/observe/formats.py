@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 
 def count(value: int) -> str:
@@ -55,3 +56,21 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """`text` without what would command a terminal: a model may well write escape sequences."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def visible(data: bytes) -> str:
+    """The text of a token on one line: each space as `·`, what else cannot be seen as an escape (`\\n`, `\\xc3`)."""
+    text = data.decode("utf-8", "surrogateescape")
+    return "".join("·" if char == " " else char if _is_seen(char) else _escape(char) for char in text)
+
+
+def _is_seen(char: str) -> bool:
+    return char.isprintable() and char not in "·\\" and not unicodedata.combining(char)
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    # Python writes U+00B7 as it writes the byte B7.
+    return f"\\u{code:04x}" if 0x80 <= code <= 0xFF else char.encode("unicode_escape").decode()

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,7 +148,8 @@ def test_joined_shards_are_those_of_one_writer(tmp_path_factory, data):
         writer = ShardWriter(folder / name, "train", "uint16", shard_tokens)
         for i in documents:
             writer.append(np.full(lengths[i], i), np.array([lengths[i]]), 2)
-        return folder / name, Encoded(splits={"train": writer.close()}, skipped={}, unknown={})
+        sources = {"train": dict(Counter(i % 3 for i in documents))}
+        return folder / name, Encoded(splits={"train": writer.close()}, skipped={}, unknown={}, sources=sources)
 
     bounds = [0, *cuts, len(lengths)]
     stretches = [range(first, end) for first, end in pairwise(bounds)]

@@ -128,6 +128,15 @@ def test_bytes_that_are_not_utf8_decode_to_the_replacement_character():
     assert "\ufffd" in fitted("bpe").decode([3 + 0xC3, 3 + 0x28])
 
 
+def test_the_bytes_of_its_tokens_are_the_text(kind):
+    tokenizer = fitted(kind)
+    text = library_text()[1] + ("" if kind in ("char", "word") else "Größe 日本語 🎉 \x00\u00a0")
+    ids = [i for i in tokenizer.encode(text).tolist() if i != tokenizer.unk_id]
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
+    specials = {tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {None}
+    assert {tokenizer.token_bytes(i) for i in [*specials, -1, tokenizer.vocab_size]} == {b""}
+
+
 def test_ids_that_stand_for_no_text_are_left_out(kind):
     tokenizer = fitted(kind)
     ids = tokenizer.encode("import os").tolist()
