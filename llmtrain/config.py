@@ -153,7 +153,8 @@ class ModelSection(Section):
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     qk_norm: bool = True
-    vocab_size: PositiveInt | None = None  # null: the tokenizer's
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's, padded to a multiple of
+    vocab_multiple: PositiveInt = 1  # such as 128, which suits matrix units; padded ids are never written
     init_from: str | None = None  # a run or checkpoint folder whose weights (only) start this run
 
     @property

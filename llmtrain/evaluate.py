@@ -51,7 +51,9 @@ def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int
         world_size=engine.world_size,
     )
     limit = batches and batches * layout.global_batch
-    result = validate(engine, validation_batches(windows, layout, limit), layout.micro_batch)
+    result = validate(
+        engine, validation_batches(windows, layout, limit), layout.micro_batch, trained.tokenizer.vocab_size
+    )
     info = data.manifest.splits[split]
     bits = result.bits_per_byte(info.text_bytes / info.tokens) if info.text_bytes else None
     return {

@@ -30,7 +30,7 @@ def resolve(config: RunConfig, *, vocab_size: int, world_size: int, bf16_native:
         )
     resolved_model = model.model_copy(
         update={
-            "vocab_size": model.vocab_size or vocab_size,
+            "vocab_size": model.vocab_size or -(-vocab_size // model.vocab_multiple) * model.vocab_multiple,
             "kv_heads": model.kv_heads or model.heads,
             "ff_dim": model.ff_dim or default_ff_dim(model.dim, model.activation),
         }

@@ -259,13 +259,13 @@ class Run:
         """
         if not self.parts.val:
             return None
-        layout, limit = self.parts.layout, self.config.training.eval_batches
+        layout, limit, ids = self.parts.layout, self.config.training.eval_batches, self.parts.data.tokenizer.vocab_size
         found = {}
         try:
             with self.meter.paused():
                 for name, of_source in self.parts.val.items():
                     windows = validation_batches(of_source, layout, limit and limit * layout.global_batch)
-                    found[name] = validate(self.engine, self._until_told(windows), layout.micro_batch)
+                    found[name] = validate(self.engine, self._until_told(windows), layout.micro_batch, ids)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None

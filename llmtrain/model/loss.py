@@ -40,13 +40,13 @@ def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: 
     return loss
 
 
-def loss_and_correct(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
-    """The same without a gradient, and how many targets have the highest logit: (2,), float32."""
+def loss_and_correct(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, ids: int) -> Tensor:
+    """The same without a gradient, and how many targets have the highest logit of the first `ids`: (2,), float32."""
     sums = hidden_BSD.new_zeros(2, dtype=torch.float32)
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
     for part in _parts(len(targets_N), weight_VD):
         logits = F.linear(hidden_ND[part], weight_VD)
-        correct = (logits.argmax(-1) == targets_N[part]).sum()
+        correct = (logits[:, :ids].argmax(-1) == targets_N[part]).sum()
         sums += torch.stack((cross_entropy_sum(logits, targets_N[part]), correct))
     return sums
 

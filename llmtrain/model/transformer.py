@@ -149,12 +149,13 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Logits, or what is made of them; one module, so that whatever gathers a module's weights has them for both."""
 
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, count_correct: bool = False) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, count_among: int | None = None) -> Tensor:
         """See `Transformer.forward`."""
         if targets_BS is None:
             return super().forward(hidden_BSD)
-        make = loss_and_correct if count_correct else linear_cross_entropy_sum
-        return make(hidden_BSD, self.weight, targets_BS)
+        if count_among is None:
+            return linear_cross_entropy_sum(hidden_BSD, self.weight, targets_BS)
+        return loss_and_correct(hidden_BSD, self.weight, targets_BS, count_among)
 
 
 class Transformer(nn.Module):
@@ -193,7 +194,7 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-        count_correct: bool = False,
+        count_among: int | None = None,
     ) -> Tensor:
         """Predict the next token at every position.
 
@@ -202,16 +203,17 @@ class Transformer(nn.Module):
             targets_BS: int64 ids, -100 where there is no target; None asks for logits.
             cache: positions already seen; extended in place.
             last_only: logits of the last position only, (B, 1, V).
-            count_correct: see below.
+            count_among: see below; how many ids the tokenizer has, as those after them only pad the vocabulary.
 
         Returns:
             the logits (B, S, V); with targets the loss summed over them, in nats (float32 scalar), and with
-            `count_correct` also the number of targets that have the highest logit (float32 (2,), without a gradient).
+            `count_among` also the number of targets that have the highest logit of the first so many ids (float32 (2,),
+            without a gradient).
         """
         hidden_BSD = self.hidden(ids_BS, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
-        out: Tensor = self.head(hidden_BSD, targets_BS, count_correct)
+        out: Tensor = self.head(hidden_BSD, targets_BS, count_among)
         return out
 
     def hidden(self, ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:

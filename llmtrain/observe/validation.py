@@ -33,20 +33,21 @@ class Validation:
         return self.loss / math.log(2) / bytes_per_token
 
 
-def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int) -> Validation:
+def validate(engine: Engine, batches: Iterable[torch.Tensor], rows: int, vocab_size: int) -> Validation:
     """Evaluate the engine's model.
 
     Args:
         engine: prepared.
         batches: this rank's (n ≤ rows, seq_len + 1) token batches; every rank has equally many.
         rows: rows of a full batch, to which short ones are padded.
+        vocab_size: of the tokenizer; ids that only pad the model's vocabulary are never its most likely ones.
     """
     # Totals in float64, except on MPS, which has none.
     sums = torch.zeros(3, dtype=torch.float32 if engine.device.type == "mps" else torch.float64, device=engine.device)
     with engine.evaluating() as model:
         for tokens in batches:
             inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
-            sums[:2] += model(inputs_BS, targets_BS, count_correct=True)
+            sums[:2] += model(inputs_BS, targets_BS, count_among=vocab_size)
             sums[2] += (targets_BS != IGNORE_INDEX).sum()
     loss_sum, correct_sum, count = engine.sum(sums).tolist()
     return Validation(loss_sum / count, correct_sum / count, int(count))

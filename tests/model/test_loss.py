@@ -80,14 +80,15 @@ def test_where_nothing_is_a_target_loss_and_gradients_are_zero(monkeypatch: pyte
     assert not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("ids", [VOCABULARY, VOCABULARY // 2])
 @pytest.mark.parametrize("tokens", [1, 7, 1000])
-def test_loss_and_correct_count_as_the_whole_logits_do(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_loss_and_correct_count_as_the_whole_logits_do(monkeypatch: pytest.MonkeyPatch, tokens: int, ids: int) -> None:
     monkeypatch.setattr(loss_module, "MOST_LOGITS", tokens * VOCABULARY)
     hidden, weight, targets = inputs()
     logits = hidden @ weight.T
-    loss, correct = loss_and_correct(hidden, weight, targets).tolist()
+    loss, correct = loss_and_correct(hidden, weight, targets, ids).tolist()
     assert loss == pytest.approx(cross_entropy_sum(logits, targets).item(), rel=1e-6)
-    assert correct == (logits.argmax(-1) == targets).sum().item()
+    assert correct == (logits[..., :ids].argmax(-1) == targets).sum().item()
 
 
 def test_no_tensor_is_larger_than_the_limit_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
