@@ -27,6 +27,7 @@ from llmtrain.data.fetch import upload_data
 from llmtrain.data.filters import parse_filter
 from llmtrain.data.flags import parser
 from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_part
+from llmtrain.data.pieces import Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
     Options,
@@ -178,6 +179,8 @@ def _gather(flags: dict[str, Any]) -> None:
     flags["selection"] = Selection(patterns, flags.pop("max_file_bytes"))
     filters = tuple(parse_filter(text) for text in flags.pop("filters"))
     form, least, most = (flags.pop(name) for name in ("normalize", "min_chars", "max_chars"))
+    flags["pieces"] = Pieces(flags.pop("digits"), flags.pop("whitespace"))
+    flags["pieces"].check(flags["tokenizer"])
     flags["refine"] = Refinement(form, least, most, filters)
 
 

@@ -47,6 +47,7 @@ TEXT_FLAGS = {
     "--dedup": "dedup",
     "--include, --language, --max-file-bytes": "selection",
     "--filter, --normalize, --min-chars, --max-chars": "refine",
+    "--digits, --whitespace": "pieces",
     "--seed": "seed",
     "--shard-tokens": "shard_tokens",
 }

@@ -9,6 +9,7 @@ from typing import Literal
 from llmtrain.data.corpus import ReadOptions, cut_into_chunks, read_documents, told
 from llmtrain.data.encode import Division, SplitName
 from llmtrain.data.files import SourceFile
+from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.split import Picker, Splitter
 from llmtrain.data.tokenizer import Tokenizer, fit_tokenizer
 from llmtrain.errors import UserError
@@ -56,7 +57,9 @@ def choose_splitter(
     )
 
 
-def fit(files: Sequence[SourceFile], division: Division, kind: str, vocab_size: int | None) -> Tokenizer:
+def fit(
+    files: Sequence[SourceFile], division: Division, kind: str, vocab_size: int | None, pieces: Pieces = AS_USUAL
+) -> Tokenizer:
     """Fit a tokenizer on (a sample of) the training documents of an input; see `fit_tokenizer`."""
 
     def documents(split: SplitName) -> Iterator[str]:
@@ -64,7 +67,7 @@ def fit(files: Sequence[SourceFile], division: Division, kind: str, vocab_size: 
 
     limit = SAMPLE_BYTES.get(kind)
     training = documents("train") if limit is None else _sample(files, division, limit)
-    return fit_tokenizer(kind, training, vocab_size, documents("val"))
+    return fit_tokenizer(kind, training, vocab_size, documents("val"), pieces)
 
 
 def _sample(files: Sequence[SourceFile], division: Division, limit: int) -> Iterator[str]:

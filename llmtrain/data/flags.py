@@ -78,6 +78,18 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
         metavar="N",
         help=f"exactly so many ids (default: {DEFAULT_VOCAB_SIZE}, or what the text supports)",
     )
+    add(
+        "--digits",
+        choices=("join", "split"),
+        help="of bbpe, bpe and unigram: split makes each of 0 to 9 a token of its own; join (the default) lets"
+        " frequent numbers be tokens",
+    )
+    add(
+        "--whitespace",
+        choices=("join", "split"),
+        help="of bbpe, bpe and unigram: join lets runs of blanks be tokens, as suits source code (the default of"
+        " bbpe); split makes each blank one, or the start of one (the default of bpe and unigram)",
+    )
 
 
 def _add_split_flags(add: Callable[..., Any], default: Options) -> None:

@@ -15,6 +15,7 @@ from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, find_files, leads_in_circle
 from llmtrain.data.fit import choose_splitter, fit
+from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
 from llmtrain.data.select import Selection
@@ -49,6 +50,7 @@ class Options:
     selection: Selection = EVERYTHING
     refine: Refinement = NO_CHANGE
     dedup: bool = False
+    pieces: Pieces = AS_USUAL
 
     def find(self) -> Found:
         """The files of the input."""
@@ -69,6 +71,8 @@ class Options:
             "max_chars": self.refine.max_chars,
             "filter": [f"{name}={value!r}" for name, value in self.refine.filters],
             "dedup": self.dedup,
+            "digits": self.pieces.digits,
+            "whitespace": self.pieces.whitespace,
         }
         return {
             "inputs": list(self.inputs),
@@ -135,7 +139,7 @@ def divide(files: Sequence[SourceFile], options: Options, folder: Path, show_pro
 
 def fit_into(folder: Path, files: Sequence[SourceFile], division: Division, options: Options) -> TokenizerInfo:
     """Fit the tokenizer and save it in its folder in `folder`."""
-    tokenizer = fit(files, division, options.tokenizer, options.vocab_size)
+    tokenizer = fit(files, division, options.tokenizer, options.vocab_size, options.pieces)
     return save_tokenizer(folder, tokenizer)
 
 

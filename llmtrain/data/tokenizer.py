@@ -22,6 +22,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.shards import FileInfo, TokenizerInfo, hash_file
 from llmtrain.data.tokenizer_base import IDENTITY, Ids, Lengths, Tokenizer, id_dtype, read_identity
 from llmtrain.data.tokenizer_none import NoTokenizer
@@ -50,7 +51,11 @@ DEFAULT_VOCAB_SIZE = 8192
 
 
 def fit_tokenizer(
-    kind: str, training: Iterable[str], vocab_size: int | None = None, validation: Iterable[str] = ()
+    kind: str,
+    training: Iterable[str],
+    vocab_size: int | None = None,
+    validation: Iterable[str] = (),
+    pieces: Pieces = AS_USUAL,
 ) -> Tokenizer:
     """Make the tokenizer of a kind from the training documents.
 
@@ -59,12 +64,14 @@ def fit_tokenizer(
         training: the documents it may learn from; read once, and only by kinds that learn.
         vocab_size: exactly how many ids it has; None for `DEFAULT_VOCAB_SIZE`, or fewer if the text supports fewer.
         validation: looked at by `char` only, which gets an `<unk>` id where these documents have other characters.
+        pieces: what may be in one piece of `bpe`, `unigram` and `bbpe`.
 
     Raises:
         UserError: no such kind; a size the kind or the text cannot have (says the largest possible); a bad file.
     """
     if vocab_size is not None and kind not in SIZED_KINDS:
         raise UserError(f"--vocab-size {vocab_size}: the vocabulary of '{kind}' is given; leave --vocab-size out")
+    pieces.check(kind)
     if (path := existing_tokenizer_file(kind)) is not None:
         return _load_existing(path)
     if kind == "byte":
@@ -76,10 +83,10 @@ def fit_tokenizer(
     if kind in ("bpe", "unigram"):
         from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer.fit(kind, training, vocab_size, DEFAULT_VOCAB_SIZE)
+        return SentencePieceTokenizer.fit(kind, training, vocab_size, DEFAULT_VOCAB_SIZE, pieces)
     from llmtrain.data.tokenizer_hf import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer.fit(training, vocab_size, DEFAULT_VOCAB_SIZE)
+    return HuggingFaceTokenizer.fit(training, vocab_size, DEFAULT_VOCAB_SIZE, pieces.cuts())
 
 
 def existing_tokenizer_file(kind: str) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -16,11 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from gigatoken import gigatoken_rs
 
+from llmtrain.data.pieces import CHOICES
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, lengths_between
 
 # A noncharacter of Unicode, never assigned: it stands for the end of a document between documents that are encoded as
 # one string, and around the names of special tokens to make them unspellable.
 SEPARATOR = "\U0010ffff"
+# Another one, which stands where text is cut before it is cut into words.
+CUT = "\U0010fffe"
+RESERVED = re.compile(f"[{CUT}{SEPARATOR}]")
 # Below this mean length (in characters) a call per document costs more than the joined call (11 against 61 MB/s at
 # 100 characters); above it the joined call is the slower one (270 against 440 MB/s at 16,000).
 JOIN_BELOW_CHARACTERS = 2000
@@ -46,19 +51,29 @@ class FastEncoder:
     """
 
     def __init__(self, config: dict[str, Any], eos_id: int, dtype: npt.DTypeLike):
+        words, cuts = _without_cuts(config.get("pre_tokenizer"))
+        self._cuts = re.compile(f"({cuts})") if cuts is not None else None
+        self._cut_id = 1 + max(eos_id, *config["model"]["vocab"].values()) if cuts is not None else -1
         added = [*config["added_tokens"], special_token(SEPARATOR, eos_id)]
+        if cuts is not None:
+            added.append(special_token(CUT, self._cut_id))
+        changed = {**config, "added_tokens": added, "pre_tokenizer": words}
         try:
-            self._backend: Any = gigatoken_rs.load_hf_json(json.dumps({**config, "added_tokens": added}))
+            self._backend: Any = gigatoken_rs.load_hf_json(json.dumps(changed))
         except Exception as error:  # of no documented kind
             raise ValueError(f"gigatoken: {error}") from error
         self._eos_id, self._dtype = eos_id, dtype
 
     def encode(self, text: str) -> Ids:
-        """Return the (tokens,) ids of a text without `SEPARATOR`."""
-        return np.asarray(self._backend.encode(text), self._dtype)
+        """Return the (tokens,) ids of a text without what is `RESERVED`."""
+        if self._cuts is None:
+            return np.asarray(self._backend.encode(text), self._dtype)
+        # Three times as fast as to substitute each.
+        ids = np.asarray(self._backend.encode(CUT.join(filter(None, self._cuts.split(text)))))
+        return np.asarray(ids[ids != self._cut_id], self._dtype)
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
-        """Encode documents without `SEPARATOR`, each closed by the end-of-document id."""
+        """Encode documents without what is `RESERVED`, each closed by the end-of-document id."""
         if sum(map(len, documents)) < JOIN_BELOW_CHARACTERS * len(documents):
             ids = self.encode(SEPARATOR.join([*documents, ""]))
             return ids, lengths_between(ids, self._eos_id)
@@ -66,10 +81,15 @@ class FastEncoder:
 
     def agrees_with(self, reference: Callable[[str], Ids]) -> bool:
         """Say whether texts of many kinds, and their pieces shuffled, get the ids of the reference."""
-        lots = random.Random(0)
-        pieces = [text[start : start + 3] for text in PROBE for start in range(len(text))]
-        shuffled = ["".join(lots.choices(pieces, k=lots.randrange(20))) for _ in range(SHUFFLED_PROBES)]
-        return all(np.array_equal(self.encode(text), reference(text)) for text in (*PROBE, *shuffled))
+        return all(np.array_equal(self.encode(text), reference(text)) for text in probes())
+
+
+def probes() -> tuple[str, ...]:
+    """Texts of many kinds, and their pieces shuffled."""
+    lots = random.Random(0)
+    pieces = [text[start : start + 3] for text in PROBE for start in range(len(text))]
+    shuffled = ("".join(lots.choices(pieces, k=lots.randrange(20))) for _ in range(SHUFFLED_PROBES))
+    return (*PROBE, *shuffled)
 
 
 def unspellable(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -94,6 +114,21 @@ def unspellable(config: dict[str, Any], names: Collection[str]) -> dict[str, Any
         "truncation": None,
         "padding": None,
     }
+
+
+def with_cuts(words: dict[str, Any], cuts: str) -> dict[str, Any]:
+    """A pre-tokenizer that cuts around each match of `cuts`, and what is between into words."""
+    split = {"type": "Split", "pattern": {"Regex": cuts}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, words]}
+
+
+def _without_cuts(pre_tokenizer: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str | None]:
+    """Take apart what `with_cuts` made: gigatoken knows the words, and the cuts are made before it sees the text."""
+    for cuts in filter(None, (pieces.cuts() for pieces in CHOICES)):
+        words = (pre_tokenizer or {}).get("pretokenizers", [None])[-1]
+        if words is not None and pre_tokenizer == with_cuts(words, cuts):
+            return words, cuts
+    return pre_tokenizer, None
 
 
 def special_token(content: str, token_id: int) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import numpy as np
 import tokenizers
 from gigatoken import gigatoken_rs
 
+from llmtrain.data.pieces import cut_bytes
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
-from llmtrain.data.tokenizer_fast import PROBE, SEPARATOR, FastEncoder, special_token, unspellable
+from llmtrain.data.tokenizer_fast import PROBE, RESERVED, FastEncoder, special_token, unspellable, with_cuts
 from llmtrain.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -44,7 +45,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, content: str, kind: str = EXISTING, source: str = TOKENIZER_FILE):
         self.kind = kind
-        self._content, self._source = content, source
+        self.content = content  # of the file
+        self._source = source
         config = _parse_json(content, source)
         self._full = _load(content, source)
         special = {token["content"]: token["id"] for token in config.get("added_tokens") or [] if token["special"]}
@@ -73,8 +75,10 @@ class HuggingFaceTokenizer:
             self._reference.encode(" ".join(PROBE), add_special_tokens=False)
 
     @classmethod
-    def fit(cls, training: Iterable[str], vocab_size: int | None, default_size: int) -> HuggingFaceTokenizer:
-        """Train byte-level BPE (GPT-2's splitting of text into words) on documents.
+    def fit(
+        cls, training: Iterable[str], vocab_size: int | None, default_size: int, cuts: str | None = None
+    ) -> HuggingFaceTokenizer:
+        """Train byte-level BPE (GPT-2's splitting of text into words) on documents, cut as `Pieces.cuts` says before.
 
         Raises:
             UserError: `vocab_size` was asked for and the merges run out before it is reached.
@@ -82,14 +86,14 @@ class HuggingFaceTokenizer:
         if vocab_size is not None and vocab_size <= BYTES:
             raise UserError(f"--vocab-size {vocab_size} is too small for bbpe: its bytes and {EOS} need {BYTES + 1}")
         # 0xFF is no byte of UTF-8, so it cannot stand inside a document.
-        text = b"\xff".join(document.encode() for document in training)
+        text = b"\xff".join(cut_bytes(document.encode(), cuts, b"\xff") for document in training)
         tokens, merges = _train_merges(text, (vocab_size or default_size) - 1)
         if vocab_size is not None and len(tokens) + 1 < vocab_size:
             raise UserError(
                 f"--vocab-size {vocab_size} is larger than this text supports;"
                 f" the largest possible for bbpe is {len(tokens) + 1}"
             )
-        return cls(_byte_level_json(tokens, merges), kind="bbpe")
+        return cls(_byte_level_json(tokens, merges, cuts), kind="bbpe")
 
     def encode(self, text: str) -> Ids:
         """Return the (tokens,) ids of a text."""
@@ -99,7 +103,7 @@ class HuggingFaceTokenizer:
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the end-of-document id."""
-        if self._fast is None or any(SEPARATOR in document for document in documents):
+        if self._fast is None or any(RESERVED.search(document) for document in documents):
             return close_documents(map(self.encode, documents), self.eos_id, self._dtype)
         return self._fast.encode_documents(documents)
 
@@ -123,7 +127,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `tokenizers` and `transformers` load as it is."""
-        (folder / TOKENIZER_FILE).write_text(self._content, encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(self.content, encoding="utf-8")
         write_identity(folder, self.kind)
 
     @functools.cached_property
@@ -236,9 +240,9 @@ def _quiet() -> Iterator[None]:
             os.close(original)
 
 
-def _byte_level_json(tokens: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]]) -> str:
+def _byte_level_json(tokens: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]], cuts: str | None) -> str:
     """Write tokens and merges as a GPT-2-like tokenizer.json, with the end-of-document token last."""
-    spelling = _byte_alphabet()
+    spelling = byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(spelling[byte] for byte in token)
@@ -255,7 +259,7 @@ def _byte_level_json(tokens: Sequence[bytes], merges: Sequence[tuple[bytes, byte
         "padding": None,
         "added_tokens": [special_token(EOS, len(tokens))],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": byte_level if cuts is None else with_cuts(byte_level, cuts),
         "post_processor": None,
         "decoder": byte_level,
         "model": model,
@@ -263,7 +267,7 @@ def _byte_level_json(tokens: Sequence[bytes], merges: Sequence[tuple[bytes, byte
     return json.dumps(content, ensure_ascii=False)
 
 
-def _byte_alphabet() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's printable stand-in for each byte: itself where printable, else the next letter from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
@@ -272,4 +276,4 @@ def _byte_alphabet() -> list[str]:
 
 @functools.cache
 def _bytes_by_letter() -> dict[str, int]:
-    return {letter: byte for byte, letter in enumerate(_byte_alphabet())}
+    return {letter: byte for byte, letter in enumerate(byte_letters())}

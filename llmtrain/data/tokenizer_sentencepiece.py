@@ -12,11 +12,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
 from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, unspellable
 from llmtrain.errors import UserError
@@ -34,9 +36,10 @@ SENTENCE_CHARACTERS = 1000  # at 4 bytes each, under the 4192 bytes beyond which
 # The E-step of unigram sums floats per thread, so the number of threads is part of the result: it must not follow the
 # machine.
 TRAINER_THREADS = 8
-# No piece crosses a space, so a cut before a space changes no id; long texts are cut, because the library needs
-# hundreds of bytes of memory per character of a call.
+# No piece goes on after a word with a space, so a cut there changes no id; long texts are cut, because the library
+# needs hundreds of bytes of memory per character of a call.
 CUT_CHARACTERS = 1 << 20
+AFTER_WORD = re.compile("(?<! )(?= )")
 
 
 class SentencePieceTokenizer:
@@ -69,7 +72,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def fit(
-        cls, kind: str, training: Iterable[str], vocab_size: int | None, default_size: int
+        cls, kind: str, training: Iterable[str], vocab_size: int | None, default_size: int, pieces: Pieces = AS_USUAL
     ) -> SentencePieceTokenizer:
         """Train a model on documents.
 
@@ -77,6 +80,9 @@ class SentencePieceTokenizer:
             UserError: `vocab_size` was asked for and the text supports only fewer, or needs more; says how many.
         """
         model = io.BytesIO()
+        # Named only where chosen: what is named stands in the model's file, whose hash tells tokenizers apart.
+        chosen: dict[str, Any] = {"split_digits": True} if pieces.digits == "split" else {}
+        chosen |= {"allow_whitespace_only_pieces": True} if pieces.whitespace == "join" else {}
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(training),
@@ -88,6 +94,7 @@ class SentencePieceTokenizer:
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
+                **chosen,
                 num_threads=TRAINER_THREADS,
                 minloglevel=2,
             )
@@ -115,7 +122,7 @@ class SentencePieceTokenizer:
         """Return the text of a piece, in UTF-8, or its byte."""
         if not 0 <= token < self.vocab_size:
             return b""
-        if self._processor.is_control(token) or self._processor.is_unknown(token) or self._processor.is_unused(token):
+        if self._is_special(token) or self._processor.is_unused(token):
             return b""
         piece = str(self._processor.id_to_piece(token))
         if self._processor.is_byte(token):
@@ -127,18 +134,41 @@ class SentencePieceTokenizer:
         (folder / MODEL_FILE).write_bytes(self._model)
         write_identity(folder, self.kind)
 
-    @functools.cached_property
-    def _fast(self) -> FastEncoder | None:
-        """Loaded when documents come: gigatoken, if the model is one it knows (BPE with bytes for what is lacking)."""
+    def bpe_config(self) -> dict[str, Any] | None:
+        """The model as a parsed tokenizer.json, if it is BPE with bytes for what is lacking; it lacks a decoder."""
         try:
             from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-            config = json.loads(sentencepiece_to_tokenizer_json(self._model))
-            pieces = range(self.vocab_size)
-            special = [i for i in pieces if self._processor.is_control(i) or self._processor.is_unknown(i)]
-            config = unspellable(config, self._processor.id_to_piece(special))
-            fast = FastEncoder(config, self.eos_id, self._dtype)
+            config: dict[str, Any] = json.loads(sentencepiece_to_tokenizer_json(self._model))
         except (ImportError, ValueError):
+            return None
+        return config
+
+    def scored_pieces(self) -> list[tuple[str, float, Literal["text", "byte", "special"]]]:
+        """Every piece as the library writes it, its score, and what it stands for."""
+        processor = self._processor
+        return [
+            (
+                str(processor.id_to_piece(token)),
+                float(processor.get_score(token)),
+                "special" if self._is_special(token) else "byte" if processor.is_byte(token) else "text",
+            )
+            for token in range(self.vocab_size)
+        ]
+
+    def _is_special(self, token: int) -> bool:
+        return bool(self._processor.is_control(token) or self._processor.is_unknown(token))
+
+    @functools.cached_property
+    def _fast(self) -> FastEncoder | None:
+        """Loaded when documents come: gigatoken, if the model is one it knows (BPE with bytes for what is lacking)."""
+        config = self.bpe_config()
+        if config is None:
+            return None
+        special = [piece for piece, _, kind in self.scored_pieces() if kind == "special"]
+        try:
+            fast = FastEncoder(unspellable(config, special), self.eos_id, self._dtype)
+        except ValueError:
             return None
         return fast if fast.agrees_with(lambda text: self._processor.encode(text, out_type="numpy")) else None
 
@@ -170,13 +200,13 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _parts(document: str) -> list[str]:
-    """Cut a document where no piece is lost: around each space symbol, and before a space every million characters."""
+    """Cut a document where no piece is lost: around each space symbol, and after a word every million characters."""
     parts = []
     for piece in SPLIT_AT_SYMBOL.split(document) if SPACE_SYMBOL in document else [document]:
         start = 0
-        while (cut := piece.find(" ", start + CUT_CHARACTERS)) >= 0:
-            parts.append(piece[start:cut])
-            start = cut
+        while found := AFTER_WORD.search(piece, start + CUT_CHARACTERS):
+            parts.append(piece[start : found.start()])
+            start = found.start()
         parts.append(piece[start:])
     return parts
 

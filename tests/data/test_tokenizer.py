@@ -75,6 +75,51 @@ def test_documents_encoded_together_have_the_ids_of_each_alone(kind, documents):
     assert tokenizer.decode(ids) == "".join(documents)
 
 
+NAMES = [
+    "<|endoftext|>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "⟨eos⟩",
+    "<0x41>",
+    SEPARATOR,
+    " ",
+    "a",
+    "1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.lists(st.sampled_from(NAMES), max_size=12).map("".join))
+def test_names_of_special_tokens_in_a_text_are_text_for_every_kind(kind, text):
+    """`char` and `word` are fitted on these names, so that they could take them for their own."""
+    tokenizer = fit_tokenizer(kind, [*NAMES, "".join(NAMES)]) if kind in ("char", "word") else fitted(kind)
+    assert not any(tokenizer.unk_id in tokenizer.encode(name) for name in NAMES)
+    specials = {tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id}
+    ids, lengths = tokenizer.encode_documents([text, text])
+    assert not specials & set(tokenizer.encode(text).tolist())
+    assert not specials & set(ids[: lengths[0] - 1].tolist())
+    if tokenizer.unk_id not in ids:  # of `word`, which does not know two spaces as a piece
+        assert tokenizer.decode(ids) == text * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["char", "word"])
+@given(seed=st.integers(0, 10**6), size=st.integers(0, 80))
+def test_text_of_a_known_alphabet_comes_back_exactly(kind, seed, size):
+    text = "".join(library_text()[:3])
+    tokenizer = fit_tokenizer(kind, [text])
+    pieces = sorted(set(text)) if kind == "char" else [tokenizer.decode([i]) for i in range(tokenizer.eos_id)]
+    # Words side by side would be another word.
+    mixed = ("" if kind == "char" else "\r").join(np.random.default_rng(seed).choice(pieces, size).tolist())
+    tokenizer = fit_tokenizer(kind, [text, "\r"])
+    assert tokenizer.decode(tokenizer.encode(mixed)) == mixed
+
+
 def test_its_own_training_text_comes_back(kind):
     text = library_text()[0]
     tokenizer = fitted(kind) if kind != "word" else fit_tokenizer("word", library_text())
@@ -244,13 +289,13 @@ def test_bbpe_learns_the_merges_that_the_tokenizers_library_learns():
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, initial_alphabet=alphabet, show_progress=False)
     reference.train_from_iterator([text], trainer)
     ours = fit_tokenizer("bbpe", [text], 600)
-    learned = json.loads(ours._content)["model"]["merges"]
+    learned = json.loads(ours.content)["model"]["merges"]
     assert learned == [list(pair) for pair in json.loads(reference.to_str())["model"]["merges"]]
 
 
 def test_bbpe_with_two_merges_for_one_token_has_no_gap_in_its_ids():
     tokenizer = fit_tokenizer("bbpe", ["a" * 5000, "abab" * 400 + " baba" * 300])
-    vocabulary = json.loads(tokenizer._content)["model"]["vocab"]
+    vocabulary = json.loads(tokenizer.content)["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(tokenizer.vocab_size - 1))
     for text in ("a" * 777, "abab" * 9 + " baba"):
         ids, _ = tokenizer.encode_documents([text])
