@@ -235,7 +235,7 @@ def test_damage_ends_it_in_one_line(data: Path, tmp_path: Path, call: Call) -> N
     content[5] = 0xFF
     shard.write_bytes(content)
     code, out, err = call(main, copy)
-    assert (code, out) == (4, "") and is_one_clear_line(err) and "train-00001.bin: token id" in err
+    assert (code, out) == (4, "") and is_one_clear_line(err) and "train-00001.bin: was changed" in err
     shard.write_bytes(content[:-2])
     code, out, err = call(main, copy)
     assert (code, out) == (4, "") and is_one_clear_line(err) and "truncated" in err

@@ -76,6 +76,19 @@ def test_the_training_text_and_the_special_tokens_are_the_same(kind: str) -> Non
     assert library.decode([tokenizer.eos_id]) == ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["char", "unigram", "byte"])
+def test_transformers_loads_it(kind: str, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(fitted(kind)), encoding="utf-8")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    text = "import os  \n    x = 1\n"
+    ids = fitted(kind).encode(text).tolist()
+    assert theirs.encode(text, add_special_tokens=False) == ids
+    assert theirs.decode(ids) == text
+
+
 @pytest.mark.parametrize("kind", ["char", "word"])
 def test_what_is_unknown_becomes_the_same_id(kind: str) -> None:
     tokenizer = fit_tokenizer(kind, ["a b ab"], validation=["z"])
