@@ -215,7 +215,6 @@ def _duplicates(data: TokenDataset, scans: Mapping[str, Scan], texts: _Texts) ->
         found = repeats(scan.hashes)
         copies = found.times - 1
         tokens = int((copies * scan.lengths[found.documents]).sum())
-        ends = scan.lengths.cumsum()
         most = zip(found.documents[:MOST_REPEATED].tolist(), found.times[:MOST_REPEATED].tolist(), strict=True)
         facts["splits"][name] = {
             "copies": int(copies.sum()),
@@ -223,7 +222,7 @@ def _duplicates(data: TokenDataset, scans: Mapping[str, Scan], texts: _Texts) ->
             "share": round(tokens / len(stream), 6) if len(stream := data.split(name)) else 0.0,
             "most_repeated": [
                 {"times": times, "document": number, "tokens": int(scan.lengths[number]),
-                 "text": texts.window(_document(data, name, int(ends[number]), int(scan.lengths[number])))}
+                 "text": texts.window(_document(data, name, scan.lengths, number))}
                 for number, times in most
             ],
         }  # fmt: skip
@@ -232,9 +231,10 @@ def _duplicates(data: TokenDataset, scans: Mapping[str, Scan], texts: _Texts) ->
     return facts
 
 
-def _document(data: TokenDataset, split: str, end: int, length: int) -> npt.NDArray[Any]:
-    """The first ids of a document that ends before `end` of the stream."""
-    row: npt.NDArray[Any] = data.split(split).gather(np.array([end - length]), min(length, EXCERPT_TOKENS))[0]
+def _document(data: TokenDataset, split: str, lengths: npt.NDArray[np.int64], number: int) -> npt.NDArray[Any]:
+    """The first ids of a document."""
+    start = lengths[:number].sum(keepdims=True)
+    row: npt.NDArray[Any] = data.split(split).gather(start, min(int(lengths[number]), EXCERPT_TOKENS))[0]
     return row
 
 
