@@ -338,7 +338,6 @@ class Run:
         if reader is None:
             raise DivergedError(self.guard.diagnosis(f"there is no checkpoint from before step {stretch.step:,}"))
         self.progress.launches = launches
-        self.mirror.rewind(self.progress.step)
         self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
         self._plan()
         self.meter.load_state(self.progress.meter)
@@ -350,6 +349,7 @@ class Run:
         )
         self.observer.close(f"rolled back to step {self.progress.step:,}")
         self.observer = together(self.engine, self._reopen_folder)
+        self.mirror.rewind(self.progress.step)  # now that what it leaves is no longer in the run folder
         self._go_on_recording()
         self.store.gone_back_to(self.progress.step)
 

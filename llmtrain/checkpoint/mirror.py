@@ -15,7 +15,15 @@ from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, pointed, step_folder
-from llmtrain.checkpoint.remote import read_manifest, remote_link, remote_steps, require_same_run, step_name, step_of
+from llmtrain.checkpoint.remote import (
+    is_set_aside,
+    read_manifest,
+    remote_link,
+    remote_steps,
+    require_same_run,
+    step_name,
+    step_of,
+)
 from llmtrain.config import CheckpointSection, RunConfig
 from llmtrain.errors import CorruptError, LlmtrainError
 from llmtrain.storage.remote import Remote, in_parallel
@@ -39,7 +47,11 @@ class NoMirror:
         """Leave only checkpoints up to the resumed step there."""
 
     def rewind(self, step: int) -> None:
-        """The run went back to a step: what is later there gives way before the next upload; returns at once."""
+        """The run went back to a step: what is later there gives way before the next upload; returns at once.
+
+        To be called when the later ones are no longer in the run folder, or they would be uploaded once more. Should
+        the process die before, the next knows them there by their markers: see `remote.is_set_aside`.
+        """
 
     def saved(self, folder: Path) -> None:
         """Take note of a checkpoint; returns at once."""
@@ -112,9 +124,10 @@ class Mirror(NoMirror):
             if step not in steps:
                 warn(f"{self._remote.url}/{folder}: an unfinished checkpoint; removed")
                 self._remove(folder, sizes)
-            elif step > resumed_step or (step == resumed_step and self._is_damaged(step)):
+            elif step > resumed_step or (step == resumed_step and self._is_damaged(step)) or self._is_left(step):
                 aside = f"{folder}.aside-{time.time_ns()}"
-                warn(f"{self._remote.url}/{folder}: later than step {resumed_step}, or damaged; renamed to {aside}")
+                reason = f"later than step {resumed_step}, damaged, or left when the run went back"
+                warn(f"{self._remote.url}/{folder}: {reason}; renamed to {aside}")
                 self._set_aside(folder, aside, sizes)
         left = self._remote.sizes()
         self._remote.remove([name for name in _LINKS if name in left and remote_link(self._remote, name, left) is None])
@@ -124,7 +137,7 @@ class Mirror(NoMirror):
         with self._state:
             self._rewind_to, self._own_uploaded = step, None
             self._shared = {saved for saved in self._shared if saved <= step}
-        self.saved(self._run_dir)  # at once: should this process die, the next would fetch what the run went back from
+        self.saved(self._run_dir)  # at once, and not with the next checkpoint
 
     def saved(self, folder: Path) -> None:
         """See `NoMirror`: rank 0 calls it when the checkpoint is committed, the others when their part is written."""
@@ -260,7 +273,8 @@ class Mirror(NoMirror):
         files[fmt.MANIFEST] = (folder / fmt.MANIFEST).stat().st_size
         if missing := self._missing(folder.name, files):
             raise CorruptError(f"{self._remote.url}/{folder.name}/{missing[0]}: has another size than was uploaded")
-        self._remote.write(f"{folder.name}/{fmt.MARKER}", (folder / fmt.MARKER).read_bytes())
+        if self._rewind_to is None:  # else the folder may be another than it was when this began
+            self._remote.write(f"{folder.name}/{fmt.MARKER}", (folder / fmt.MARKER).read_bytes())
 
     def _missing(self, folder: str, files: dict[str, int]) -> list[str]:
         sizes = self._remote.sizes(folder)
@@ -286,6 +300,10 @@ class Mirror(NoMirror):
     def _to_keep(self, steps: list[int]) -> set[int | None]:
         every = self._config.keep_every
         return {*steps[-self._config.keep_last :], *(step for step in steps if every and step % every == 0)}
+
+    def _is_left(self, step: int) -> bool:
+        """Whether the run went back from it, and has saved the step anew."""
+        return is_set_aside(self._remote, step, self._run_dir)
 
     def _is_damaged(self, step: int) -> bool:
         try:

@@ -117,8 +117,17 @@ def fetch_newest(remote: Remote, steps: list[int], into: Path, warn: Callable[[s
     return None
 
 
+def is_set_aside(remote: Remote, step: int, run_dir: Path) -> bool:
+    """Whether the run went back from this remote checkpoint here, and could not say so there."""
+    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{fmt.MARKER}"))
+    marker = remote.read(f"{step_name(step)}/{fmt.MARKER}") if asides else None
+    return any(aside.read_bytes() == marker for aside in asides)
+
+
 def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
     """Refuse a remote whose newest step of those that are here too is another checkpoint than here.
+
+    One that the run has gone back from is its own.
 
     Raises:
         UserError: it holds another run.
@@ -130,7 +139,8 @@ def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
         marker = read_manifest(remote, common[-1])[2]
     except CorruptError:
         return  # not another run's, but damaged: found and told where it is read
-    if marker.strip() != (step_folder(run_dir, common[-1]) / fmt.MARKER).read_bytes().strip():
+    is_same = marker.strip() == (step_folder(run_dir, common[-1]) / fmt.MARKER).read_bytes().strip()
+    if not is_same and not is_set_aside(remote, common[-1], run_dir):
         raise UserError(
             f"{remote.url}: its {step_name(common[-1])} is another one than in {run_dir}, so it holds another run; "
             "choose another checkpoint.remote or run.dir"
@@ -162,7 +172,7 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
         if resume == "never" and steps:
             raise UserError(f"{url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
         require_same_run(remote, run_dir, steps)
-        newer = [step for step in steps if step > max(own, default=-1) and not _is_set_aside(remote, step, run_dir)]
+        newer = [step for step in steps if step > max(own, default=-1) and not is_set_aside(remote, step, run_dir)]
         if newer:
             _bring_own(remote, newer, run_dir, lock)
     if not is_url(named):
@@ -178,13 +188,6 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
     folder = run_dir / _FETCHED / cache_folder("checkpoints", _run_url(named)).name
     fetched = _fetch_named(named, folder, newest=True)
     return str(fetched if step_of(named.rpartition("/")[2]) is not None else folder)
-
-
-def _is_set_aside(remote: Remote, step: int, run_dir: Path) -> bool:
-    """Whether the run went back from it here, and ended before it could say so there."""
-    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{fmt.MARKER}"))
-    marker = remote.read(f"{step_name(step)}/{fmt.MARKER}") if asides else None
-    return any(aside.read_bytes() == marker for aside in asides)
 
 
 def _bring_own(remote: Remote, steps: list[int], run_dir: Path, lock: RunLock | None) -> None:
