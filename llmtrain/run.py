@@ -160,7 +160,7 @@ class Run:
         self._samples = Samples(self.parts.data.tokenizer_folder, self.config)
         require_sinks(self.config)
         check_writable(self.dir)
-        self.mirror.check_writable()
+        self.mirror.check_writable(self._early_warning)
 
     def _say(self, text: str) -> None:
         self.observer.message(text)
@@ -172,7 +172,9 @@ class Run:
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""
         self.progress.launches += 1
-        self.observer = together(self.engine, lambda: self._open_folder(lock))
+        together(self.engine, lambda: self._claim_folder(lock))
+        patiently(self.engine, self._clear_store)
+        self.observer = together(self.engine, self._open_folder)
         together(self.engine, self._require_shared_folder)
         self._go_on_recording()
         if self.resumed_from:
@@ -190,17 +192,26 @@ class Run:
         if self.config.logging.sample_ledger:
             self.ledger = SampleLedger(self.dir, self.engine, self.progress.step)
 
-    def _open_folder(self, lock: RunLock) -> Observer | NullObserver:
-        """On rank 0: put the folder in order, and say in it what is run."""
+    def _claim_folder(self, lock: RunLock) -> None:
+        """On rank 0: put the folder in order."""
         if self.engine.rank != 0:
-            return NullObserver()
+            return
         with self._naming_what_cannot_be_written():
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             if lock.warning:
                 self._early_warning(lock.warning)
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
+
+    def _clear_store(self) -> None:
+        if self.engine.rank == 0:
             self.mirror.clear_way(self.progress.step, self._early_warning)
+
+    def _open_folder(self) -> Observer | NullObserver:
+        """On rank 0: say in the folder what is run."""
+        if self.engine.rank != 0:
+            return NullObserver()
+        with self._naming_what_cannot_be_written():
             self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())

@@ -16,6 +16,7 @@ from pathlib import Path
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, pointed, step_folder
 from llmtrain.checkpoint.remote import (
+    can_do_without,
     is_set_aside,
     read_manifest,
     remote_link,
@@ -40,8 +41,8 @@ _OF_GRACE = 0.8  # of what a signal leaves, uploads get so much: the exit code m
 class NoMirror:
     """Where `checkpoint.remote` is not set, nothing happens."""
 
-    def check_writable(self) -> None:
-        """Check that the store can be written."""
+    def check_writable(self, warn: Callable[[str], None]) -> None:
+        """Check that the store can be written; where the run folder has checkpoints to go on from, only warn."""
 
     def clear_way(self, resumed_step: int, warn: Callable[[str], None]) -> None:
         """Leave only checkpoints up to the resumed step there."""
@@ -92,27 +93,33 @@ class Mirror(NoMirror):
         self._retry_s: float | None = None
         self._rewind_to: int | None = None
         self._is_last_try = False
+        self._is_lost = False  # when the run began
         self._own_uploaded: Path | None = None  # of rank 1 and up
         self._shared: set[int] = set()  # steps of this launch: the other ranks upload their parts of them
 
-    def check_writable(self) -> None:
+    def check_writable(self, warn: Callable[[str], None]) -> None:
         """See `NoMirror`.
 
         Raises:
-            RemoteError: it cannot.
+            RemoteError: it cannot, and nothing is here.
         """
-        self._remote.check_writable()
+        self._is_lost = not can_do_without(self._run_dir, self._remote.check_writable, warn)
 
     def clear_way(self, resumed_step: int, warn: Callable[[str], None]) -> None:
         """Remove unfinished checkpoints, set later and damaged ones aside; rank 0, before the first upload.
 
         Raises:
-            UserError: the store holds another run, or fails.
+            UserError: the store holds another run; or it fails, and nothing is here.
         """
-        require_same_run(self._remote, self._run_dir, remote_steps(self._remote.sizes()))
-        self._clear(resumed_step, warn)
-        if committed_steps(self._run_dir):
+        if self._is_lost or not can_do_without(self._run_dir, lambda: self._clear_own(resumed_step, warn), warn):
+            self.rewind(resumed_step)  # as soon as it answers
+        elif committed_steps(self._run_dir):
             self.saved(self._run_dir)  # an earlier launch may have left without having uploaded all
+
+    def _clear_own(self, resumed_step: int, warn: Callable[[str], None]) -> None:
+        steps = [step for step in remote_steps(self._remote.sizes()) if step <= resumed_step]
+        require_same_run(self._remote, self._run_dir, steps)
+        self._clear(resumed_step, warn)
 
     def _clear(self, resumed_step: int, warn: Callable[[str], None]) -> None:
         sizes = self._remote.sizes()
@@ -226,7 +233,7 @@ class Mirror(NoMirror):
             self._upload_own(folder)
             return
         if (step := self._rewind_to) is not None:
-            self._clear(step, self._tell)
+            self._clear_own(step, self._tell)
             self._rewind_to = None
         self._sync()
 

@@ -22,7 +22,7 @@ from llmtrain.engine import Engine
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.health.agreement import patiently
 from llmtrain.storage.cache import cache_folder, say
-from llmtrain.storage.remote import Remote, in_parallel, is_url
+from llmtrain.storage.remote import Remote, RemoteError, in_parallel, is_url
 
 _FETCHED = ".fetched"  # in the run folder, which all hosts share: checkpoints of other runs that it branches off from
 
@@ -147,6 +147,22 @@ def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
         )
 
 
+def can_do_without(run_dir: Path, ask: Callable[[], None], warn: Callable[[str], None]) -> bool:
+    """Ask a store for something; return whether it answered. A run that has checkpoints here goes on without it.
+
+    Raises:
+        RemoteError: it did not, and there is nothing here to go on from.
+    """
+    try:
+        ask()
+    except RemoteError as error:
+        if not committed_steps(run_dir):
+            raise
+        warn(f"{error}; going on with what is in {run_dir}; the store is tried again behind the run")
+        return False
+    return True
+
+
 def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock | None) -> str:
     """Fetch what `--resume` needs from a store; return what it then means on this machine.
 
@@ -167,14 +183,7 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
     run_dir, url = Path(config.run.dir), (config.checkpoint.remote or "").rstrip("/")
     named = resume.rstrip("/")
     if url:
-        remote = Remote(url)
-        steps, own = remote_steps(remote.sizes()), committed_steps(run_dir)
-        if resume == "never" and steps:
-            raise UserError(f"{url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
-        require_same_run(remote, run_dir, steps)
-        newer = [step for step in steps if step > max(own, default=-1) and not is_set_aside(remote, step, run_dir)]
-        if newer:
-            _bring_own(remote, newer, run_dir, lock)
+        can_do_without(run_dir, lambda: _bring_newer(Remote(url), run_dir, resume, lock), _warn)
     if not is_url(named):
         return resume
     if url and named == url:
@@ -188,6 +197,16 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
     folder = run_dir / _FETCHED / cache_folder("checkpoints", _run_url(named)).name
     fetched = _fetch_named(named, folder, newest=True)
     return str(fetched if step_of(named.rpartition("/")[2]) is not None else folder)
+
+
+def _bring_newer(remote: Remote, run_dir: Path, resume: str, lock: RunLock | None) -> None:
+    steps, own = remote_steps(remote.sizes()), committed_steps(run_dir)
+    if resume == "never" and steps:
+        raise UserError(f"{remote.url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
+    require_same_run(remote, run_dir, steps)
+    newer = [step for step in steps if step > max(own, default=-1) and not is_set_aside(remote, step, run_dir)]
+    if newer:
+        _bring_own(remote, newer, run_dir, lock)
 
 
 def _bring_own(remote: Remote, steps: list[int], run_dir: Path, lock: RunLock | None) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 import llmtrain.run
 import llmtrain.train
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, step_folder
+from llmtrain.checkpoint.mirror import Mirror
 from llmtrain.checkpoint.remote import remote_steps
+from llmtrain.config import CheckpointSection
 from llmtrain.storage.remote import Remote
 from llmtrain.train import main as train
-from tests.conftest import Call
+from tests.conftest import Call, is_one_clear_line
 from tests.faulty_steps import faulty
+from tests.storage.conftest import Bucket, Server, make_bucket
 from tests.storage.test_mirror import written
 
 # Of 8 samples a step: steps 13, 16 and 19 are skipped, and the run goes back to step 12.
@@ -86,3 +91,59 @@ def test_a_store_that_is_lost_when_a_run_goes_back_is_right_again_after_the_next
     assert markers(store, steps_there(store)) == markers(run_dir, committed_steps(run_dir))
     aside = {path.name[5:13]: (path / fmt.MARKER).read_bytes() for path in store.glob("step-*.aside-*")}
     assert aside == {f"{step:08d}": left[step] for step in (14, 16, 18)}, "renamed, not lost"
+
+
+def test_a_store_that_does_not_answer_at_a_relaunch_costs_a_warning_and_is_up_to_date_again_later(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    checkpoint = {"save_every": 10, "keep_last": 9, "remote": f"{bucket.url}/run"}
+    config = written(config_dict, tmp_path, checkpoint=checkpoint, training={"eval_every": None})
+    assert call(train, "--config", config, "training.stop_after=22")[0] == 75
+    for step in (20, 22):
+        shutil.move(step_folder(run_dir, step), tmp_path / f"lost-{step}")  # so the store is ahead of this disk
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        code, out, err = call(train, "--config", config, "training.stop_after=12")
+        assert code == 75 and "after step 10" in out + err, err
+        assert "Could not connect" in err and f"going on with what is in {run_dir}" in err and "Traceback" not in err
+        shutil.move(run_dir, tmp_path / "elsewhere")
+        code, _, err = call(train, "--config", config)
+        assert code == 2 and is_one_clear_line(err), "with nothing here there is nothing to go on from"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.move(tmp_path / "elsewhere", run_dir)
+    code, _, err = call(train, "--config", config, "training.stop_after=24")
+    assert code == 75 and f"fetched {bucket.url}/run/step-00000022" in err, err
+    assert bucket.steps("run")[-2:] == [22, 24] and 12 in bucket.steps("run")
+
+
+def test_what_is_later_on_a_store_that_was_lost_at_the_start_gives_way_when_it_answers(
+    trained_run: Path, s3_environment: Callable[[Server], None], tmp_path: Path
+) -> None:
+    run_dir, told = tmp_path / "run", list[str]()
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    server = Server()
+    bucket = make_bucket(server, s3_environment)
+    remote = Remote(f"{bucket.url}/run")
+    server.stop()
+    try:
+        for step in (20, 30):
+            shutil.rmtree(step_folder(run_dir, step))
+        mirror = Mirror(remote, run_dir, CheckpointSection(), 0, 60)
+        mirror.check_writable(told.append)
+        mirror.clear_way(10, told.append)
+        mirror.wait()
+        assert len(told) == 1 and "going on with" in told[0]
+        assert "not uploaded" in "".join(mirror.news())
+        server = Server(server.port)
+        bucket = make_bucket(server, s3_environment, bucket.name)
+        for file in trained_run.glob("step-*/**/*"):
+            if file.is_file():
+                remote.upload(file, str(file.relative_to(trained_run)))
+        mirror.saved(run_dir)
+        mirror.wait()
+        assert bucket.steps("run") == [10] and "can be written again" in mirror.news()[-1]
+    finally:
+        server.stop()
