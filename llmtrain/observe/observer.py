@@ -88,11 +88,11 @@ class Observer(NullObserver):
         rewind(run_dir / SAMPLES, resume_step)
         self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
         self._samples_path = run_dir / SAMPLES
-        self._sinks = [*open_sinks(config, run_dir, resume_step), *sinks]
+        self._console = open_console(total_steps, steps_per_epoch)
+        self._sinks = [*open_sinks(config, run_dir, resume_step, self.warn), *sinks]
         self._plotter = _Plotter(run_dir, config.run.name) if config.logging.plots else None
         self._watch = Watch()
         self._is_closed = False
-        self._console = open_console(total_steps, steps_per_epoch)
         self._console.start(header)
 
     def log(self, record: Record) -> None:

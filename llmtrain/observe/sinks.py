@@ -6,12 +6,15 @@ import html
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.observe.files import replacing
 from llmtrain.observe.record import Record, finite, perplexity
+
+if TYPE_CHECKING:
+    import wandb
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = "wandb_id"
@@ -30,17 +33,17 @@ class Sink(Protocol):
         """Write out what is still held back."""
 
 
-def open_sinks(config: RunConfig, run_dir: Path, resume_step: int) -> list[Sink]:
+def open_sinks(config: RunConfig, run_dir: Path, resume_step: int, warn: Callable[[str], None]) -> list[Sink]:
     """Open the sinks that the config switches on.
 
     Raises:
-        UserError: a package is missing, or W&B cannot start.
+        UserError: a package is missing, or W&B cannot start a new run.
     """
     sinks: list[Sink] = []
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(run_dir, resume_step))
     if config.logging.wandb:
-        sinks.append(WandbSink(config, run_dir, resume_step))
+        sinks.append(WandbSink(config, run_dir, resume_step, warn))
     return sinks
 
 
@@ -118,7 +121,9 @@ class TensorBoardSink:
 class WandbSink:
     """A W&B run that a resumed launch goes on with. Online, offline or off as WANDB_MODE says; the key is wandb's."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int):
+    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int, warn: Callable[[str], None]):
+        """Where a run that it knows cannot be gone on with there, records are kept in `run_dir/wandb` with a warning:
+        a requeued job does not end for its dashboard."""
         try:
             import wandb
         except ImportError as error:
@@ -126,21 +131,29 @@ class WandbSink:
         id_path = run_dir / WANDB_ID
         # From the start again is another run: W&B takes no step twice.
         known_id = id_path.read_text().strip() if resume_step and id_path.exists() else None
-        try:
-            self._run = wandb.init(
+
+        def start(mode: Literal["offline"] | None = None) -> wandb.Run:
+            return wandb.init(
                 project=config.logging.wandb_project,
                 name=config.run.name or run_dir.resolve().name,
                 config=config.model_dump(mode="json"),
                 dir=run_dir,
                 id=known_id,
                 resume="allow" if known_id else None,
+                mode=mode,
                 settings=wandb.Settings(console="off"),  # it would record each drawing of the progress line
             )
+
+        try:
+            self._run = start()
         except wandb.Error as error:
-            raise UserError(
-                f"logging.wandb is on but W&B cannot start: {' '.join(str(error).split())}; "
-                "run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false"
-            ) from error
+            said = f"logging.wandb is on but W&B cannot start: {' '.join(str(error).split())}"
+            if known_id is None:
+                raise UserError(
+                    f"{said}; run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false"
+                ) from error
+            warn(f"{said}; going on offline; `wandb sync` of the folder in {run_dir / 'wandb'} brings it there later")
+            self._run = start("offline")
         self._html: Callable[[str], object] = wandb.Html
         with replacing(id_path, durable=True) as file:
             file.write(f"{self._run.id}\n".encode())

@@ -69,7 +69,7 @@ from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import WandbSink
 run_dir, resume_step = Path(sys.argv[1]), int(sys.argv[2])
 config = make_config({"run": {"name": "my run"}, "logging": {"wandb": True, "wandb_project": "my-project"}})
-sink = WandbSink(config, run_dir, resume_step)
+sink = WandbSink(config, run_dir, resume_step, lambda line: print(f'warning: {line}'))
 for step in (resume_step + 10, resume_step + 20):
     sink.log(Record(step, 0, 2.5, 2.75, None, 1e-3, 1.0, 1.0, step, 1.0, 1.0, None, 1.0, 1.0))
 sink.text(step, "<b>Once", " upon")
@@ -141,15 +141,30 @@ def test_wandb_without_a_key_is_one_clear_line(tmp_path):
     assert not (run_dir / "wandb_id").exists()
 
 
+@pytest.mark.slow
+def test_a_relaunch_goes_on_offline_where_wandb_cannot_start(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert wandb_launch(run_dir, 0, WANDB_MODE="offline").returncode == 0
+    run_id = (run_dir / "wandb_id").read_text()
+    done = wandb_launch(run_dir, 20, WANDB_MODE="online", WANDB_API_KEY="")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert "W&B cannot start" in line and "going on offline" in line and "wandb sync" in line
+    records = read_wandb(max(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime))
+    assert [record.history.step.num for record in records if record.HasField("history")] == [30, 40]
+    assert (run_dir / "wandb_id").read_text() == run_id
+
+
 @pytest.mark.parametrize(("switch", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, switch, module):
     for name in [name for name in sys.modules if name.split(".")[0] == module or name == "torch.utils.tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # how Python itself marks what must not be found
     with pytest.raises(UserError, match=rf"pip install 'llmtrain\[{switch}\]'"):
-        open_sinks(make_config({"logging": {switch: True}}), tmp_path, 0)
+        open_sinks(make_config({"logging": {switch: True}}), tmp_path, 0, print)
 
 
 def test_no_switch_opens_nothing(tmp_path):
-    assert open_sinks(make_config({}), tmp_path, 0) == []
+    assert open_sinks(make_config({}), tmp_path, 0, print) == []
     assert not list(tmp_path.iterdir())
