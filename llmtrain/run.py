@@ -415,7 +415,7 @@ class Run:
     def _save_for_good(self, *links: str) -> None:
         with self.meter.paused():
             self.saving.until_saved(lambda: self._begin_save(*links), self.observer.warn)
-            self.mirror.wait(self.stopping.left_s, self._are_all)
+            self.mirror.wait(lambda: self.stopping.left_s, self._are_all, is_final=FINAL in links)
         self._report_saves()
 
     def _are_all(self, done: bool) -> bool:
@@ -503,7 +503,7 @@ class Run:
             hook.remove()
             if not is_interrupted:
                 self.store.join()  # the folder is ours until nothing writes in it
-            self.mirror.wait(self.stopping.left_s)
+            self.mirror.wait(lambda: self.stopping.left_s)
             for warning in self.mirror.news():
                 self.observer.warn(warning)
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"

@@ -25,6 +25,7 @@ from llmtrain.checkpoint.remote import (
     step_name,
     step_of,
 )
+from llmtrain.checkpoint.retention import problem_of
 from llmtrain.config import CheckpointSection, RunConfig
 from llmtrain.errors import CorruptError, LlmtrainError
 from llmtrain.storage.remote import Remote, in_parallel
@@ -65,11 +66,18 @@ class NoMirror:
         """What to warn of since this was last asked."""
         return []
 
-    def wait(self, left_s: float = math.inf, everybody: Callable[[bool], bool] = bool) -> None:
+    def wait(
+        self,
+        left_s: Callable[[], float] = lambda: math.inf,
+        everybody: Callable[[bool], bool] = bool,
+        *,
+        is_final: bool = False,
+    ) -> None:
         """Wait for an upload that is under way, and try once more what failed, while there is time.
 
         Args:
             left_s: of what a signal leaves.
+            is_final: no launch comes that could upload what is given up now: only a signal ends the wait.
             everybody: asked once a second, with whether this rank is done, whether all are that wait together.
         """
 
@@ -95,6 +103,7 @@ class Mirror(NoMirror):
         self._is_last_try = False
         self._is_lost = False  # when the run began
         self._own_uploaded: Path | None = None  # of rank 1 and up
+        self._damaged: set[int] = set()  # here, and told
         self._shared: set[int] = set()  # steps of this launch: the other ranks upload their parts of them
 
     def check_writable(self, warn: Callable[[str], None]) -> None:
@@ -167,14 +176,21 @@ class Mirror(NoMirror):
             warnings, self._warnings = self._warnings, []
         return warnings
 
-    def wait(self, left_s: float = math.inf, everybody: Callable[[bool], bool] = bool) -> None:
+    def wait(
+        self,
+        left_s: Callable[[], float] = lambda: math.inf,
+        everybody: Callable[[bool], bool] = bool,
+        *,
+        is_final: bool = False,
+    ) -> None:
         """See `NoMirror`; what is not done in time is left to the next launch, with a warning."""
-        wait_s = min(self._wait_s, _OF_GRACE * left_s)
+        began = time.monotonic()
         with self._state:
             self._wanted, self._is_last_try = self._wanted or (None if self._is_last_try else self._failed), True
             self._state.notify_all()
-        until = time.monotonic() + wait_s
+        until = began + (math.inf if is_final and self._wait_s else self._wait_s)
         while True:
+            until = min(until, time.monotonic() + _OF_GRACE * left_s())
             with self._state:
                 round_s = min(max(until - time.monotonic(), 0), _ROUND_S)
                 done = self._state.wait_for(lambda: not (self._is_working or self._wanted), round_s)
@@ -183,8 +199,8 @@ class Mirror(NoMirror):
         with self._state:
             if not done and self._wait_s:
                 self._warnings.append(
-                    f"{self._remote.url}: an upload is not done after {wait_s:.0f} s and is given up; everything is in "
-                    f"{self._run_dir}, and the next launch uploads it"
+                    f"{self._remote.url}: an upload is not done after {until - began:.0f} s and is given up; "
+                    f"everything is in {self._run_dir}, and the next launch uploads it"
                 )
                 self._wait_s = 0.0
 
@@ -254,13 +270,26 @@ class Mirror(NoMirror):
         linked = {step_of(folder.name) for name in _LINKS if (folder := pointed(self._run_dir, name))}
         keep = self._to_keep(sorted({*here, *there})) | linked
         for step in reversed(here):
-            if step in keep and step not in there:
+            if step in keep and step not in there and not self._is_damaged_here(step):
                 try:
                     self._upload(step)
                 except FileNotFoundError:
                     continue  # deleted meanwhile, because newer ones are there
+                except CorruptError:
+                    if fmt.is_committed(step_folder(self._run_dir, step)):
+                        raise
         self._link()
         self._retain()
+
+    def _is_damaged_here(self, step: int) -> bool:
+        """Whether files are missing or cut short; told once. One that is gone altogether is not damaged."""
+        folder = step_folder(self._run_dir, step)
+        if (problem := problem_of(folder)) is None or not fmt.is_committed(folder):
+            return False
+        if step not in self._damaged:
+            self._tell(f"{problem}; this checkpoint is not uploaded")
+        self._damaged.add(step)
+        return True
 
     def _upload(self, step: int) -> None:
         began = time.monotonic()
@@ -333,7 +362,8 @@ class Mirror(NoMirror):
 def make_mirror(config: RunConfig, rank: int) -> NoMirror:
     """What `checkpoint.remote` asks for.
 
-    At the end of a run other ranks wait for rank 0, which must be back before they take it for lost.
+    Where a run ends before it is done, what is not uploaded within half of `health.timeout_s` is left to the next
+    launch: by an error one rank may wait alone, and must be back before the others take it for lost.
     """
     url = config.checkpoint.remote
     if url is None:

@@ -65,7 +65,7 @@ class Retention:
         Otherwise each save would read more than the one before.
         """
         if step not in self._looked_at and not (is_memory_enough and step in self._good):
-            problem = _problem(step_folder(self._run_dir, step))
+            problem = problem_of(step_folder(self._run_dir, step))
             if problem:  # neither counted, lest a good one goes for it, nor deleted
                 self._warnings.append(f"{problem}; this checkpoint no longer counts as one to keep")
             self._good[step] = problem is None
@@ -136,7 +136,7 @@ class Retention:
         )
 
 
-def _problem(folder: Path) -> str | None:
+def problem_of(folder: Path) -> str | None:
     """What is missing or cut short in a committed checkpoint; its hashes were made from what was written."""
     try:
         files = fmt.CheckpointReader(folder).manifest.files

@@ -84,6 +84,9 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
     Step folders without a marker (an interrupted save or deletion) are removed; finished ones of later steps (damaged,
     or rewound past by `--resume PATH`) are renamed, not deleted.
     """
+    for path in sorted(run_dir.glob("step-*.partial-*")):  # nobody else fetches into it while we hold its lock
+        warn(f"{path}: a fetch that was cut short, on this host or another; removed")
+        shutil.rmtree(path)
     for path in sorted(run_dir.glob("step-*")):
         if not path.name[5:].isdigit():
             continue

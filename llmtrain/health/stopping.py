@@ -58,10 +58,14 @@ class Stopping:
 
     @property
     def left_s(self) -> float:
-        """Seconds of the grace that are left; infinite where nothing ends it."""
-        if self.reason is None or self._grace_s is None:
+        """Seconds of the grace that are left; infinite where nothing ends it.
+
+        A signal to this rank counts before the others have heard of it.
+        """
+        told_at = self._signals.received_at if self.reason is None else self._heard_at
+        if told_at is None or self._grace_s is None:
             return math.inf
-        return max(self._grace_s - (time.monotonic() - self._heard_at), 0.0)
+        return max(self._grace_s - (time.monotonic() - told_at), 0.0)
 
     def too_short_for(self, save_s: float) -> str | None:
         """What to warn of, where a save that takes `save_s` will probably not fit into what is left of the grace."""

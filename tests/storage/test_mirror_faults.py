@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.checkpoint.mirror import Mirror
 from llmtrain.checkpoint.remote import remote_steps
+from llmtrain.checkpoint.store import clear_way
 from llmtrain.config import CheckpointSection
 from llmtrain.storage.remote import Remote
 from llmtrain.train import main as train
@@ -72,6 +74,7 @@ def test_a_store_that_is_lost_when_a_run_goes_back_is_right_again_after_the_next
     plain_back = llmtrain.run.Run._roll_back
 
     def lose_store(run: llmtrain.run.Run, *arguments: Any) -> None:
+        run.store.join()
         run.mirror.wait()
         store.rename(tmp_path / "lost")
         store.write_text("no folder can be made here")
@@ -147,3 +150,52 @@ def test_what_is_later_on_a_store_that_was_lost_at_the_start_gives_way_when_it_a
         assert bucket.steps("run") == [10] and "can be written again" in mirror.news()[-1]
     finally:
         server.stop()
+
+
+def test_the_end_of_a_run_waits_for_the_last_upload_however_long_it_takes(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call
+) -> None:
+    changed = {**config_dict, "health": {"timeout_s": 4.0}}  # of which a run that is stopped would wait for a half
+    config = written(changed, tmp_path, checkpoint={"save_every": 10, "remote": f"{bucket.url}/run"})
+    bucket.server.hold.write_text(f"{bucket.name}/run/step-00000030/manifest.json")
+
+    def answer() -> None:
+        until = time.monotonic() + 60
+        while not (tmp_path / "run/final").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(4.5)
+        bucket.server.hold.unlink()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    code, out, err = call(train, "--config", config)
+    thread.join()
+    assert code == 0 and "given up" not in out + err, err
+    assert bucket.steps("run") == [10, 20, 30] and bucket.get("run/final") == b"step-00000030\n"
+
+
+@pytest.mark.parametrize("harm", ["manifest", "short file"])
+def test_one_damaged_checkpoint_here_does_not_keep_the_others_from_the_store(
+    trained_run: Path, tmp_path: Path, harm: str
+) -> None:
+    run_dir, store = tmp_path / "run", tmp_path / "store"
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    mirror = Mirror(Remote(f"file://{store}"), run_dir, CheckpointSection(keep_last=1, keep_every=10), 0, 60)
+    name = {"manifest": fmt.MANIFEST, "short file": "rank00000.safetensors"}[harm]
+    (run_dir / "step-00000010" / name).write_text("{}")
+    for _ in range(2):
+        mirror.saved(run_dir)
+        mirror.wait()
+    (warning,) = mirror.news()
+    assert "step-00000010" in warning and "not uploaded" in warning
+    assert steps_there(store) == [20, 30] and (store / "latest").read_text() == "step-00000030\n"
+
+
+def test_what_a_killed_fetch_on_another_host_left_is_removed_and_told(trained_run: Path, tmp_path: Path) -> None:
+    run_dir, told = tmp_path / "run", list[str]()
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    left = run_dir / "step-00000040.partial-another-host-77"
+    shutil.copytree(run_dir / "step-00000030", left)
+    clear_way(run_dir, 30, None, told.append)
+    assert not left.exists() and committed_steps(run_dir) == [10, 20, 30]
+    assert len(told) == 1 and str(left) in told[0] and "removed" in told[0]
