@@ -18,6 +18,7 @@ from llmtrain.assemble import Assembly, describe
 from llmtrain.checkpoint.folders import FINAL
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
+from llmtrain.checkpoint.mending import mending
 from llmtrain.checkpoint.mirror import make_mirror
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.remote import bring, local_checkpoint
@@ -74,7 +75,7 @@ class Run:
         self.progress = Progress()
         self._changes: list[str] = []
         self._restorer = Restorer(self.engine, self.config.health.timeout_s, self.stopping.is_told_here)
-        self.resumed_from = self._start_or_go_on(resume)
+        self.resumed_from = self._start_or_go_on(resume, lock)
         self.guard = Guard(self.config, self.dir, self.engine.rank)
         self.guard.load_state(self.progress.guard)
         self._find_rollbacks()
@@ -99,9 +100,15 @@ class Run:
     def _progress_of(self, reader: CheckpointReader) -> Progress:
         return progress_of(reader, self.config, self.parts.data)
 
-    def _start_or_go_on(self, resume: str) -> CheckpointReader | None:
+    def _start_or_go_on(self, resume: str, lock: RunLock | None) -> CheckpointReader | None:
         """Fill the engine from a checkpoint of the run, or from the weights that it is to start with."""
-        reader = self._load(lambda open_one: choose_checkpoint(self.dir, resume, self._early_warning, open_one))
+        warn = self._early_warning
+
+        def choose(open_one: OpenCheckpoint) -> CheckpointReader | None:
+            mended = mending(open_one, self._restorer.meanwhile, self.config, lock, warn)
+            return choose_checkpoint(self.dir, resume, warn, mended)
+
+        reader = self._load(choose)
         if reader:
             self._changes = changes(saved_config(reader), self.config)
             if resume != "auto":

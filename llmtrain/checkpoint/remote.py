@@ -90,10 +90,10 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
     folder = into / step_name(step)
     manifest, text, marker = read_manifest(remote, step)
     if folder.exists():
-        is_same = fmt.is_committed(folder) and (folder / fmt.MARKER).read_bytes() == marker
+        here = {path.name: path.read_bytes() for path in (folder / fmt.MANIFEST, folder / fmt.MARKER) if path.is_file()}
+        is_same = here == {fmt.MANIFEST: text, fmt.MARKER: marker}
         if is_same and not verify_files(folder, list(manifest.files)):
             return folder
-        shutil.rmtree(folder)
     with staged_folder(folder, say=say) as staged:
         in_parallel(
             lambda file: remote.fetch(f"{step_name(step)}/{file.path}", staged / file.path, file.sha256),
@@ -101,6 +101,8 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
         )
         fmt.write_file(staged / fmt.MANIFEST, text)
         fmt.write_file(staged / fmt.MARKER, marker)
+        if folder.exists():
+            shutil.rmtree(folder)
     return folder
 
 
@@ -137,6 +139,7 @@ def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
         return
     try:
         marker = read_manifest(remote, common[-1])[2]
+        fmt.CheckpointReader(step_folder(run_dir, common[-1]))
     except CorruptError:
         return  # not another run's, but damaged: found and told where it is read
     is_same = marker.strip() == (step_folder(run_dir, common[-1]) / fmt.MARKER).read_bytes().strip()

@@ -79,6 +79,27 @@ class Restorer:
         except _TogetherError as error:
             raise error.here from error.here.__cause__
 
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """On rank 0, while it chooses: do what may take long; the others hear again and again that it is not done.
+
+        Raises:
+            Stopped: this rank was told to stop.
+        """
+
+        def run(_report: Report) -> list[str]:
+            work()
+            return []
+
+        job = _Work(run)
+        while not job.is_over:
+            job.wait(min(_ROUND_S, self._timeout_s / 4))
+            if self._is_told():
+                raise _stopped()
+            if not job.is_over:
+                self._call(None, is_chosen=False)
+        if job.failure:
+            raise job.failure
+
     def _lead(
         self, choose: Choose, accept: Callable[[CheckpointReader], object], optimizer: bool
     ) -> CheckpointReader | None:

@@ -16,6 +16,7 @@ import llmtrain.run
 import llmtrain.train
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import committed_steps, step_folder
+from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.mirror import Mirror
 from llmtrain.checkpoint.remote import remote_steps
 from llmtrain.checkpoint.store import clear_way
@@ -199,3 +200,26 @@ def test_what_a_killed_fetch_on_another_host_left_is_removed_and_told(trained_ru
     clear_way(run_dir, 30, None, told.append)
     assert not left.exists() and committed_steps(run_dir) == [10, 20, 30]
     assert len(told) == 1 and str(left) in told[0] and "removed" in told[0]
+
+
+@pytest.mark.parametrize("harm", ["rank00000.safetensors", fmt.MANIFEST, fmt.MARKER])
+def test_what_is_damaged_here_and_whole_on_the_store_is_fetched_before_the_run_goes_back(
+    config_dict: dict[str, Any], tmp_path: Path, call: Call, harm: str
+) -> None:
+    run_dir, store = tmp_path / "run", tmp_path / "store"
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"file://{store}"})
+    assert call(train, "--config", config, "training.stop_after=20")[0] == 75
+    damaged = step_folder(run_dir, 20) / harm
+    content = bytearray(damaged.read_bytes())
+    content[-8] ^= 1
+    damaged.write_bytes(content)
+    code, out, err = call(train, "--config", config, "training.stop_after=21")
+    assert code == 75 and "after step 20" in out + err and f"fetched whole from file://{store}" in err, err
+    assert steps_there(store) == [10, 20, 21] and not list(store.glob("*.aside-*"))
+    assert CheckpointReader(step_folder(run_dir, 20)).verify() == []
+
+    # Damaged in both places, the run goes back.
+    for folder in (run_dir, store):
+        (step_folder(folder, 21) / "rank00000.safetensors").write_bytes(bytes(content))
+    code, out, err = call(train, "--config", config, "training.stop_after=22")
+    assert code == 75 and "after step 20" in out + err and "not to be had from the store" in err, err
