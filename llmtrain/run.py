@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.assemble import Assembly, describe
+from llmtrain.checkpoint.claim import claim, naming_what_cannot_be_written
 from llmtrain.checkpoint.folders import FINAL
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
@@ -179,8 +180,9 @@ class Run:
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""
         self.progress.launches += 1
-        together(self.engine, lambda: self._claim_folder(lock))
-        patiently(self.engine, self._clear_store)
+        warn, is_first = self._early_warning, self.engine.rank == 0
+        together(self.engine, lambda: claim(self.dir, lock, self.progress, warn) if is_first else None)
+        patiently(self.engine, lambda: self.mirror.clear_way(self.progress.step, warn) if is_first else None)
         self.observer = together(self.engine, self._open_folder)
         together(self.engine, self._require_shared_folder)
         self._go_on_recording()
@@ -199,41 +201,17 @@ class Run:
         if self.config.logging.sample_ledger:
             self.ledger = SampleLedger(self.dir, self.engine, self.progress.step)
 
-    def _claim_folder(self, lock: RunLock) -> None:
-        """On rank 0: put the folder in order."""
-        if self.engine.rank != 0:
-            return
-        with self._naming_what_cannot_be_written():
-            self.dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            if lock.warning:
-                self._early_warning(lock.warning)
-            clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
-
-    def _clear_store(self) -> None:
-        if self.engine.rank == 0:
-            self.mirror.clear_way(self.progress.step, self._early_warning)
-
     def _open_folder(self) -> Observer | NullObserver:
         """On rank 0: say in the folder what is run."""
         if self.engine.rank != 0:
             return NullObserver()
-        with self._naming_what_cannot_be_written():
+        with naming_what_cannot_be_written(self.dir):
             self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())
             launch = provenance(self.parts.data, self.engine.device, self.engine.world_size)
             append_launch(self.dir / "run.json", launch, self._early_warning)
         return self._make_observer(describe(self.parts, self.total_steps))
-
-    @contextmanager
-    def _naming_what_cannot_be_written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.dir}: cannot be written: {error.strerror or error}; choose another run.dir"
-            ) from error
 
     def _make_observer(self, header: dict[str, str]) -> Observer:
         return Observer(
@@ -374,7 +352,7 @@ class Run:
     def _reopen_folder(self) -> Observer | NullObserver:
         if self.engine.rank != 0:
             return NullObserver()
-        with self._naming_what_cannot_be_written():
+        with naming_what_cannot_be_written(self.dir):
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
         return self._make_observer({"going on": f"after step {self.progress.step:,} of {self.total_steps:,}"})
 

@@ -1,8 +1,9 @@
 """A folder on a store that fsspec knows: list, read, write, remove. Every failure becomes one line for the user.
 
-On an object store a file appears whole or not at all; under file:// and the like it may be seen, and left by a kill or a
-power cut, half written. A folder never appears at once: whoever writes several files writes the one that makes them
-count last, and checks sizes before. Credentials are found by the store's own library in its usual places; none is ever part of a URL here.
+On an object store a file appears whole or not at all; under file:// and the like it may be seen, and left by a kill or
+a power cut, half written. A folder never appears at once: whoever writes several files writes the one that makes them
+count last, and checks sizes before. Credentials are found by the store's own library in its usual places; none is ever
+part of a URL here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""Taking hold of a run folder before a launch writes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmtrain.checkpoint.lock import RunLock
+from llmtrain.checkpoint.progress import Progress
+from llmtrain.checkpoint.store import clear_way
+from llmtrain.errors import UserError
+
+
+def claim(run_dir: Path, lock: RunLock, progress: Progress, warn: Callable[[str], None]) -> None:
+    """Make the folder, take its lock, and put it in order.
+
+    Raises:
+        UserError: another launch holds it, or it cannot be written.
+    """
+    with naming_what_cannot_be_written(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        if lock.warning:
+            warn(lock.warning)
+        clear_way(run_dir, progress.step, progress.best_step, warn)
+
+
+@contextmanager
+def naming_what_cannot_be_written(run_dir: Path) -> Iterator[None]:
+    """Make an error of the file system one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}; choose another run.dir") from error
