@@ -30,14 +30,14 @@ def block_matrix_parameters(config: ModelSection) -> int:
     return attention + (3 if config.activation == "swiglu" else 2) * config.dim * ff_dim
 
 
-def flops_per_token(config: ModelSection, seq_len: int, *, causal: bool = True) -> float:
+def flops_per_token(config: ModelSection, seq_len: float, *, causal: bool = True) -> float:
     """Floating-point operations to train on one token, forward and backward, of the model itself.
 
     Recomputation by activation checkpointing does not count (model FLOPs, Chowdhery et al. 2022, appendix B).
 
     Args:
         config: with `vocab_size` set.
-        seq_len: tokens in a sequence.
+        seq_len: tokens in a sequence, or in a document where attention stays within these.
         causal: count the average (seq_len + 1) / 2 positions that causal attention looks at; False counts seq_len,
             as PaLM's formula does, and so reads higher.
     """

@@ -48,14 +48,20 @@ def choose(logits_BV: Tensor, options: SamplingOptions, generators: Sequence[tor
     return torch.cat([torch.multinomial(row_V, 1, generator=own) for row_V, own in rows]).to(logits_BV.device)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, begins_document: bool) -> list[int]:
     """The ids to go on from; an empty prompt begins a document, as every document of the training stream does: after
     the end of another.
+
+    Args:
+        tokenizer: of the model.
+        prompt: text.
+        begins_document: so does any prompt: `data.document_mask`, with which no text had another before it.
 
     Raises:
         UserError: the prompt has a character that the tokenizer lacks.
     """
-    return tokenizer.encode(prompt).tolist() or [tokenizer.eos_id]
+    ids: list[int] = tokenizer.encode(prompt).tolist()
+    return ids if ids and not begins_document else [tokenizer.eos_id, *ids]
 
 
 @torch.no_grad()

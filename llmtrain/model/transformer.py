@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llmtrain.config import ModelSection
+from llmtrain.model.document_mask import Documents, Mask, flex_attention, flex_suits, within_documents
 from llmtrain.model.loss import linear_cross_entropy_sum, loss_and_correct
 
 
@@ -29,6 +30,12 @@ class KVCache:
     length: int = 0
     keys: list[Tensor] = field(default_factory=list)  # each (B, K, max_positions, E)
     values: list[Tensor] = field(default_factory=list)
+    ids: Tensor | None = None  # (B, length), where they say which document a position belongs to
+
+    def see(self, ids_BS: Tensor) -> Tensor:
+        """Append ids; return all so far."""
+        self.ids = ids_BS if self.ids is None else torch.cat((self.ids, ids_BS), dim=1)
+        return self.ids
 
     def extend(self, layer: int, key_BKSE: Tensor, value_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Append S positions to a layer; return all its keys and values so far."""
@@ -59,29 +66,33 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.enable_gqa = self.kv_heads != config.heads
 
-    def forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        """Attend from each position to itself and those before it, the cached ones included."""
+    def forward(
+        self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None, layer: int, mask: Mask | None = None
+    ) -> Tensor:
+        """Attend from each position to itself and those before it, the cached ones included, or to those of `mask`."""
         q_BHSE = self.q_norm(self.q(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         k_BKSE = self.k_norm(self.k(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2))
         v_BKSE = self.v(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rotation is not None:
             q_BHSE, k_BKSE = rotate(q_BHSE, rotation), rotate(k_BKSE, rotation)
         q_BHSE, k_BKSE = q_BHSE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype)
-        mask = None
         if cache is not None:
             seen, new = cache.length, q_BHSE.shape[2]
             k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
-            if seen and new > 1:
+            if mask is None and seen and new > 1:
                 mask = torch.ones(new, seen + new, dtype=torch.bool, device=x_BSD.device).tril(seen)
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BHSE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q_BHSE.shape[2] == k_BKSE.shape[2],
-            enable_gqa=self.enable_gqa,
-        )
+        if mask is None or isinstance(mask, Tensor):
+            y_BHSE = F.scaled_dot_product_attention(
+                q_BHSE,
+                k_BKSE,
+                v_BKSE,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and q_BHSE.shape[2] == k_BKSE.shape[2],
+                enable_gqa=self.enable_gqa,
+            )
+        else:
+            y_BHSE = flex_attention(q_BHSE, k_BKSE, v_BKSE, mask, enable_gqa=self.enable_gqa)
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).flatten(2))
         return y_BSD
 
@@ -139,9 +150,11 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None, mask: Mask | None = None
+    ) -> Tensor:
         """Return the residual stream after this block."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), rotation, cache, self.layer))
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), rotation, cache, self.layer, mask))
         x_BSD = x_BSD + self.dropout(self.ff(self.ff_norm(x_BSD)))
         return x_BSD
 
@@ -166,14 +179,23 @@ class Transformer(nn.Module):
         seq_len: longest sequence, in tokens; sizes the position tables.
         activation_checkpointing: `none`, `full` (keep only each block's input) or `selective` (keep the results of
             matrix products and attention, recompute the cheap rest).
+        document_end: the id between documents, within which attention stays and positions count anew; None: of a
+            sequence with several nothing is known, and it is one text.
     """
 
-    def __init__(self, config: ModelSection, seq_len: int, activation_checkpointing: str = "none"):
+    def __init__(
+        self,
+        config: ModelSection,
+        seq_len: int,
+        activation_checkpointing: str = "none",
+        document_end: int | None = None,
+    ):
         super().__init__()
         assert config.vocab_size is not None
         self.config = config
         self.seq_len = seq_len
         self.activation_checkpointing = activation_checkpointing
+        self.document_end = document_end
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(seq_len, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -223,26 +245,38 @@ class Transformer(nn.Module):
         if end > self.seq_len:
             raise ValueError(f"{end} positions, but the model was built for {self.seq_len}")
         x_BSD = self.embedding(ids_BS)
+        documents = self._documents(ids_BS, x_BSD.dtype, cache) if self.document_end is not None else None
         if self.position is not None:
-            x_BSD = x_BSD + self.position.weight[begin:end]
+            x_BSD = x_BSD + (self.position(documents.positions) if documents else self.position.weight[begin:end])
         x_BSD = self.dropout(x_BSD)
-        rotation = self.rotation[:, begin:end] if self.rotation is not None else None
+        rotation, mask = None, documents.mask if documents else None
+        if self.rotation is not None:  # (2, S, E), or (2, B, 1, S, E)
+            rotation = self.rotation[:, documents.positions].unsqueeze(2) if documents else self.rotation[:, begin:end]
         for block in self.blocks:
             if self.training and self.activation_checkpointing != "none":
-                x_BSD = self._recomputed(block, x_BSD, rotation)
+                x_BSD = self._recomputed(block, x_BSD, rotation, mask)
             else:
-                x_BSD = block(x_BSD, rotation, cache)
+                x_BSD = block(x_BSD, rotation, cache, mask)
         if cache is not None:
             cache.length = end
         normed_BSD: Tensor = self.norm(x_BSD)
         return normed_BSD
 
-    def _recomputed(self, block: nn.Module, x_BSD: Tensor, rotation: Tensor | None) -> Tensor:
+    def _documents(self, ids_BS: Tensor, dtype: torch.dtype, cache: KVCache | None) -> Documents:
+        assert self.document_end is not None
+        device = ids_BS.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        use_flex = cache is None and flex_suits(device, self.config.head_dim, self.config.dropout)
+        seen_BT = ids_BS if cache is None else cache.see(ids_BS)
+        return within_documents(seen_BT, ids_BS.shape[1], self.document_end, dtype, use_flex=use_flex)
+
+    def _recomputed(self, block: nn.Module, x_BSD: Tensor, rotation: Tensor | None, mask: Mask | None) -> Tensor:
         if self.activation_checkpointing == "full":
-            y_BSD: Tensor = checkpoint(block, x_BSD, rotation, use_reentrant=False)
+            y_BSD: Tensor = checkpoint(block, x_BSD, rotation, None, mask, use_reentrant=False)
         else:
             contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-            y_BSD = checkpoint(block, x_BSD, rotation, use_reentrant=False, context_fn=contexts)
+            y_BSD = checkpoint(block, x_BSD, rotation, None, mask, use_reentrant=False, context_fn=contexts)
         return y_BSD
 
     @torch.no_grad()

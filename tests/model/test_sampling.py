@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
-from llmtrain.model.sampling import SamplingOptions, choose, sample
+from llmtrain.data.tokenizer import fit_tokenizer
+from llmtrain.model.sampling import SamplingOptions, choose, prompt_ids, sample
 from llmtrain.model.transformer import Transformer
 from tests.model.test_transformer import SEQ_LEN, build, shake
 
@@ -104,3 +105,12 @@ def test_tokens_come_as_often_as_their_probability(options: SamplingOptions, exp
 def test_a_very_low_temperature_is_greedy(temperature: float) -> None:
     logits = [80.0, -80.0, 80.5, 3e4, -3e4]
     assert frequencies(logits, SamplingOptions(temperature=temperature), draws=20) == {3: 1.0}
+
+
+def test_a_prompt_begins_a_document_where_none_was_seen_behind_another() -> None:
+    tokenizer = fit_tokenizer("char", ["abc"])
+    ids = tokenizer.encode("cab").tolist()
+    assert prompt_ids(tokenizer, "cab", begins_document=False) == ids
+    assert prompt_ids(tokenizer, "cab", begins_document=True) == [tokenizer.eos_id, *ids]
+    for begins in (False, True):
+        assert prompt_ids(tokenizer, "", begins_document=begins) == [tokenizer.eos_id]
