@@ -82,7 +82,8 @@ class DataSection(Section):
     path: str | None = "data/stdlib"  # null where there are sources
     seq_len: PositiveInt = 256
     stride: PositiveInt | None = None  # tokens from one window to the next; null: seq_len, windows do not overlap
-    document_mask: Literal[False] = False
+    document_mask: bool = False  # attention and positions within documents; see llmtrain/model/document_mask.py
+    packing: Literal["windows", "best_fit"] = "windows"  # best_fit: documents whole, windows padded; and their mask
     workers: Annotated[int, Field(ge=0)] = 0
     sources: tuple[SourceSection, ...] | None = None  # instead of path: several, by weights
 
@@ -468,8 +469,6 @@ def _describe(error: ValidationError, where: str) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"][: 4 if "sources" in problem["loc"] else 2])
         message = problem["msg"].removeprefix("Value error, ")
-        if key == "data.document_mask":
-            message = "not supported by this version; leave it out"
         problems.setdefault(key, []).append(message)
         given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
     lines = [f"{key + ': ' if key else ''}{' or '.join(texts)}{given[key]}" for key, texts in problems.items()]

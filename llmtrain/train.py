@@ -83,7 +83,7 @@ def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
     """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
     loss_sum = torch.zeros((), device=engine.device)
     for tokens, is_last in batch.micro_batches():
-        inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device)
+        inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device, batch.padding)
         loss_sum += engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
     return loss_sum
 

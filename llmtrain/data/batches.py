@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from llmtrain.data.order import Int64s, sample_ids
+from llmtrain.data.packing import PackedWindows
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import LlmtrainError
 from llmtrain.health.signals import STOP_SIGNALS
@@ -165,6 +166,7 @@ class Batch:
     begin: int  # position of the first sample of the global batch
     end: int  # position after the last one
     target_count: int  # target tokens in the global batch, over all ranks
+    padding: int | None  # of packed windows: the id that they are padded with
     order: Order
     _loader: Iterator[Tokens_BS]
 
@@ -242,7 +244,11 @@ def batches(
     while True:
         position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)
-        yield Batch(layout, position, end, (end - position) * windows.seq_len, order, loader)
+        targets, padding = (end - position) * windows.seq_len, None
+        if isinstance(windows, PackedWindows):  # every rank counts those of all, so none has to ask
+            ids = order(np.arange(position, end, dtype=np.int64))
+            targets, padding = windows.count_targets(ids), windows.padding
+        yield Batch(layout, position, end, targets, padding, order, loader)
         position = end
 
 
@@ -259,13 +265,16 @@ def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) ->
         yield windows.gather(rows * len(windows) // max(1, count))
 
 
-def inputs_and_targets(tokens: Tokens_BS, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs_and_targets(
+    tokens: Tokens_BS, rows: int, device: torch.device, padding: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Move a micro-batch to the device and widen it there.
 
     Args:
         tokens: (n ≤ rows, seq_len + 1) in the stored dtype; n may be 0.
         rows: to pad to; the added rows have inputs 0 and no targets.
         device: where to.
+        padding: of the run of this id that may end a row, only the first is a target; None: all are.
 
     Returns:
         (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
@@ -274,6 +283,10 @@ def inputs_and_targets(tokens: Tokens_BS, rows: int, device: torch.device) -> tu
         tokens = tokens.pin_memory()
     wide = tokens.to(device, non_blocking=True).long()
     inputs, targets = wide[:, :-1], wide[:, 1:]
+    if padding is not None:
+        is_padding = (inputs == padding) & (targets == padding)
+        is_run = is_padding.flip(1).cumprod(1).flip(1).bool()  # and all that follows is, too
+        targets = targets.masked_fill(is_run, IGNORE_INDEX)
     missing = rows - tokens.shape[0]
     if missing:
         inputs = torch.nn.functional.pad(inputs, (0, 0, 0, missing))

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -266,6 +267,7 @@ class TokenStream:
         self._is_one = len(self._maps) == 1 and self._maps[0].dtype == self.dtype
         self._views: dict[int, Ids] = {}  # by length: every window of a stream that is one shard
         self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
+        self.bounds: list[int] = self._starts.tolist()  # of shards that hold tokens
         self._end_bytes = [shard.end_byte for shard in shards]
 
     def __len__(self) -> int:
@@ -283,7 +285,7 @@ class TokenStream:
         Raises:
             CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
-        self._require_whole(starts, length)
+        self.require_whole(starts, starts + length - 1)
         from_one = self._is_one and len(starts)
         rows = self._gather_from_one(starts, length) if from_one else self._gather_across(starts, length)
         # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
@@ -291,13 +293,12 @@ class TokenStream:
             self._name_bad_id(starts, rows)
         return rows
 
-    def _require_whole(self, starts: npt.NDArray[np.int64], length: int) -> None:
-        """Look at the sizes of the shards that are about to be read: past the end of a file there is only a SIGBUS."""
+    def require_whole(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
+        """Raise CorruptError where a shard with these first and last tokens is cut off: reading is a SIGBUS."""
         if self._is_one:
             touched = [0]
         else:
-            ends = np.concatenate((starts, starts + length - 1))
-            touched = np.unique(np.searchsorted(self._starts, ends, "right") - 1).tolist()
+            touched = np.unique(np.searchsorted(self._starts, np.concatenate((first, last)), "right") - 1).tolist()
         for shard in touched:
             if problem := _cut_off(self._paths[shard], self._end_bytes[shard]):
                 raise CorruptError(problem)
@@ -310,18 +311,22 @@ class TokenStream:
 
     def _gather_across(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         rows = np.empty((len(starts), length), self.dtype)
-        shard_of = np.searchsorted(self._starts, starts, "right") - 1
-        for row, start, shard in zip(rows, starts.tolist(), shard_of.tolist(), strict=True):
-            begin = start - int(self._starts[shard])
-            piece = self._maps[shard][begin : begin + length]
-            row[: len(piece)] = piece
-            filled = len(piece)
-            while filled < length:  # the window goes on in the next shard
-                shard += 1  # noqa: PLW2901
-                piece = self._maps[shard][: length - filled]
-                row[filled : filled + len(piece)] = piece
-                filled += len(piece)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            self.read_into(row, start)
         return rows
+
+    def read_into(self, row: Ids, start: int) -> None:
+        """Fill a row with the tokens from `start` on, across shard boundaries, after `require_whole`; not checked."""
+        shard = bisect_right(self.bounds, start) - 1
+        begin = start - self.bounds[shard]
+        piece = self._maps[shard][begin : begin + len(row)]
+        row[: len(piece)] = piece
+        filled = len(piece)
+        while filled < len(row):  # what is read goes on in the next shard
+            shard += 1
+            piece = self._maps[shard][: len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
 
     def _name_bad_id(self, starts: npt.NDArray[np.int64], rows: Ids) -> None:
         row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))

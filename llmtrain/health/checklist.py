@@ -47,7 +47,7 @@ def first_batch(parts: Assembly) -> OneBatch:
     """Read the batch that training would begin with."""
     batch = next(batches(parts.train, parts.layout, parts.order(), position=0))
     tokens, _ = next(batch.micro_batches())
-    inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, parts.engine.device)
+    inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, parts.engine.device, batch.padding)
     return OneBatch(inputs_BS, targets_BS, int((targets_BS != IGNORE_INDEX).sum()))
 
 
@@ -89,7 +89,8 @@ def _spread(windows: WindowSet) -> np.ndarray[tuple[int, ...], np.dtype[np.integ
 
 def _shift(batch: OneBatch, tokenizer: Tokenizer) -> Finding:
     """Show a few inputs beside their targets, so that a human sees the shift, too."""
-    inputs_S, targets_S = batch.inputs[0], batch.targets[0]
+    filled = int((batch.targets[0] != IGNORE_INDEX).sum())
+    inputs_S, targets_S = batch.inputs[0, :filled], batch.targets[0, :filled]
     shown = min(SHOWN_TOKENS, len(inputs_S))
     texts = [[tokenizer.decode([token]) for token in row_S[:shown].tolist()] for row_S in (inputs_S, targets_S)]
     detail = f"inputs {_quoted(texts[0])}  targets {_quoted(texts[1])}"
@@ -204,7 +205,7 @@ def _unambiguous(batch: OneBatch) -> OneBatch:
     while rows > 1 and _irreducible_loss(batch.inputs[:rows], batch.targets[:rows]) > OVERFIT_LOSS / 4:
         rows //= 2
     inputs_BS, targets_BS = batch.inputs[:rows], batch.targets[:rows]
-    return OneBatch(inputs_BS, targets_BS, targets_BS.numel())
+    return OneBatch(inputs_BS, targets_BS, int((targets_BS != IGNORE_INDEX).sum()))
 
 
 def _irreducible_loss(inputs_BS: Tensor, targets_BS: Tensor) -> float:
