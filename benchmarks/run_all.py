@@ -17,6 +17,7 @@ FITTING = [
     "prepare",
     "loop",
     "muon",
+    "documents",
     "loss",
     "recompute",
     "growth",

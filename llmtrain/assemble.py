@@ -11,12 +11,15 @@ import torch
 
 from llmtrain.config import RunConfig
 from llmtrain.data.batches import Layout, Order, Windows, WindowSet
+from llmtrain.data.documents import with_mask
 from llmtrain.data.mixture import Stage, plan_stages, samples_per_epoch
+from llmtrain.data.packing import PackedWindows
 from llmtrain.data.sources import TrainingData, fetch_data, make_order, open_data, weights_from
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
 from llmtrain.health.agreement import patiently, require_agreement, together
+from llmtrain.model.cost import flops_per_token
 from llmtrain.model.transformer import Transformer
 from llmtrain.resolve import resolve
 
@@ -55,10 +58,36 @@ class Assembly:
         if training.max_steps:
             return training.max_steps
         if training.max_tokens:
-            samples = -(-training.max_tokens // self.config.data.seq_len)
+            targets, windows = self._targets_in_windows()
+            samples = -(-training.max_tokens * windows // targets)
         else:
             samples = training.epochs * self.layout.windows
         return step + self.layout.steps_to(position, samples)
+
+    def _targets_in_windows(self) -> tuple[int, int]:
+        """So many targets are in so many windows."""
+        if isinstance(self.train, PackedWindows):
+            return self.train.targets, len(self.train)
+        return self.train.seq_len, 1
+
+    @property
+    def targets_of_a_window(self) -> float:
+        """On average."""
+        targets, windows = self._targets_in_windows()
+        return targets / windows
+
+    def flops_per_token(self) -> float:
+        """To train on one token; of attention within documents no more than is done.
+
+        In pieces of unequal length a token looks at more others on average than in as many equal ones; so these are
+        counted. Windows cut at the ends of documents and at their own.
+        """
+        length = float(self.train.seq_len)
+        if isinstance(self.train, PackedWindows):
+            length = self.train.targets / self.train.pieces
+        elif self.config.data.document_mask:
+            length = self.data.mean_piece(self.train.seq_len)
+        return flops_per_token(self.config.model, length)
 
 
 def assemble(config: RunConfig, engine: Engine) -> Assembly:
@@ -70,6 +99,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     folders = patiently(engine, lambda: fetch_data(config.data))
     data, config, train, val = together(engine, lambda: _open(folders, config, engine))
     warnings = require_agreement(engine, config, data.fingerprint())
+    end = together(engine, data.document_end) if config.data.document_mask else None
     layout = Layout(
         windows=samples_per_epoch(train, config.training.global_batch_size),
         global_batch=config.training.global_batch_size,
@@ -79,7 +109,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     )
     torch.manual_seed(config.run.seed)
     engine.build(
-        lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing),
+        lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing, end),
         config.training,
         config.optimizer,
     )
@@ -91,9 +121,14 @@ def _open(
 ) -> tuple[TrainingData, RunConfig, WindowSet, dict[str, Windows]]:
     data = open_data(config.data, folders)
     config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.compiles_well)
+    config = config.model_copy(update={"data": with_mask(config.data)})
     refuse_contradictions(config.training)
-    seq_len = config.data.seq_len
-    train, val = data.train_windows(seq_len, config.data.stride or seq_len), data.val_windows(seq_len)
+    seq_len, val = config.data.seq_len, data.val_windows(config.data.seq_len)
+    train: WindowSet
+    if config.data.packing == "best_fit":
+        train = data.packed_windows(seq_len)
+    else:
+        train = data.train_windows(seq_len, config.data.stride or seq_len)
     if not val and config.training.early_stopping_patience:
         raise UserError(
             f"training.early_stopping_patience needs validation data, but the val split of {data.where} has no "
@@ -120,12 +155,13 @@ def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compil
 
 def describe(parts: Assembly, steps: int) -> dict[str, str]:
     """What is about to happen, for the header and `--dry-run`."""
-    from llmtrain.model.cost import flops_per_token, parameter_count
+    from llmtrain.model.cost import parameter_count
     from llmtrain.model.peak import peak_memory
 
     config, layout = parts.config, parts.layout
     model, training, seq_len = config.model, config.training, config.data.seq_len
     val = sum(map(len, parts.val.values()))
+    padding = f", {1 - parts.targets_of_a_window / seq_len:.1%} of them padding"
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
     peak = peak_memory(
         model, seq_len, layout.micro_batch, engine="ddp" if layout.world_size > 1 else "single",
@@ -133,18 +169,20 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         accumulates=accumulation > 1, device=parts.engine.device.type,
     )  # fmt: skip
     # Which ZeRO stage shares the model only the engine knows.
-    aside = ", what dropout keeps aside" if model.dropout else ""
+    asides = {"dropout": model.dropout, "the document mask": config.data.document_mask}
+    aside = "".join(f", what {name} keeps aside" for name, is_on in asides.items() if is_on)
     memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors by the formulas, at the {peak.moment}{aside}"}
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",
         "data": f"{parts.data.where} · {parts.data.train_tokens:,} tokens · {parts.data.tokenizer.kind} · "
-        f"{layout.windows:,} windows of {seq_len}" + (f" · {val:,} for validation" if val else ""),
+        f"{layout.windows:,} windows of {seq_len}{padding if isinstance(parts.train, PackedWindows) else ''}"
+        + (f" · {val:,} for validation" if val else ""),
         "batch": f"{layout.global_batch} sequences = {layout.global_batch * seq_len:,} tokens · micro-batch "
         f"{layout.micro_batch} × {accumulation} accumulated × {layout.world_size} process"
         + ("es" if layout.world_size > 1 else ""),
         "length": f"{steps:,} steps · {layout.steps_per_epoch():,} per epoch · "
-        f"{flops_per_token(model, seq_len) * steps * layout.global_batch * seq_len:.2e} FLOPs",
+        f"{parts.flops_per_token() * steps * layout.global_batch * parts.targets_of_a_window:.2e} FLOPs",
         "numerics": f"{training.precision}{', fp8' if training.fp8 else ''}{', compiled' if training.compile else ''} "
         f"on {parts.engine.device} · "
         f"{config.optimizer.name} · {config.schedule.name} to {config.optimizer.lr:g}",

@@ -11,6 +11,7 @@ from llmtrain.arguments import VerbParser, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
 from llmtrain.data.batches import Layout, Windows, validation_batches
+from llmtrain.data.documents import document_end
 from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TokenDataset
 from llmtrain.errors import UserError, run_main
@@ -38,6 +39,8 @@ def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int
     check_tokenizer(trained.reader, data.manifest)
     seq_len, training = config.data.seq_len, config.training
     windows = Windows(data.split(split), seq_len, seq_len)
+    if config.data.document_mask:
+        document_end(data, split)
     if not len(windows):
         raise UserError(
             f"{data.path}: the {split} split has {len(windows.stream):,} tokens, and one window of this model takes "

@@ -100,7 +100,7 @@ class Request:
             UserError: the prompt has a character that the tokenizer lacks.
         """
         tokenizer = trained.tokenizer
-        start = prompt_ids(tokenizer, prompt)
+        start = prompt_ids(tokenizer, prompt, begins_document=trained.config.data.document_mask)
         if self.samples > 1:
             show = _ignore
         show(prompt)

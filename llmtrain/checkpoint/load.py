@@ -50,15 +50,19 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
         if problems := reader.check_records():
             raise CorruptError("; ".join(problems[:3]))
     config = _usable_here(saved_config(reader), compiled)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+    end = tokenizer.eos_id if config.data.document_mask else None
     engine = make_engine(config.health.timeout_s)
     try:
-        engine.build(lambda: Transformer(config.model, config.data.seq_len), config.training, optimizer=None)
+        engine.build(
+            lambda: Transformer(config.model, config.data.seq_len, document_end=end), config.training, optimizer=None
+        )
         with _naming_others(path, folder):
             files = [file.path for file in reader.tensor_files()]
             if problems := reader.load(engine.to_fill(optimizer=False), files):
                 raise CorruptError("; ".join(problems[:3]))
         engine.publish()
-        yield TrainedModel(engine, load_tokenizer(folder / TOKENIZER_FOLDER), config, reader)
+        yield TrainedModel(engine, tokenizer, config, reader)
     finally:
         engine.close()
 

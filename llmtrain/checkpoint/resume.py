@@ -17,7 +17,7 @@ from llmtrain.errors import UserError
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
 _FIXED = {
     "run": ["seed"],
-    "data": ["seq_len", "stride"],
+    "data": ["seq_len", "stride", "packing"],
     "model": [
         "vocab_size", "dim", "layers", "heads", "kv_heads", "ff_dim", "tie_embeddings", "norm", "positions",
         "activation", "qk_norm", "rope_theta", "norm_eps",

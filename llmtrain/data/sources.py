@@ -9,8 +9,10 @@ from pathlib import Path
 
 from llmtrain.config import DataSection
 from llmtrain.data.batches import Order, Windows, WindowSet, plain_order
+from llmtrain.data.documents import document_end, document_groups
 from llmtrain.data.fetch import local_data
 from llmtrain.data.mixture import MixedOrder, MixedWindows, Stage, Weights
+from llmtrain.data.packing import GROUP, PackedWindows
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset, TokenizerInfo
 from llmtrain.errors import UserError
 
@@ -88,6 +90,32 @@ class TrainingData:
         """
         windows = [source.train_windows(seq_len, stride) for source in self.sources]
         return windows[0] if len(windows) == 1 else MixedWindows(windows)
+
+    def packed_windows(self, seq_len: int) -> PackedWindows:
+        """The packed training windows of the one source that there is.
+
+        Raises:
+            UserError: its documents cannot be told apart, or there is not one.
+        """
+        data = self.sources[0].data
+        windows = PackedWindows(data.split("train"), seq_len, document_end(data), document_groups(data, "train", GROUP))
+        if not len(windows):
+            raise UserError(f"data.packing: {data.path} has no document with a token of its own; prepare more text")
+        return windows
+
+    def document_end(self) -> int:
+        """The id that closes documents, in every source.
+
+        Raises:
+            UserError: in one they cannot be told apart.
+        """
+        ends = [document_end(source.data) for source in self.sources]  # all of one tokenizer
+        return ends[0]
+
+    def mean_piece(self, seq_len: int) -> float:
+        """Mean length of what plain windows cut documents into, in tokens, or less; of the source where it is least."""
+        splits = [source.data.manifest.splits["train"] for source in self.sources]
+        return min(split.tokens / (split.documents + split.tokens / seq_len) for split in splits)
 
     def val_windows(self, seq_len: int) -> dict[str, Windows]:
         """The validation windows of each source that has any, by its name."""

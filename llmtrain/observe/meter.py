@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, Outcome, Verdict
-from llmtrain.model.cost import flops_per_token, model_flops_utilization
+from llmtrain.model.cost import model_flops_utilization
 from llmtrain.observe.own_time import OwnTime
 from llmtrain.observe.record import Record
 from llmtrain.observe.validation import Validation
@@ -21,9 +20,9 @@ from llmtrain.observe.validation import Validation
 class Meter:
     """Sums of loss, targets and time since the last record."""
 
-    def __init__(self, engine: Engine, config: RunConfig):
+    def __init__(self, engine: Engine, flops_per_token: float):
         self._engine = engine
-        self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
+        self._flops_per_token = flops_per_token
         self._device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         self._loss_sum = torch.zeros((), device=engine.device)
         self._targets: int | torch.Tensor = 0  # of applied steps; on the device once it knows more than the host

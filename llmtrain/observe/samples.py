@@ -33,7 +33,8 @@ class Samples:
             training.sample_tokens,
         )
         prompts = training.sample_prompts if training.sample_every else ()
-        self._prompts = [(prompt, prompt_ids(self._tokenizer, prompt)) for prompt in prompts]
+        begins = config.data.document_mask
+        self._prompts = [(text, prompt_ids(self._tokenizer, text, begins_document=begins)) for text in prompts]
 
     def write(
         self, model: Transformer, device: torch.device, through: Callable[[Iterator[Tensor]], Iterator[Tensor]]
