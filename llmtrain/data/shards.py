@@ -50,18 +50,14 @@ class FileInfo(BaseModel):
 
 
 class ShardInfo(BaseModel):
-    """One shard: its tokens (a file of the folder, or part of one elsewhere), and the documents that end in it.
-
-    `sample_sha256` is over a few pages of a file of the folder (`hash_samples`); None: it was written before there was
-    one.
-    """
+    """One shard: its tokens (a file of the folder, or part of one elsewhere), and the documents that end in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
     ids: FileInfo | TokenRange
     ends: FileInfo
-    sample_sha256: str | None = Field(default=None, pattern=SHA256)
+    sample_sha256: str | None = Field(default=None, pattern=SHA256)  # `hash_samples` of a file of the folder
 
     def files(self) -> list[FileInfo]:
         """Its files that lie in the folder."""
