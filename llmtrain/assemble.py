@@ -14,7 +14,7 @@ from llmtrain.data.batches import Layout, Order, Windows, WindowSet
 from llmtrain.data.documents import with_mask
 from llmtrain.data.mixture import Stage, plan_stages, samples_per_epoch
 from llmtrain.data.packing import PackedWindows
-from llmtrain.data.sources import TrainingData, fetch_data, make_order, open_data, weights_from
+from llmtrain.data.sources import TrainingData, doubts, fetch_data, make_order, open_data, weights_from
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.errors import UserError
@@ -41,15 +41,16 @@ class Assembly:
         if not self.config.data.sources:
             return []
         after = partial(self.layout.position_after, position)
-        return plan_stages(past, weights_from(self.config.data), step, position, after)
+        begin = self.layout.begin_of_batch(position)
+        return plan_stages(past, weights_from(self.config.data), step, begin, after)
 
     def order(self, stages: Sequence[Stage] | None = None) -> Order:
         """The order of the training windows; by default that of a new run."""
         return make_order(self.train, self.config.run.seed, self.stages() if stages is None else stages)
 
-    def last_weights(self) -> dict[str, float]:
-        """By source, those that the run ends with."""
-        weights = [source.weight_after(self.total_steps()) for source in self.config.data.sources or ()] or [1.0]
+    def last_weights(self, total_steps: int) -> dict[str, float]:
+        """By source, those of the last of so many steps."""
+        weights = [source.weight_after(total_steps - 1) for source in self.config.data.sources or ()] or [1.0]
         return dict(zip(self.config.data.names, weights, strict=True))
 
     def total_steps(self, step: int = 0, position: int = 0) -> int:
@@ -98,8 +99,9 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     """
     folders = patiently(engine, lambda: fetch_data(config.data))
     data, config, train, val = together(engine, lambda: _open(folders, config, engine))
-    warnings = require_agreement(engine, config, data.fingerprint())
-    end = together(engine, data.document_end) if config.data.document_mask else None
+    packing = train.digest() if isinstance(train, PackedWindows) else ""
+    warnings = require_agreement(engine, config, data.fingerprint() + packing) + list(doubts(config, val))
+    end = together(engine, lambda: data.document_end(val)) if config.data.document_mask else None
     layout = Layout(
         windows=samples_per_epoch(train, config.training.global_batch_size),
         global_batch=config.training.global_batch_size,
@@ -176,7 +178,7 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",
         "data": f"{parts.data.where} · {parts.data.train_tokens:,} tokens · {parts.data.tokenizer.kind} · "
-        f"{layout.windows:,} windows of {seq_len}{padding if isinstance(parts.train, PackedWindows) else ''}"
+        f"{len(parts.train):,} windows of {seq_len}{padding if isinstance(parts.train, PackedWindows) else ''}"
         + (f" · {val:,} for validation" if val else ""),
         "batch": f"{layout.global_batch} sequences = {layout.global_batch * seq_len:,} tokens · micro-batch "
         f"{layout.micro_batch} × {accumulation} accumulated × {layout.world_size} process"

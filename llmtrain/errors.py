@@ -46,6 +46,10 @@ class CorruptError(LlmtrainError):
     exit_code = 4
 
 
+class StuckError(CorruptError):
+    """Storage gave nothing for a long time: as good as damaged, but to look again takes as long again."""
+
+
 class PeerLostError(LlmtrainError):
     """Another rank is gone, cut off or stuck, and this one cannot go on without it; or this one itself is stuck."""
 

@@ -90,10 +90,10 @@ def _as_text(result: dict[str, Any]) -> str:
 
 def _open_data(trained: TrainedModel, path: Path | str | None) -> TokenDataset:
     """Open the data asked for, or the run's own."""
-    if path is None and (sources := trained.config.data.sources):
+    paths = trained.config.data.paths
+    if path is None and len(paths) > 1:
         raise UserError(
-            f"{trained.reader.folder}: was trained on several sources; name one by --data: "
-            f"{' or '.join(source.path for source in sources)}"
+            f"{trained.reader.folder}: was trained on several sources; name one by --data: {' or '.join(paths)}"
         )
     own = local_data(path or trained.config.data.where)
     if path is None and not own.is_dir():

@@ -148,6 +148,9 @@ class Run:
         self.order = self.parts.order(stages)
         self.sources = SourceLog(self.config.data, self.order, position)
         self.total_steps = self.parts.total_steps(step, position)
+        measure = [self.parts.last_weights(self.total_steps), self.config.data.document_mask]
+        if self.progress.judge_by(measure):
+            self._changes.append("what validation measures; the best checkpoint is chosen anew")
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
 
     def _make_store(self, saved_step: int | None) -> CheckpointStore:
@@ -265,7 +268,7 @@ class Run:
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
-        return mixed(found, self.parts.last_weights())
+        return mixed(found, self.parts.last_weights(self.total_steps))
 
     def unfinished(self) -> tuple[int, float, torch.Tensor]:
         """Epoch, learning rate and gradient norm of the last step, which a signal kept from its evaluation."""

@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_those_of_documents_one_by_one(config: Config, pos
     """Over real tokens: with rows that are short of targets, and a batch that is short of rows."""
     config["model"]["positions"] = positions
     with assembled(config) as parts:
-        end, position = parts.data.document_end(), parts.layout.windows - 5
+        end, position = parts.data.document_end(()), parts.layout.windows - 5
         with parts.engine.evaluating() as model:
             plain = Transformer(model.config, model.seq_len)
             plain.load_state_dict(model.state_dict())

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from llmtrain.assemble import assemble
+from llmtrain.checkpoint.progress import Progress
+from llmtrain.config import make_config
+from llmtrain.engine import make_engine
 from llmtrain.errors import Stopped, UserError
 from llmtrain.observe.record import Record
+from llmtrain.observe.validation import Validation, mixed
 from llmtrain.train import main
 from tests.conftest import prose, records, small_config, write_data
 
@@ -163,3 +170,29 @@ def test_sources_that_do_not_fit_together_are_named(config: Config, tmp_path: Pa
     assert "sources is empty" in refused("data.sources=[]")
     config["data"]["path"] = "data/book"
     assert "path and sources contradict each other" in refused()
+
+
+def test_what_the_validation_loss_of_a_mixture_weighs(config: Config) -> None:
+    """The sources as in the last step, not as after it; those of weight 0 not at all."""
+    config["data"]["sources"][1]["weight"] = {0: 0.25, 20: 0.5, 30: 0}
+    with closing(make_engine(60.0)) as engine:
+        parts = assemble(make_config(config), engine)
+        assert parts.warnings == []
+        assert parts.last_weights(30) == {"web": 0.75, "code": 0.5} and parts.last_weights(31)["code"] == 0
+    web, code = Validation(1.0, 0.5, 10), Validation(math.nan, 0.0, 10)
+    assert mixed({"web": web, "code": code}, {"web": 0.75, "code": 0.0}).loss == 1.0
+    assert math.isnan(mixed({"web": web, "code": code}, {"web": 0.75, "code": 0.5}).loss)
+    assert mixed({"web": web}, {"web": 0.0, "code": 1.0}).loss == 1.0
+    progress = Progress()
+    assert not progress.judge_by([{"web": 1.0}, False]) and progress.validated(2.0)
+    assert not progress.judge_by([{"web": 1.0}, False]) and progress.best_val_loss == 2.0
+    assert progress.judge_by([{"web": 0.5}, False]) and progress.best_val_loss is None
+
+
+def test_what_is_not_as_one_would_think_is_told(config: Config, tmp_path: Path) -> None:
+    code = write_data(tmp_path / "bare", {"train": prose(925, seed=3)}, like=Path(config["data"]["sources"][0]["path"]))
+    config["data"]["sources"][1] = {"path": str(code), "weight": 1e-6}
+    with closing(make_engine(60.0)) as engine:
+        told = assemble(make_config(config), engine).warnings
+    assert "bare has 1.3e-06 of all tokens by its weight and gets 1e-05" in told[0]
+    assert "bare has no validation window, so val_loss is that of the others" in told[1]

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.remote import fetch_step, is_set_aside, read_manifest, remote_steps, step_name, step_of
 from llmtrain.checkpoint.store import OpenCheckpoint
 from llmtrain.config import RunConfig
-from llmtrain.errors import CorruptError, UserError
+from llmtrain.errors import CorruptError, StuckError, UserError
 from llmtrain.storage.remote import Remote
 
 
@@ -38,19 +38,28 @@ def mending(
     def open_or_fetch(folder: Path) -> fmt.CheckpointReader:
         try:
             return open_one(folder)
+        except StuckError:
+            raise  # comparing it with the store's would hang again
         except CorruptError as error:
             step = step_of(folder.name)
             if step is None or folder.resolve() != step_folder(run_dir, step).resolve():
                 raise
+            before = _inode(folder)
             try:
                 meanwhile(lambda: _fetch(Remote(url), step, run_dir))
-            except (CorruptError, UserError) as why:
+            except (CorruptError, UserError, OSError) as why:
                 warn(f"{folder}: damaged, and not to be had from the store: {why}")
                 raise error from None
+            if _inode(folder) == before:
+                raise  # nothing is wrong with the files here
             warn(f"{error}; fetched whole from {url}")
         return open_one(folder)
 
     return open_or_fetch
+
+
+def _inode(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def _fetch(remote: Remote, step: int, run_dir: Path) -> None:

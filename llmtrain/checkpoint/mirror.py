@@ -37,6 +37,7 @@ _POLL_S = 0.5
 _ROUND_S = 1.0
 _RETRY_S, _MAX_RETRY_S = 15.0, 600.0  # after a failure; doubled after each further one
 _OF_GRACE = 0.8  # of what a signal leaves, uploads get so much: the exit code must still come
+_LAST_TRIES_S = 60.0  # so long the end of a run waits for a store that fails, and does not hang
 
 
 class NoMirror:
@@ -189,11 +190,12 @@ class Mirror(NoMirror):
             self._wanted, self._is_last_try = self._wanted or (None if self._is_last_try else self._failed), True
             self._state.notify_all()
         until = began + (math.inf if is_final and self._wait_s else self._wait_s)
+        tries_until = began + (min(self._wait_s, _LAST_TRIES_S) if is_final else 0.0)
         while True:
             until = min(until, time.monotonic() + _OF_GRACE * left_s())
             with self._state:
                 round_s = min(max(until - time.monotonic(), 0), _ROUND_S)
-                done = self._state.wait_for(lambda: not (self._is_working or self._wanted), round_s)
+                done = self._state.wait_for(lambda: self._is_idle(tries_until), round_s)
             if everybody(done or time.monotonic() >= until):
                 break
         with self._state:
@@ -207,6 +209,11 @@ class Mirror(NoMirror):
     def hurry(self, wait_s: float = _HURRY_S) -> None:
         """See `NoMirror`."""
         self._wait_s, self._is_last_try = min(self._wait_s, wait_s), True
+
+    def _is_idle(self, tries_until: float) -> bool:
+        """Whether nothing is being uploaded, and what failed is not to be waited for."""
+        will_try = self._failed is not None and time.monotonic() < tries_until
+        return not (self._is_working or self._wanted or will_try)
 
     def _work(self) -> None:
         """What the thread does, until the process ends."""
@@ -248,9 +255,11 @@ class Mirror(NoMirror):
         if self._rank:
             self._upload_own(folder)
             return
-        if (step := self._rewind_to) is not None:
+        while (step := self._rewind_to) is not None:
             self._clear_own(step, self._tell)
-            self._rewind_to = None
+            with self._state:
+                if self._rewind_to == step:  # else the run has gone back once more meanwhile
+                    self._rewind_to = None
         self._sync()
 
     def _upload_own(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ class Progress:
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    judged_by: list[Any] | None = None  # what makes one validation loss comparable with another
     launches: int = 0  # how often the run was started or resumed
     started_from: str | None = None  # what `--resume PATH` named, where the run branched off or was rewound
     stages: list[Any] = field(default_factory=list)  # of a mixture: [position from which they hold, weights]
@@ -30,6 +31,14 @@ class Progress:
         self.step += 1
         self.position = position
         self.tokens += targets
+
+    def judge_by(self, measure: list[Any]) -> bool:
+        """From now on validation is by `measure`; return whether it was by another, so that no best one is known."""
+        is_other = self.judged_by not in (None, measure)
+        if is_other:
+            self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, 0
+        self.judged_by = measure
+        return is_other
 
     def validated(self, loss: float) -> bool:
         """Take an evaluation in; return whether it is the best so far."""

@@ -89,11 +89,8 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
     """
     folder = into / step_name(step)
     manifest, text, marker = read_manifest(remote, step)
-    if folder.exists():
-        here = {path.name: path.read_bytes() for path in (folder / fmt.MANIFEST, folder / fmt.MARKER) if path.is_file()}
-        is_same = here == {fmt.MANIFEST: text, fmt.MARKER: marker}
-        if is_same and not verify_files(folder, list(manifest.files)):
-            return folder
+    if _is_same(folder, text, marker) and not verify_files(folder, list(manifest.files)):
+        return folder
     with staged_folder(folder, say=say) as staged:
         in_parallel(
             lambda file: remote.fetch(f"{step_name(step)}/{file.path}", staged / file.path, file.sha256),
@@ -102,8 +99,15 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
         fmt.write_file(staged / fmt.MANIFEST, text)
         fmt.write_file(staged / fmt.MARKER, marker)
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.resolve())  # it may have been moved elsewhere, and linked
     return folder
+
+
+def _is_same(folder: Path, manifest: bytes, marker: bytes) -> bool:
+    try:
+        return (folder / fmt.MANIFEST).read_bytes() == manifest and (folder / fmt.MARKER).read_bytes() == marker
+    except OSError:  # not there, or not to be read
+        return False
 
 
 def fetch_newest(remote: Remote, steps: list[int], into: Path, warn: Callable[[str], None]) -> Path | None:
@@ -186,7 +190,7 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
     run_dir, url = Path(config.run.dir), (config.checkpoint.remote or "").rstrip("/")
     named = resume.rstrip("/")
     if url:
-        can_do_without(run_dir, lambda: _bring_newer(Remote(url), run_dir, resume, lock), _warn)
+        _bring_newer(Remote(url), run_dir, resume, lock)
     if not is_url(named):
         return resume
     if url and named == url:
@@ -203,11 +207,18 @@ def _bring(config: RunConfig, resume: str, lock: RunLock | None) -> str:
 
 
 def _bring_newer(remote: Remote, run_dir: Path, resume: str, lock: RunLock | None) -> None:
-    steps, own = remote_steps(remote.sizes()), committed_steps(run_dir)
+    sizes: dict[str, int] = {}
+    if not can_do_without(run_dir, lambda: sizes.update(remote.sizes()), _warn):
+        return
+    steps, newest = remote_steps(sizes), max(committed_steps(run_dir), default=-1)
     if resume == "never" and steps:
         raise UserError(f"{remote.url}: holds another run; choose another checkpoint.remote, or go on by --resume auto")
+    if max(steps, default=-1) <= newest:
+        can_do_without(run_dir, lambda: require_same_run(remote, run_dir, steps), _warn)
+        return
+    # From here on a store that fails ends the launch: to go on without newer steps that it has would set them aside.
     require_same_run(remote, run_dir, steps)
-    newer = [step for step in steps if step > max(own, default=-1) and not is_set_aside(remote, step, run_dir)]
+    newer = [step for step in steps if step > newest and not is_set_aside(remote, step, run_dir)]
     if newer:
         _bring_own(remote, newer, run_dir, lock)
 

@@ -23,7 +23,7 @@ from llmtrain.checkpoint.store import OpenCheckpoint
 from llmtrain.data.shards import FileInfo, Report
 from llmtrain.engine import Engine, Fragment
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import CorruptError, LlmtrainError, Stopped
+from llmtrain.errors import CorruptError, LlmtrainError, Stopped, StuckError
 
 _ROUND_S = 1.0
 _MOST_TOLD = 3  # problems, of each rank and in all: a lost disk has thousands
@@ -38,6 +38,7 @@ class _Round:
     problems: tuple[str, ...] = ()  # of the checkpoint
     failure: tuple[type[LlmtrainError], str] | None = None  # of something else: no other checkpoint would help
     is_told: bool = False  # to stop
+    is_stuck: bool = False  # it gave up waiting for its storage
 
 
 class _TogetherError(Exception):
@@ -54,6 +55,7 @@ class Restorer:
     def __init__(self, engine: Engine, timeout_s: float, is_told: Callable[[], bool]):
         """`timeout_s`: how long a rank may read nothing at all. `is_told`: whether this rank was told to stop."""
         self._engine, self._timeout_s, self._is_told = engine, timeout_s, is_told
+        self._is_stuck = False  # some rank's storage, at the last load
 
     def restore(
         self, choose: Choose, accept: Callable[[CheckpointReader], object], *, optimizer: bool = True
@@ -133,7 +135,8 @@ class Restorer:
         accept(reader)
         self._call(reader, is_chosen=False)
         if problems := self._load(folder, reader.digest, optimizer):
-            raise CorruptError("; ".join(problems[:_MOST_TOLD]))
+            kind = StuckError if self._is_stuck else CorruptError
+            raise kind("; ".join(problems[:_MOST_TOLD]))
         return reader
 
     def _check_records(self, reader: CheckpointReader) -> None:
@@ -143,7 +146,7 @@ class Restorer:
             if self._is_told():
                 raise _stopped()
             if work.idle_s > self._timeout_s:
-                raise CorruptError(self._unreadable(reader.folder))
+                raise StuckError(self._unreadable(reader.folder))
             if not work.is_over:
                 self._call(None, is_chosen=False)
         if work.failure:
@@ -162,12 +165,14 @@ class Restorer:
                 given_up = (self._unreadable(folder),)
             is_over = work.is_over  # before what it found, or that would be what it had found until then
             problems = given_up or tuple(work.problems[:_MOST_TOLD])
-            rounds = self._engine.gather(_Round(is_over, problems, _told(work.failure), self._is_told()))
+            here = _Round(is_over, problems, _told(work.failure), self._is_told(), bool(given_up))
+            rounds = self._engine.gather(here)
             if any(told.is_told for told in rounds):
                 work.abandon()
                 raise _TogetherError(_stopped())
             if all(told.is_over for told in rounds):
                 break
+        self._is_stuck = any(told.is_stuck for told in rounds)
         failed = [told.failure for told in rounds if told.failure]
         if failed:
             kind, text = failed[0]

@@ -86,10 +86,14 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
     """
     for path in sorted(run_dir.glob("step-*.partial-*")):  # nobody else fetches into it while we hold its lock
         warn(f"{path}: a fetch that was cut short, on this host or another; removed")
-        shutil.rmtree(path)
+        _remove(path, warn)
     for path in sorted(run_dir.glob("step-*")):
         if not path.name[5:].isdigit():
             continue
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path}: leads to {path.readlink()}, which is not there; mount its disk, or delete the link"
+            )
         if not fmt.is_committed(path):
             warn(f"{path}: an unfinished checkpoint; removed")
             _remove(path, warn)
@@ -211,6 +215,7 @@ class CheckpointStore:
     def gone_back_to(self, step: int) -> None:
         """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""
         self._saved_step = step
+        self._unset.clear()
         self._retention.forget()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,10 @@ def document_end(data: TokenDataset, split: str = "train") -> int:
             f"data.document_mask: {data.path} knows no id that ends a document; prepare it again with --eos-id, or "
             "leave data.document_mask out"
         )
-    stream, begin = data.split(split), 0
+    stream, begin, is_seen = data.split(split), 0, False
     for number, shard in enumerate(data.manifest.splits[split].shards):
+        if not shard.tokens:
+            continue
         ends, looked_at = shard_ends(data, split, number), min(shard.tokens, _LOOKED_AT)
         found = np.flatnonzero(stream.gather(np.array([begin]), looked_at)[0] == end) + 1
         said = ends[: np.searchsorted(ends, looked_at, "right")]
@@ -59,15 +62,24 @@ def document_end(data: TokenDataset, split: str = "train") -> int:
                 f"none ends (token {begin + int(unsaid[0]) - 1}); prepare it again with --eos-id {end}, or leave "
                 "data.document_mask out"
             )
-        if (np.setdiff1d(said, found) < shard.tokens).any():  # a file of tokens may break its last document off
-            break
-        if len(ends) and stream.gather(ends[:1] + begin - 1, 1)[0, 0] == end:
-            return end
+        is_open = (np.setdiff1d(said, found) < shard.tokens).any()  # a file of tokens may break its last document off
+        # The first may end beyond what was looked at.
+        is_closed = len(ends) > 0 and bool(stream.gather(ends[:1] + begin - 1, 1)[0, 0] == end)
+        if is_open or (len(ends) and not is_closed and ends[0] < shard.tokens):
+            raise _not_closed(data, split, shard.path(data.path), end)
+        is_seen = is_seen or is_closed
         begin += shard.tokens
-    raise UserError(
-        f"data.document_mask: documents of {data.path} ({split}) do not end with id {end}, by which its tokenizer ends "
-        "them, so nothing between them says where; prepare it with documents that are closed (token files: --eos-id), "
-        "or leave data.document_mask out"
+    if not is_seen:
+        raise _not_closed(data, split, data.path, end)
+    return end
+
+
+def _not_closed(data: TokenDataset, split: str, path: Path, end: int) -> UserError:
+    place = f"{path} ({split})" if path == data.path else f"{path}, which {data.path} ({split}) is made of,"
+    return UserError(
+        f"data.document_mask: documents of {place} do not end with id {end}, by which the tokenizer ends them, so "
+        "nothing between them says where; prepare documents that are closed (token files: --eos-id), or leave "
+        "data.document_mask out"
     )
 
 

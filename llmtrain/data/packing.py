@@ -13,6 +13,7 @@ The result is a pure function of the ends and `seq_len`. Documents without a tok
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -93,6 +94,13 @@ class PackedWindows:
     def targets(self) -> int:
         """In all windows."""
         return int(self._fills.sum(dtype=np.int64))
+
+    def digest(self) -> str:
+        """Equal exactly when the windows are made of the same pieces; SHA-256, in hex."""
+        digest = hashlib.sha256()
+        for column in (self._pieces.begins, self._pieces.lengths, self._first):
+            digest.update(np.ascontiguousarray(column).view(np.uint8).data)
+        return digest.hexdigest()
 
     def count_targets(self, ids: Int64s) -> int:
         """Targets in windows `ids`; the rest is padding."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.config import DataSection
+from llmtrain.config import DataSection, RunConfig
 from llmtrain.data.batches import Order, Windows, WindowSet, plain_order
 from llmtrain.data.documents import document_end, document_groups
 from llmtrain.data.fetch import local_data
-from llmtrain.data.mixture import MixedOrder, MixedWindows, Stage, Weights
+from llmtrain.data.mixture import LONGEST_CYCLE, MixedOrder, MixedWindows, Stage, Weights, whole_numbers
 from llmtrain.data.packing import GROUP, PackedWindows
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset, TokenizerInfo
 from llmtrain.errors import UserError
+
+_ROUNDED = 0.01  # from so large a change of a share on it is told
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,16 @@ class TrainingData:
             raise UserError(f"data.packing: {data.path} has no document with a token of its own; prepare more text")
         return windows
 
-    def document_end(self) -> int:
-        """The id that closes documents, in every source.
+    def document_end(self, evaluated: Container[str]) -> int:
+        """The id that closes documents, in every source, and in the validation data of those that are evaluated.
 
         Raises:
             UserError: in one they cannot be told apart.
         """
         ends = [document_end(source.data) for source in self.sources]  # all of one tokenizer
+        for source in self.sources:
+            if source.name in evaluated:
+                document_end(source.data, "val")
         return ends[0]
 
     def mean_piece(self, seq_len: int) -> float:
@@ -157,6 +162,24 @@ def weights_from(section: DataSection) -> dict[int, Weights]:
     """The weights of all sources by the number of steps after which they hold."""
     sources = section.sources or ()
     return {at: tuple(source.weight_after(at) for source in sources) for at in section.stage_steps}
+
+
+def doubts(config: RunConfig, evaluated: Container[str]) -> Iterator[str]:
+    """What of a mixture is not as one would think it is, a line each."""
+    section = config.data
+    for at, weights in weights_from(section).items():
+        counts = whole_numbers(weights)
+        for name, weight, count in zip(section.names, weights, counts, strict=False):
+            given, gets = weight / sum(weights), count / sum(counts)
+            if abs(gets - given) > _ROUNDED * given:
+                yield (
+                    f"data.sources: after {at} steps {name} has {given:.2g} of all tokens by its weight and gets "
+                    f"{gets:.2g}: shares are rounded to parts of {LONGEST_CYCLE:,}"
+                )
+    if config.training.eval_every and evaluated and len(section.names) > 1:
+        for name in section.names:
+            if name not in evaluated:
+                yield f"data.sources: {name} has no validation window, so val_loss is that of the others"
 
 
 def _told(data: TokenDataset) -> str:

@@ -68,7 +68,7 @@ def _step(parts: Assembly, batch: Batch, lr: float) -> tuple[float, bool]:
     """Take one optimizer step; return the loss before it, over all ranks, and whether that and its norm are finite."""
     engine, total = parts.engine, 0.0
     for tokens, is_last in batch.micro_batches():
-        inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, engine.device)
+        inputs_BS, targets_BS = inputs_and_targets(tokens, parts.layout.micro_batch, engine.device, batch.padding)
         loss_sum = engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
         total += engine.sum(loss_sum).item()
     norm = engine.step(lr).grad_norm.item()

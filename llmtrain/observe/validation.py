@@ -60,13 +60,12 @@ def mixed(found: Mapping[str, Validation], weights: Mapping[str, float]) -> Vali
     """
     if len(weights) == 1:
         return next(iter(found.values()))
-    shares = {name: weights[name] for name in found}
-    if not any(shares.values()):
-        shares = dict.fromkeys(found, 1.0)
+    # One of weight 0 counts for nothing, whatever its loss is, finite or not.
+    shares = {name: weights[name] for name in found if weights[name]} or dict.fromkeys(found, 1.0)
     total = sum(shares.values())
     return Validation(
-        sum(shares[name] * one.loss for name, one in found.items()) / total,
-        sum(shares[name] * one.accuracy for name, one in found.items()) / total,
+        sum(share * found[name].loss for name, share in shares.items()) / total,
+        sum(share * found[name].accuracy for name, share in shares.items()) / total,
         sum(one.tokens for one in found.values()),
         found,
     )

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -198,10 +198,29 @@ class Remote:
 
 
 def in_parallel(work: Callable[[Any], object], items: list[Any]) -> None:
-    """Do the work for all items, several at a time; raise the first failure in their order."""
-    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
-        for future in [pool.submit(work, item) for item in items]:
-            future.result()
+    """Do the work for all items, several at a time; raise the first failure in their order, and begin no more after it.
+
+    In threads that the end of the process does not wait for: what is given up must not hold up the exit code.
+    """
+    waiting = iter(enumerate(items))
+    failures: dict[int, Exception] = {}
+
+    def run() -> None:
+        for number, item in waiting:
+            try:
+                work(item)
+            except Exception as error:  # of whatever kind: raised below
+                failures[number] = error
+            if failures:
+                return
+
+    threads = [threading.Thread(target=run, name="transfer", daemon=True) for _ in items[:AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[min(failures)]
 
 
 def _open(url: str, protocol: str) -> tuple[Any, str]:

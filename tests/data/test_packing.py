@@ -168,6 +168,16 @@ def test_documents_that_nothing_ends_are_refused(tmp_path: Path) -> None:
     assert document_end(data) == END
     with pytest.raises(UserError, match="do not end with id 0"):  # a Megatron dataset without end-of-document ids
         document_end(dataset(tmp_path / "none", [5, 6, 7], 10, "none"))
+    later = dataset(tmp_path / "later", [5, 6, 7, 3], 10)  # only what is in the second file is open
+    shards = later.manifest.splits["train"].shards
+    ids = np.memmap(tmp_path / "later" / shards[1].path(Path()), "<u2", "r+")
+    ids[ids == END] = 3
+    ids.flush()
+    shards = tuple(shard.model_copy(update={"sample_sha256": None}) for shard in shards)
+    split = later.manifest.splits["train"].model_copy(update={"shards": shards})
+    later.manifest = later.manifest.model_copy(update={"splits": {"train": split}})
+    with pytest.raises(UserError, match=r"documents of .*train-00001\.bin, which .* do not end with id 0"):
+        document_end(later)
     unsaid = dataset(tmp_path / "unsaid", [5, 6, 7], 10)  # as token files without --eos-id
     shards = [shard.model_copy(update={"documents": 0}) for shard in unsaid.manifest.splits["train"].shards]
     split = unsaid.manifest.splits["train"].model_copy(update={"documents": 0, "shards": tuple(shards)})
@@ -181,3 +191,9 @@ def test_documents_that_nothing_ends_are_refused(tmp_path: Path) -> None:
 
 def test_documents_of_nothing_make_no_window(tmp_path: Path) -> None:
     assert len(packed(dataset(tmp_path / "data", [1, 1, 1], 2), 8)) == 0
+
+
+def test_windows_of_other_ends_have_another_digest(tmp_path: Path) -> None:
+    """So that ranks which would pack differently do not begin: the ids are the same."""
+    digests = [packed(dataset(tmp_path / str(n), [5, 6, 7], size), n).digest() for n, size in ((8, 10), (9, 10))]
+    assert packed(dataset(tmp_path / "same", [5, 6, 7], 18), 8).digest() == digests[0] != digests[1]

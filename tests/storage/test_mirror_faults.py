@@ -21,7 +21,8 @@ from llmtrain.checkpoint.mirror import Mirror
 from llmtrain.checkpoint.remote import remote_steps
 from llmtrain.checkpoint.store import clear_way
 from llmtrain.config import CheckpointSection
-from llmtrain.storage.remote import Remote
+from llmtrain.errors import UserError
+from llmtrain.storage.remote import Remote, RemoteError, in_parallel
 from llmtrain.train import main as train
 from tests.conftest import Call, is_one_clear_line
 from tests.faulty_steps import faulty
@@ -223,3 +224,71 @@ def test_what_is_damaged_here_and_whole_on_the_store_is_fetched_before_the_run_g
         (step_folder(folder, 21) / "rank00000.safetensors").write_bytes(bytes(content))
     code, out, err = call(train, "--config", config, "training.stop_after=22")
     assert code == 75 and "after step 20" in out + err and "not to be had from the store" in err, err
+
+
+def test_newer_steps_that_a_store_has_and_cannot_give_end_the_launch_and_stay(
+    config_dict: dict[str, Any], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on from an older one here would set them aside there."""
+    run_dir, store = tmp_path / "run", tmp_path / "store"
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"file://{store}"})
+    assert call(train, "--config", config, "training.stop_after=20")[0] == 75
+    shutil.rmtree(step_folder(run_dir, 20))
+
+    def fails(remote: Remote, name: str, *_: object) -> None:
+        raise RemoteError(f"{remote.url}/{name}: cannot be read: 503 Slow Down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "fetch", fails)
+        code, _, err = call(train, "--config", config)
+        assert code == 2 and "503 Slow Down" in err, err
+    assert steps_there(store) == [10, 20] and not list(store.glob("*.aside-*"))
+    code, _, err = call(train, "--config", config, "training.stop_after=21")
+    assert code == 75 and "after step 20" in err, err
+
+
+def test_the_end_of_a_run_tries_again_where_the_last_upload_failed(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, store, failures = tmp_path / "run", tmp_path / "store", [1, 2]
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    plain = Remote.upload
+
+    def upload(remote: Remote, file: Path, name: str) -> None:
+        if failures:
+            failures.pop()
+            raise RemoteError(f"{remote.url}/{name}: cannot be written: 503 Slow Down")
+        plain(remote, file, name)
+
+    monkeypatch.setattr(Remote, "upload", upload)
+    monkeypatch.setattr("llmtrain.checkpoint.mirror._RETRY_S", 0.1)
+    mirror = Mirror(Remote(f"file://{store}"), run_dir, CheckpointSection(), 0, 60)
+    mirror.saved(run_dir)
+    mirror.wait(is_final=True)
+    assert steps_there(store) == [10, 20, 30] and "can be written again" in mirror.news()[-1]
+
+
+def test_of_what_is_done_in_parallel_the_first_failure_is_raised_and_no_more_begun() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item % 7 == 3:
+            time.sleep(0.2)
+            raise ValueError(item)
+
+    with pytest.raises(ValueError, match=r"^3$"):
+        in_parallel(work, list(range(1000)))
+    assert len(begun) < 1000
+    in_parallel(begun.append, [])
+
+
+def test_a_linked_step_whose_disk_is_not_there_is_left_alone(trained_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained_run, run_dir, symlinks=True)
+    link = step_folder(run_dir, 20)
+    shutil.rmtree(link)
+    link.symlink_to(tmp_path / "archive")
+    with pytest.raises(UserError, match="archive, which is not there; mount its disk"):
+        clear_way(run_dir, 30, None, print)
+    assert link.is_symlink()
