@@ -243,8 +243,8 @@ def test_newer_steps_that_a_store_has_and_cannot_give_end_the_launch_and_stay(
         code, _, err = call(train, "--config", config)
         assert code == 2 and "503 Slow Down" in err, err
     assert steps_there(store) == [10, 20] and not list(store.glob("*.aside-*"))
-    code, _, err = call(train, "--config", config, "training.stop_after=21")
-    assert code == 75 and "after step 20" in err, err
+    code, out, err = call(train, "--config", config, "training.stop_after=21")
+    assert code == 75 and "after step 20" in out + err, err
 
 
 def test_the_end_of_a_run_tries_again_where_the_last_upload_failed(
