@@ -140,7 +140,7 @@ def test_flops_are_no_more_than_are_done(config: Config) -> None:
         of_windows = parts.flops_per_token()
     with assembled(config) as parts:
         counted, model = parts.flops_per_token(), parts.config.model
-        rows, end = parts.train.gather(np.arange(len(parts.train))), parts.data.document_end()
+        rows, end = parts.train.gather(np.arange(len(parts.train))), parts.data.document_end(())
         padding = getattr(parts.train, "padding", None)
     lengths = np.array([ids.numel() for ids, _ in one_by_one(rows, end, padding)])
     looked_at = (lengths * (lengths + 1) / 2).sum() / lengths.sum()  # keys for a query

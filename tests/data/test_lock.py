@@ -18,10 +18,16 @@ def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path
     lock = FileLock(tmp_path / ".lock")
     assert lock.acquire() is None
     context = multiprocessing.get_context("fork")
-    go_on = context.Event()
-    child = context.Process(target=go_on.wait)
+    has_begun, go_on = context.Event(), context.Event()
+
+    def live() -> None:
+        has_begun.set()
+        go_on.wait()
+
+    child = context.Process(target=live)
     child.start()
     try:
+        assert has_begun.wait(60)
         assert "process" in str(FileLock(tmp_path / ".lock").acquire())
         lock.release()  # as the end of the process would
         other = FileLock(tmp_path / ".lock")
