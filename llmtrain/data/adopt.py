@@ -36,7 +36,7 @@ from llmtrain.data.shards import (
 )
 from llmtrain.data.staging import Say, staged_folder
 from llmtrain.data.token_files import TokenFile, find_token_files
-from llmtrain.data.tokenizer import FITTED_KINDS, Tokenizer, existing_tokenizer_file, fit_tokenizer
+from llmtrain.data.tokenizer import FITTED_KINDS, Tokenizer, existing_digest, fit_tokenizer
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.errors import UserError
 
@@ -108,14 +108,13 @@ def adopt(options: Options, *, say: Say, show_progress: bool = False) -> Outcome
 
 
 def _request(options: Options, train: list[TokenFile], val: list[TokenFile]) -> dict[str, Any]:
-    tokenizer_file = existing_tokenizer_file(options.tokenizer) if options.tokenizer != NoTokenizer.kind else None
     return {
         "inputs": list(options.inputs),
         "val_inputs": list(options.val_inputs),
         "files": len(train) + len(val),
         "files_digest": _digest(train + val),
         "tokenizer": options.tokenizer,
-        "tokenizer_digest": hashlib.sha256(tokenizer_file.read_bytes()).hexdigest() if tokenizer_file else None,
+        "tokenizer_digest": existing_digest(options.tokenizer) if options.tokenizer != NoTokenizer.kind else None,
         "vocab_size": options.vocab_size,
         "val_split": options.val_split,
         "val_by": options.val_by,

@@ -13,14 +13,14 @@ from llmtrain import __version__
 from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
-from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, find_files, leads_in_circle
+from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, leads_in_circle
 from llmtrain.data.fit import choose_splitter, fit
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
 from llmtrain.data.select import Selection
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
-from llmtrain.data.tokenizer import Tokenizer, existing_tokenizer_file, id_dtype, tokenizer_info
+from llmtrain.data.tokenizer import Tokenizer, existing_digest, id_dtype, tokenizer_info
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
 # A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
@@ -62,7 +62,6 @@ class Options:
 
     def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         """Everything that decides what is written, as JSON values: equal requests give equal data."""
-        tokenizer_file = existing_tokenizer_file(self.tokenizer)
         chosen = {
             "include": list(self.selection.patterns),
             "max_file_bytes": self.selection.max_bytes,
@@ -79,7 +78,7 @@ class Options:
             "files": len(files),
             "files_digest": digest(files),
             "tokenizer": self.tokenizer,
-            "tokenizer_digest": digest(find_files([str(tokenizer_file)])) if tokenizer_file else None,
+            "tokenizer_digest": existing_digest(self.tokenizer),
             "vocab_size": self.vocab_size,
             "val_split": self.val_split,
             "val_by": self.val_by,

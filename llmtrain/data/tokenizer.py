@@ -36,7 +36,8 @@ __all__ = [
     "Ids",
     "Lengths",
     "Tokenizer",
-    "existing_tokenizer_file",
+    "existing_digest",
+    "existing_tokenizer",
     "fit_tokenizer",
     "id_dtype",
     "load_tokenizer",
@@ -60,7 +61,7 @@ def fit_tokenizer(
     """Make the tokenizer of a kind from the training documents.
 
     Args:
-        kind: one of `KINDS`, or the path of an existing `.model` or `.json` file.
+        kind: one of `KINDS`, or the path of a tokenizer that exists: a `.model` or `.json` file, or what `save` wrote.
         training: the documents it may learn from; read once, and only by kinds that learn.
         vocab_size: exactly how many ids it has; None for `DEFAULT_VOCAB_SIZE`, or fewer if the text supports fewer.
         validation: looked at by `char` only, which gets an `<unk>` id where these documents have other characters.
@@ -72,8 +73,8 @@ def fit_tokenizer(
     if vocab_size is not None and kind not in SIZED_KINDS:
         raise UserError(f"--vocab-size {vocab_size}: the vocabulary of '{kind}' is given; leave --vocab-size out")
     pieces.check(kind)
-    if (path := existing_tokenizer_file(kind)) is not None:
-        return _load_existing(path)
+    if (path := existing_tokenizer(kind)) is not None:
+        return load_tokenizer(path) if path.is_dir() else _load_existing(path)
     if kind == "byte":
         return ByteTokenizer()
     if kind == "char":
@@ -89,20 +90,31 @@ def fit_tokenizer(
     return HuggingFaceTokenizer.fit(training, vocab_size, DEFAULT_VOCAB_SIZE, pieces.cuts())
 
 
-def existing_tokenizer_file(kind: str) -> Path | None:
-    """Return the path that `kind` names, or None where it is one of `KINDS`.
+def existing_tokenizer(kind: str) -> Path | None:
+    """Return the file or folder that `kind` names, or None where it is one of `KINDS`.
 
     Raises:
-        UserError: it is neither a kind nor a `.model` or `.json` file that exists.
+        UserError: it is neither a kind nor a folder, or a `.model` or `.json` file, that exists.
     """
     if kind in KINDS:
         return None
     path = Path(kind)
+    if path.is_dir():
+        return path
     if path.suffix not in (".model", ".json"):
-        raise UserError(f"unknown tokenizer '{kind}': {nearest(kind, list(KINDS))}; or name a .model or .json file")
+        hint = "a .model or .json file, or the tokenizer folder of prepared data or a checkpoint"
+        raise UserError(f"unknown tokenizer '{kind}': {nearest(kind, list(KINDS))}; or name {hint}")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     return path
+
+
+def existing_digest(kind: str) -> str | None:
+    """SHA-256 of what `existing_tokenizer` finds; None for one of `KINDS`."""
+    path = existing_tokenizer(kind)
+    if path is None or path.is_file():
+        return hash_file(path) if path else None
+    return hashlib.sha256("".join(map(hash_file, sorted(path.iterdir()))).encode()).hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

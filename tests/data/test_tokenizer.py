@@ -331,6 +331,19 @@ def test_an_existing_tokenizer_file_gives_the_same_ids(kind, tmp_path):
         fit_tokenizer(str(file), [], 600)
 
 
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe", "unigram", "bbpe"])
+def test_the_tokenizer_folder_of_other_data_gives_the_very_same_tokenizer(kind, tmp_path):
+    """So that several prepared folders can be mixed, and a checkpoint goes on with new data."""
+    folders = [tmp_path / name / "tokenizer" for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    fitted(kind).save(folders[0])
+    fit_tokenizer(str(folders[0]), []).save(folders[1])
+    assert tokenizer_info(folders[0]) == tokenizer_info(folders[1])
+    with pytest.raises(UserError, match="or the tokenizer folder of prepared data"):
+        fit_tokenizer(str(tmp_path / "third"), [])
+
+
 def foreign(tmp_path: Path, model, trainer, pre_tokenizer) -> Path:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
