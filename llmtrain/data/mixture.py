@@ -1,7 +1,7 @@
 """Mixtures: which source each position takes its sample from, as a pure function of the weights, in O(1).
 
 Weights become whole numbers, and these a cycle of as many positions as they add up to, in which every source has as
-many as its number says. Where in the cycle, is the case of one processor of P-fair scheduling (Baruah, Cohen, Plaxton
+many as its number says. Where in the cycle is the one-processor case of P-fair scheduling (Baruah, Cohen, Plaxton
 and Varvel 1996, "Proportionate progress"; before it Tijdeman 1980, "The chairman assignment problem"): after any number
 of positions every source has had its share to within less than one sample. (Any window, wherever it begins, is then
 within less than two; for most weights of three sources or more, no order at all stays within one.)
