@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import NoReturn
 
 from llmtrain.errors import UserError
@@ -30,6 +31,32 @@ class VerbParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage, which would be several lines."""
         raise UserError(f"{message} ({self.prog} --help explains the options)")
+
+
+def add_config(parser: VerbParser, purpose: str) -> None:
+    """Add `--config FILE section.key=value …` for what `load_config` reads; parse with `parse_intermixed_args`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=purpose)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def train_parser() -> VerbParser:
+    """The parser of `llmtrain train`."""
+    made = VerbParser(
+        "train",
+        "Train a model from a config, or go on with an interrupted run.",
+        "llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
+    )
+    add_config(made, "YAML file; see configs/. Without it the demo is offered")
+    add = made.add_argument
+    add(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: go on with the run in run.dir, if there is one (default); never: only begin a new one; PATH: branch"
+        " off from that run or checkpoint, or go back to an earlier one of this run",
+    )
+    add("--dry-run", action="store_true", help="check everything, run one step, write nothing")
+    return made
 
 
 def positive_int(text: str) -> int:

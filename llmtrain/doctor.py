@@ -1,50 +1,53 @@
-"""Check the machine, then, with a config, the training checklist on one batch."""
+"""Check the machine, then, with a config, the training checklist on one batch; launched in several processes, also the
+links between them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmtrain.arguments import VerbParser
+from llmtrain.arguments import VerbParser, add_config
 from llmtrain.assemble import Assembly, assemble, describe, resolve_here
 from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.sources import fetch_data, open_data
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.engine import make_engine
+from llmtrain.engine import Engine, make_engine
 from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
+from llmtrain.health.agreement import leave
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
+from llmtrain.health.cluster import cluster_findings
 from llmtrain.health.finding import Finding, fail, ok, warn
+from llmtrain.health.limits import disk_finding
 from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
+from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.memory import RankMemory, rank_memory
+from llmtrain.observe.formats import compact
+
+_TIMEOUT_S = 120.0  # of an exchange: who asks the doctor wants an answer
 
 
 def training_findings(args: Namespace) -> Iterator[Finding]:
     """Check the config, its data, and training on one batch; the first that fails for good ends it."""
     try:
         config = load_config(args.config, args.overrides)
-        yield ok("config", f"{args.config} is valid")
-        needed = _needed(config)
-        memory = _memory(needed)
-        yield memory
-        if memory.status == "FAIL":
-            return
+        for finding in _before_it_is_built(config, args.config):
+            yield finding
+            if finding.status == "FAIL":
+                return
         with _assembled(config) as parts:
-            for name, detail in describe(parts, parts.total_steps()).items():
-                yield ok(name, detail)
-            yield from _run_folder(Path(config.run.dir), _checkpoint_bytes(config, needed))
-            if not parts.val:
-                yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
-            yield from checklist(parts, load_tokenizer(parts.data.tokenizer_folder))
+            yield from _built(parts)
         if args.find_lr:
             with _assembled(config) as parts:
                 yield find_rate(parts)
@@ -52,10 +55,33 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
             lr = overfit_rate(config.model.dim)
             with _assembled(_for_overfit(config, lr)) as parts:
                 yield overfit(parts, lr)
-    except CorruptError as error:
-        yield fail("data", str(error))
     except LlmtrainError as error:
-        yield fail("config", str(error))
+        yield _failure(error)
+
+
+def _before_it_is_built(config: RunConfig, path: Path, engine: Engine | None = None) -> Iterator[Finding]:
+    """What is known without the other ranks, of which there are none where there is no engine yet."""
+    yield ok("config", f"{path} is valid")
+    needed = _needed(config, engine)
+    if engine is None or engine.name == "accelerate":  # which ZeRO stage shares the model only the engine knows
+        yield _memory(needed)
+    if engine is None or engine.rank == 0:
+        yield from _run_folder(config, (needed.weights + needed.optimizer))
+
+
+def _built(parts: Assembly) -> Iterator[Finding]:
+    if parts.engine.rank == 0 or parts.engine.world_size == 1:
+        for name, detail in describe(parts, parts.total_steps()).items():
+            yield ok(name, detail)
+        if not parts.val:
+            yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
+        for warning in parts.warnings:
+            yield warn("ranks differ", warning)
+    yield from checklist(parts, load_tokenizer(parts.data.tokenizer_folder))
+
+
+def _failure(error: LlmtrainError) -> Finding:
+    return fail("data" if isinstance(error, CorruptError) else "config", str(error))
 
 
 @contextmanager
@@ -67,14 +93,16 @@ def _assembled(config: RunConfig) -> Iterator[Assembly]:
         engine.close()
 
 
-def _needed(config: RunConfig) -> RankMemory:
+def _needed(config: RunConfig, engine: Engine | None) -> RankMemory:
     """What training takes on one device, known before anything of that size is built."""
     data = open_data(config.data, fetch_data(config.data))
-    resolved = resolve_here(config, data.tokenizer.vocab_size)
+    ranks = engine.world_size if engine else 1
+    resolved = resolve_here(config, data.tokenizer.vocab_size, ranks)
     return rank_memory(
-        "single",
+        "single" if ranks == 1 else "ddp",
         resolved.model,
         resolved.data.seq_len,
+        world_size=ranks,
         optimizer=resolved.optimizer.name,
         precision=resolved.training.precision,
     )
@@ -82,33 +110,34 @@ def _needed(config: RunConfig) -> RankMemory:
 
 def _memory(memory: RankMemory) -> Finding:
     needed, free = memory.device, free_memory(pick_device())
-    detail = f"{needed / 1e9:.2f} GB for weights, gradients and moments, activations aside; {free / 1e9:.1f} GB free"
+    detail = f"{compact(needed)}B for weights, gradients and moments, activations aside; {compact(free)}B free"
     if needed > free:
-        return fail("model memory", f"{detail}; choose a smaller model or a larger machine")
+        return fail(
+            "model memory", f"{detail}; choose a smaller model or a larger machine, or cut it (launch/zero3.yaml)"
+        )
     return ok("model memory", detail)
 
 
-def _checkpoint_bytes(config: RunConfig, memory: RankMemory) -> float:
-    """What the checkpoints of a run take at most: the last ones, the best, the final, and the one being written."""
-    return (memory.weights + memory.optimizer) * (config.checkpoint.keep_last + 3)
-
-
-def _run_folder(folder: Path, needed: float) -> Iterator[Finding]:
-    """Look at where the run will be written, without writing."""
+def _run_folder(config: RunConfig, checkpoint_bytes: float) -> Iterator[Finding]:
+    """Look at where the run will be written; what is written to measure is gone at once."""
+    folder = Path(config.run.dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
+    needed = checkpoint_bytes * (config.checkpoint.keep_last + 3)  # also the best, the final, and the one under way
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         yield fail("run folder", f"{existing}: cannot be written; choose another run.dir")
-    elif needed > free:
+        return
+    if needed > free:
         yield fail(
             "run folder",
-            f"{folder}: checkpoints take up to {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free; lower "
+            f"{folder}: checkpoints take up to {compact(needed)}B, {compact(free)}B are free; lower "
             "checkpoint.keep_last or choose another run.dir",
         )
     elif steps := committed_steps(folder):
         yield warn("run folder", f"{folder}: holds a run, which train would go on with after step {steps[-1]:,}")
     else:
-        yield ok("run folder", f"{folder}: checkpoints take up to {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+        yield ok("run folder", f"{folder}: checkpoints take up to {compact(needed)}B, {compact(free)}B are free")
+    yield disk_finding(existing, checkpoint_bytes, config.health.grace_s)
 
 
 def _for_overfit(config: RunConfig, lr: float) -> RunConfig:
@@ -122,34 +151,112 @@ def _for_overfit(config: RunConfig, lr: float) -> RunConfig:
     )
 
 
+def launched_findings(args: Namespace, engine: Engine) -> Iterator[Finding]:
+    """The same in several processes: each machine, what they can do together, and training on all of them.
+
+    Every rank goes through all of it and gets the same findings.
+    """
+    own = list(machine_findings()) if os.environ.get("LOCAL_RANK") == "0" else []
+    yield from shared(engine, own)
+    yield from cluster_findings(engine)
+    if args.config is None:
+        return
+    found: list[Finding] = []
+    config = None
+    try:
+        config = load_config(args.config, args.overrides)
+        found += _before_it_is_built(config, args.config, engine)
+    except LlmtrainError as error:
+        found.append(_failure(error))
+    merged = shared(engine, found)
+    yield from merged
+    if config is None or any(finding.status == "FAIL" for finding in merged):
+        return
+    try:
+        yield from shared(engine, _built(assemble(config, engine)))
+    except LlmtrainError as error:  # all ranks meet it, or none
+        yield _failure(error)
+
+
+def shared(engine: Engine, own: Iterable[Finding]) -> list[Finding]:
+    """What rank 0 found, and where others found what is not well, that with rank and host; the same on all ranks."""
+    everybody = engine.gather((platform.node(), list(own)))
+    merged = list(everybody[0][1])
+    seen = {(everybody[0][0], finding.name, finding.status) for finding in merged}
+    for rank, (host, findings) in enumerate(everybody):
+        for finding in findings:
+            if finding.status == "ok" or (host, finding.name, finding.status) in seen:
+                continue
+            seen.add((host, finding.name, finding.status))
+            merged.append(replace(finding, detail=f"rank {rank} on {host}: {finding.detail}"))
+    return merged
+
+
+def _alone(args: Namespace) -> Iterator[Finding]:
+    yield from machine_findings()
+    if args.rendezvous:
+        yield rendezvous_finding(args.rendezvous)
+    if args.config:
+        yield from training_findings(args)
+    else:
+        yield disk_finding(Path.cwd())
+
+
+def parser() -> VerbParser:
+    """The parser of `llmtrain doctor`."""
+    made = VerbParser(
+        "doctor",
+        "Check the machine; with a config, training on one batch, too; launched in several processes, their links.",
+        "llmtrain doctor --config configs/debug.yaml --overfit\n"
+        "  accelerate launch --config_file launch/ddp.yaml -m llmtrain.doctor --config configs/1.3b.yaml",
+    )
+    add_config(made, "check training with this config, too")
+    add = made.add_argument
+    add("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
+    add("--find-lr", action="store_true", help="try 150 rising rates, a batch each; suggest optimizer.lr")
+    add("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
+    add("--json", action="store_true", help="print the findings as JSON")
+    return made
+
+
 def main(argv: list[str]) -> None:
     """`llmtrain doctor`."""
-    parser = VerbParser("doctor", __doc__.splitlines()[0], "llmtrain doctor --config configs/debug.yaml --overfit")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="check training with this config, too")
-    parser.add_argument("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
-    parser.add_argument(
-        "--find-lr",
-        action="store_true",
-        help="try 150 rising rates, a batch each; suggest optimizer.lr",
-    )
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    args = parser.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     if args.config is None and (args.overfit or args.find_lr or args.overrides):
         raise UserError("--overfit, --find-lr and section.key=value need a config: add --config FILE")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _tell(_alone(args), args.json)
+        return
+    if args.overfit or args.find_lr or args.rendezvous:
+        raise UserError(
+            "--overfit, --find-lr and --rendezvous are for one process; run llmtrain doctor without a launcher"
+        )
+    with ExitStack() as at_the_end:
+        engine = make_engine(_TIMEOUT_S)
+        at_the_end.push(lambda _, error, __: leave(engine, error))
+        peers = at_the_end.enter_context(Peers(engine))
+        at_the_end.enter_context(peers.watched())
+        _tell(launched_findings(args, engine), args.json, is_shown=engine.rank == 0)
+
+
+def _tell(source: Iterable[Finding], as_json: bool, is_shown: bool = True) -> None:
+    """Print the findings as they come, or all as JSON.
+
+    Raises:
+        UserError: something failed.
+    """
     findings = []
-    network = [rendezvous_finding(args.rendezvous)] if args.rendezvous else []
-    for source in (machine_findings(), network, training_findings(args) if args.config else ()):
-        for finding in source:
-            findings.append(finding)
-            if not args.json:
-                print(finding.line(), flush=True)
+    for finding in source:
+        findings.append(finding)
+        if is_shown and not as_json:
+            print(finding.line(), flush=True)
     failed = sum(finding.status == "FAIL" for finding in findings)
-    if args.json:
-        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
+    if is_shown and as_json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}), flush=True)
     if failed:
-        raise UserError(f"{failed} of {len(findings)} checks failed")
+        error = UserError(f"{failed} of {len(findings)} checks failed")
+        error.is_everywhere = True  # all ranks have the same findings
+        raise error
 
 
 if __name__ == "__main__":

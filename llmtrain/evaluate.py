@@ -101,10 +101,10 @@ def _open_data(trained: TrainedModel, path: Path | str | None) -> TokenDataset:
     return TokenDataset(own)
 
 
-def main(argv: list[str]) -> None:
-    """`llmtrain evaluate`."""
-    parser = VerbParser("evaluate", __doc__.splitlines()[0], "llmtrain evaluate checkpoints --data data/book --json")
-    add = parser.add_argument
+def parser() -> VerbParser:
+    """The parser of `llmtrain evaluate`."""
+    made = VerbParser("evaluate", __doc__.splitlines()[0], "llmtrain evaluate checkpoints --data data/book --json")
+    add = made.add_argument
     add(
         "path",
         type=path_or_url,
@@ -115,7 +115,12 @@ def main(argv: list[str]) -> None:
     add("--split", default="val", help="which part of it (default: %(default)s)")
     add("--batches", type=positive_int, metavar="N", help="only N global batches, as training.eval_batches=N does")
     add("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain evaluate`."""
+    args = parser().parse_args(argv)
     with load_model(args.path, compiled=True) as trained:
         result = evaluate(trained, _open_data(trained, args.data), args.split, args.batches)
         if trained.engine.rank == 0:

@@ -188,13 +188,14 @@ def _request(args: Namespace, trained: TrainedModel) -> Request:
     return Request(options, args.max_new_tokens, tuple(args.stop), args.num_samples, args.seed)
 
 
-def _parser() -> VerbParser:
-    parser = VerbParser(
+def parser() -> VerbParser:
+    """The parser of `llmtrain generate`."""
+    made = VerbParser(
         "generate",
         "Sample text from a run or a checkpoint.",
         'llmtrain generate checkpoints --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
     )
-    add = parser.add_argument
+    add = made.add_argument
     add(
         "path",
         type=path_or_url,
@@ -202,7 +203,7 @@ def _parser() -> VerbParser:
         help="a run folder (its best checkpoint, else its latest) or a checkpoint",
     )
     add("--prompt", default="", metavar="TEXT", help="text to go on from (default: a document begins)")
-    add("--max-new-tokens", type=positive_int, default=200, metavar="N", help="(default: %(default)s)")
+    add("--max-new-tokens", type=positive_int, default=200, metavar="N", help="length (default: %(default)s)")
     add("--temperature", type=temperature, default=0.8, metavar="F", help="0 is greedy (default: %(default)s)")
     add("--top-k", type=positive_int, metavar="N", help="choose only among the N most likely tokens")
     add("--top-p", type=probability, metavar="F", help="choose only among the likeliest that make up this probability")
@@ -212,12 +213,12 @@ def _parser() -> VerbParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--interactive", action="store_true", help=f"read prompts, one a line, until {QUIT} or Ctrl-D")
     add("--json", action="store_true", help="print the samples as JSON")
-    return parser
+    return made
 
 
 def main(argv: list[str]) -> None:
     """`llmtrain generate`."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if "" in args.stop:
         raise UserError("--stop: an empty text would end every sample at once")
     if args.interactive and (args.json or args.prompt):

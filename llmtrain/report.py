@@ -21,10 +21,10 @@ def _refuse_run(path: Path | str) -> None:
         )
 
 
-def main(argv: list[str]) -> None:
-    """`llmtrain report`."""
-    parser = VerbParser("report", __doc__.splitlines()[0], "llmtrain report data/book")
-    add = parser.add_argument
+def parser() -> VerbParser:
+    """The parser of `llmtrain report`."""
+    made = VerbParser("report", __doc__.splitlines()[0], "llmtrain report data/book")
+    add = made.add_argument
     add(
         "paths",
         type=path_or_url,
@@ -37,7 +37,12 @@ def main(argv: list[str]) -> None:
     add("--window-tokens", type=positive_int, default=120, metavar="N", help="of each window (default: %(default)s)")
     add("--seed", type=seed_int, default=1337, metavar="N", help="of the choice of windows (default: %(default)s)")
     add("--json", action="store_true", help="print all of it as JSON")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain report`."""
+    args = parser().parse_args(argv)
     for path in args.paths:
         _refuse_run(path)
     from llmtrain.data.fetch import local_data

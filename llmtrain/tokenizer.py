@@ -62,10 +62,10 @@ def _as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    """`llmtrain tokenizer`."""
-    parser = VerbParser("tokenizer", __doc__.splitlines()[0], "llmtrain tokenizer data/book --out tokenizer.json")
-    add = parser.add_argument
+def parser() -> VerbParser:
+    """The parser of `llmtrain tokenizer`."""
+    made = VerbParser("tokenizer", __doc__.splitlines()[0], "llmtrain tokenizer data/book --out tokenizer.json")
+    add = made.add_argument
     add("path", type=Path, metavar="PATH", help="prepared data, a run, a checkpoint, or a folder with a tokenizer")
     add("--text", metavar="TEXT", help="show the tokens of this text")
     add(
@@ -75,7 +75,12 @@ def main(argv: list[str]) -> None:
         help="write it as a tokenizer.json, of whatever kind it is, for `tokenizers` and `transformers`",
     )
     add("--json", action="store_true", help="print what is shown as JSON")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain tokenizer`."""
+    args = parser().parse_args(argv)
     tokenizer = _open(args.path)
     if args.out is not None:
         from llmtrain.data.tokenizer_export import tokenizer_json

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmtrain.arguments import VerbParser
+from llmtrain.arguments import train_parser as parser
 from llmtrain.assemble import assemble, describe
 from llmtrain.checkpoint.folders import BEST
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
+from llmtrain.demo import demo_config
 from llmtrain.engine import Engine, make_engine
 from llmtrain.errors import run_main
 from llmtrain.health.agreement import leave, together
@@ -116,17 +117,8 @@ def dry_run(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     """`llmtrain train`."""
-    parser = VerbParser(
-        "train",
-        "Train a model from a config, or go on with an interrupted run.",
-        "llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
-    )
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--resume", default="auto", help="auto: go on with the run in run.dir (default); never; PATH")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, run one step, write nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
+    args = parser().parse_intermixed_args(argv)
+    config = load_config(args.config or demo_config(args.overrides), args.overrides)
     # Outermost: a scheduler that signals twice must not cut short what follows the first.
     with StopSignals() as signals, ExitStack() as at_the_end:
         lock = RunLock(Path(config.run.dir))

@@ -199,12 +199,17 @@ def _is_of_checkpoint(manifest: Path) -> bool:
     return bool(form == "llmtrain-checkpoint")
 
 
+def parser() -> VerbParser:
+    """The parser of `llmtrain verify`."""
+    made = VerbParser("verify", __doc__.splitlines()[0], "llmtrain verify data/book")
+    made.add_argument("path", type=path_or_url, metavar="PATH", help="prepared data, a checkpoint, or a run folder")
+    made.add_argument("--json", action="store_true", help="print what was found as JSON")
+    return made
+
+
 def main(argv: list[str]) -> None:
     """`llmtrain verify`."""
-    parser = VerbParser("verify", __doc__.splitlines()[0], "llmtrain verify data/book")
-    parser.add_argument("path", type=path_or_url, metavar="PATH", help="prepared data, a checkpoint, or a run folder")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     verdicts = []
     for subject in find_subjects(args.path):
         verdict = verify(subject, show_progress=sys.stderr.isatty())

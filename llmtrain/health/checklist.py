@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from llmtrain.assemble import Assembly
 from llmtrain.data.batches import WindowSet, batches, inputs_and_targets
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.engine import Engine
+from llmtrain.health.agreement import together
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum
 from llmtrain.observe.formats import rate
@@ -52,8 +53,8 @@ def first_batch(parts: Assembly) -> OneBatch:
 
 
 def checklist(parts: Assembly, tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Run all checks on a fresh model."""
-    yield _ids(parts, tokenizer)
+    """Run all checks on a fresh model; where there are several ranks, all of them at the same time."""
+    yield together(parts.engine, lambda: _ids(parts, tokenizer))
     batch = first_batch(parts)
     yield _shift(batch, tokenizer)
     yield _first_loss(parts, batch)
@@ -125,7 +126,7 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
     lr = parts.config.optimizer.lr
     with parts.engine.evaluating() as model:
         parameters = dict(model.named_parameters())
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before = {name: values.clone() for name, values in _weights(parts.engine, parameters)}
     reached: set[str] = set()
     losses, norms = [], []
     for _ in range(STEPS):
@@ -133,15 +134,19 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
         reached |= {name for name, p in parameters.items() if p.grad is not None and bool((p.grad != 0).any())}
         norms.append(parts.engine.step(lr).grad_norm.item())
     told = f"{len(parameters)} parameter tensors"
-    if not all(map(math.isfinite, losses + norms)):
+    if not all(parts.engine.gather(all(map(math.isfinite, losses + norms)))):
         yield fail("gradients", f"not finite: losses {losses}, norms {norms}; lower optimizer.lr")
         return
     unreached = [name for name in parameters if name not in reached]
-    if unreached:
+    if parts.engine.name != "accelerate":  # ZeRO keeps slices of gradients to itself
+        yield ok("gradients", f"global norm {norms[0]:.3g} at first")
+    elif unreached:
         yield fail("gradients", f"none in {STEPS} steps for {_named(unreached)}; is it part of the loss at all?")
     else:
         yield ok("gradients", f"for all {told}; global norm {norms[0]:.3g} at first")
-    unmoved = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
+    moved = [name for name, values in _weights(parts.engine, parameters) if not torch.equal(values, before[name])]
+    moved_anywhere = set().union(*parts.engine.gather(moved))
+    unmoved = [name for name in parameters if name not in moved_anywhere]
     if unmoved:
         why = "optimizer.lr is 0" if lr == 0 else "is it in the optimizer, and is the learning rate large enough?"
         yield fail("updates", f"{_named(unmoved)} did not move in {STEPS} steps; {why}")
@@ -149,8 +154,20 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
         yield ok("updates", f"all {told} moved; loss {' → '.join(f'{loss:.3f}' for loss in losses)} at lr {rate(lr)}")
 
 
+def _weights(engine: Engine, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of each parameter: under ZeRO a slice."""
+    if engine.name == "accelerate":
+        yield from ((name, parameter.detach()) for name, parameter in parameters.items())
+        return
+    for fragment in engine.fragments():
+        kind, _, name = fragment.name.partition("/")
+        if kind == "model":
+            yield name, fragment.values
+
+
 def _backward(engine: Engine, batch: OneBatch) -> float:
-    loss = engine.forward_backward(batch.inputs, batch.targets, global_targets=batch.target_count, sync=True)
+    targets = sum(engine.gather(batch.target_count))
+    loss = engine.forward_backward(batch.inputs, batch.targets, global_targets=targets, sync=True)
     return loss.item() / batch.target_count
 
 

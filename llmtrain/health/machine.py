@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,25 +18,24 @@ from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
 from llmtrain.health.finding import Finding, fail, ok, warn
-from llmtrain.observe.provenance import installed_version
+from llmtrain.health.gpus import gpu_findings
+from llmtrain.health.limits import limit_findings
+from llmtrain.health.versions import version_findings
 
-# What a run cannot do without, and where a version can break it.
-LIBRARIES = ("accelerate", "numpy", "pydantic", "safetensors", "tokenizers", "sentencepiece", "gigatoken")
-OPTIONAL = ("deepspeed", "datasets", "tensorboard", "wandb")
 RENDEZVOUS_TIMEOUT_S = 5.0
 TIGHT_BYTES = 2e9  # free memory or disk under which even small runs may fail
-# With the checkout only: an installed package does not carry the versions that it was tested with.
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def machine_findings() -> Iterator[Finding]:
     """Look at everything that does not depend on a config."""
     yield ok("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield from _versions()
+    yield from version_findings()
     yield _device()
+    yield from gpu_findings()
     yield _bf16()
     yield _cores()
     yield _compiler()
+    yield from limit_findings(pick_device().type == "cuda")
     yield _room("memory", free_memory(pick_device()), "close other programs, or lower training.micro_batch_size")
     yield _room("disk", shutil.disk_usage(Path.cwd()).free, f"free at {Path.cwd()}; let run.dir be somewhere else")
 
@@ -100,49 +100,14 @@ def _container_limit() -> int:
     return int(limit) - used if limit.isdecimal() else sys.maxsize
 
 
-def _versions() -> Iterator[Finding]:
-    build = (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {hip}" if (hip := torch.version.hip) else "CPU"
-    )
-    yield ok("torch", f"{torch.__version__} ({build} build)")
-    installed = {name: installed_version(name) for name in (*LIBRARIES, *OPTIONAL)}
-    missing = [name for name in LIBRARIES if installed[name] is None]
-    if missing:
-        yield Finding("FAIL", "libraries", f"{', '.join(missing)} missing; install llmtrain again with pip")
-    tested = _tested_versions()
-    other = [
-        f"{name} {version} (tested: {tested[name]})"
-        for name, version in [("torch", torch.__version__.partition("+")[0]), *installed.items()]
-        if version and name in tested and version != tested[name]
-    ]
-    if other:
-        yield warn("libraries", f"{', '.join(other)}; if something fails: pip install -c constraints.txt -e .")
-    present = ", ".join(f"{name} {version}" for name, version in installed.items() if version)
-    absent = [name for name in OPTIONAL if installed[name] is None]
-    yield ok("libraries", present + (f"; optional, not here: {', '.join(absent)}" if absent else ""))
-
-
-def _tested_versions() -> dict[str, str]:
-    if not CONSTRAINTS.is_file():
-        return {}
-    pins = re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name.lower(): version for name, version in pins}
-
-
 def _device() -> Finding:
     device = pick_device()
     if device.type == "cuda":
-        names = []
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            names.append(f"{properties.name} ({properties.total_memory / 1e9:.0f} GB)")
-        return ok("device", f"{len(names)} × CUDA: {', '.join(names)}")
+        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        kinds = Counter(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in properties)
+        return ok("device", f"CUDA: {', '.join(f'{count} × {kind}' for kind, count in kinds.items())}")
     if device.type == "mps":
         return ok("device", "MPS (Apple GPU)")
-    if shutil.which("nvidia-smi"):
-        return warn(
-            "device", "CPU, though there is an NVIDIA driver: install a CUDA build of torch, or check the driver"
-        )
     return ok("device", "CPU; no GPU found")
 
 

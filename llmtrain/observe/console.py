@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Protocol
 
 from llmtrain.observe.pace import Pace
@@ -25,6 +26,9 @@ class Console(Protocol):
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show what the model wrote after `prompt`."""
 
+    def saved(self, path: Path) -> None:
+        """Say that a checkpoint is there."""
+
     def record(self, record: Record) -> None:
         """Show how far the run is."""
 
@@ -32,16 +36,16 @@ class Console(Protocol):
         """Say how the run ended."""
 
 
-def open_console(total_steps: int, steps_per_epoch: int) -> Console:
-    """The live console on a terminal that can show it, else the plain one (which never imports rich)."""
+def open_console(kind: str, total_steps: int, steps_per_epoch: int) -> Console:
+    """The console of that kind, see `logging.console`; only the live one imports rich."""
     pace = Pace(total_steps, steps_per_epoch)
-    if _is_capable_terminal():
+    if kind == "live" or (kind == "auto" and _is_capable_terminal()):
         from llmtrain.observe.live import LiveConsole
 
-        return LiveConsole(pace)
-    from llmtrain.observe.plain import PlainConsole
+        return LiveConsole(pace, is_forced=kind == "live")
+    from llmtrain.observe.plain import PlainConsole, QuietConsole
 
-    return PlainConsole(pace)
+    return QuietConsole() if kind == "quiet" else PlainConsole(pace)
 
 
 def _is_capable_terminal() -> bool:

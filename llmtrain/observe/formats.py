@@ -53,6 +53,14 @@ def duration(seconds: float) -> str:
     return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
 
 
+def age(seconds: float) -> str:
+    """How long ago, in its largest unit: `75` → `1 min`."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def printable(text: str) -> str:
     """`text` without what would command a terminal: a model may well write escape sequences."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -17,6 +17,14 @@ from llmtrain.observe.record import COLUMNS, Number, Record
 RECORDS = "metrics.jsonl"
 ARRAYS = "training_metrics.json"
 TABLE = "training_log.csv"
+# The arrays of training_metrics.json, and the field of a record that each is of.
+ARRAY_SOURCES = {
+    "train_loss": "train_loss",
+    "val_loss": "val_loss",
+    "learning_rate": "learning_rate",
+    "epochs": "epoch",
+    "steps": "step",
+}
 
 
 class MetricsLog:
@@ -95,22 +103,15 @@ class _ArraysFile:
     """
 
     _GROWTH = 1.02
-    _SOURCES = {  # noqa: RUF012 -- a constant
-        "train_loss": "train_loss",
-        "val_loss": "val_loss",
-        "learning_rate": "learning_rate",
-        "epochs": "epoch",
-        "steps": "step",
-    }
 
     def __init__(self, path: Path):
         self._path = path
         # Encoded as they come: a rewrite is five plain writes, and a million records are 60 MB and not 500.
-        self._columns = {name: bytearray() for name in self._SOURCES}
+        self._columns = {name: bytearray() for name in ARRAY_SOURCES}
         self._written_bytes = 0
 
     def append(self, row: Mapping[str, Number]) -> None:
-        for name, source in self._SOURCES.items():
+        for name, source in ARRAY_SOURCES.items():
             column = self._columns[name]
             if column:
                 column += b", "

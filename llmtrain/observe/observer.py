@@ -88,7 +88,7 @@ class Observer(NullObserver):
         rewind(run_dir / SAMPLES, resume_step)
         self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
         self._samples_path = run_dir / SAMPLES
-        self._console = open_console(total_steps, steps_per_epoch)
+        self._console = open_console(config.logging.console, total_steps, steps_per_epoch)
         self._sinks = [*open_sinks(config, run_dir, resume_step, self.warn), *sinks]
         self._plotter = _Plotter(run_dir, config.run.name) if config.logging.plots else None
         self._watch = Watch()
@@ -137,7 +137,7 @@ class Observer(NullObserver):
 
     def saved(self, path: Path) -> None:
         """A checkpoint is at `path`; redraw the plots when they are due."""
-        self._console.message(f"saved {path}")
+        self._console.saved(path)
         if self._plotter and self._plotter.is_due():
             self._attempt("the plots could not be drawn", self._plotter.draw)
 

@@ -38,6 +38,9 @@ class Pace:
         pieces["speed"] = f"{formats.compact(record.tokens_per_sec)} tok/s"
         if record.mfu is not None:
             pieces["mfu"] = f"mfu {formats.percent(record.mfu)}"
+        pieces["memory"] = f"{record.memory_gb:.3g} GB"
+        if record.step_time_spread_s is not None and record.slowest_rank is not None:
+            pieces["slowest"] = f"rank {record.slowest_rank} slowest, by {record.step_time_spread_s:.2g} s"
         pieces["eta"] = f"eta {formats.duration(self._seconds_left(record))}"
         return pieces
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 Number = float | int | None
 
@@ -15,10 +15,10 @@ Number = float | int | None
 class SourceRecord:
     """What is known of one source of a mixture."""
 
-    epochs: float  # how often it was gone through, from 0
-    tokens: int  # target tokens from it, those of skipped steps and left-out stretches too
-    val_loss: float | None  # nats per target token; None where not evaluated
-    val_accuracy: float | None
+    epochs: Annotated[float, "how often it was gone through, from 0"]
+    tokens: Annotated[int, "target tokens from it, those of skipped steps and left-out stretches too"]
+    val_loss: Annotated[float | None, "on its validation split, nats per target token; null where not evaluated"]
+    val_accuracy: Annotated[float | None, "share of its target tokens predicted right"]
 
     def row(self) -> dict[str, Number]:
         """Every field by name, holding only what strict JSON can hold."""
@@ -27,31 +27,32 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known after optimizer step `step`, on all ranks together."""
+    """What is known after optimizer step `step`, on all ranks together; docs/reference.md lists it with these words."""
 
-    step: int  # from 1
-    epoch: int  # from 0
-    train_loss: float  # nats per target token, the token-weighted mean since the last record
-    val_loss: float | None  # nats per target token; None where not evaluated
-    val_accuracy: float | None  # share of target tokens predicted right
-    learning_rate: float  # what the update of this step used
-    grad_norm: float  # global, of this step, before clipping
-    param_norm: float  # global, after the update
-    tokens: int  # target tokens trained on so far
-    tokens_per_sec: float  # since the last record, over all ranks
-    step_time_s: float  # mean since the last record
-    mfu: float | None  # share of the peak FLOP/s, 0 to 1; None where the peak is unknown
-    memory_gb: float  # peak of one device
-    time: float  # Unix seconds
-    skipped: int = 0  # steps since the last record that were not applied; train_loss is without them
-    # By which the slowest rank is later than the median one, a mean since the last record, see `own_time`; None: alone.
-    step_time_spread_s: float | None = None
-    slowest_rank: int | None = None
-    sources: Mapping[str, SourceRecord] | None = None  # by name; None: there is but one
+    step: Annotated[int, "optimizer step, from 1"]
+    epoch: Annotated[int, "from 0"]
+    train_loss: Annotated[float, "nats per target token, the mean over all of them since the last record"]
+    val_loss: Annotated[float | None, "nats per target token; null where not evaluated"]
+    val_accuracy: Annotated[float | None, "share of target tokens predicted right; null where not evaluated"]
+    learning_rate: Annotated[float, "what the update of this step used"]
+    grad_norm: Annotated[float, "global, of this step, before clipping"]
+    param_norm: Annotated[float, "global, after the update"]
+    tokens: Annotated[int, "target tokens trained on so far"]
+    tokens_per_sec: Annotated[float, "since the last record, over all ranks; evaluation, samples and saving left out"]
+    step_time_s: Annotated[float, "seconds, a mean since the last record"]
+    mfu: Annotated[float | None, "share of the peak FLOP/s, 0 to 1; null where the peak is unknown"]
+    memory_gb: Annotated[float, "peak of one device, in 10^9 bytes; without a GPU, of the first process"]
+    time: Annotated[float, "Unix seconds"]
+    skipped: Annotated[int, "steps since the last record that were not applied; train_loss is without them"] = 0
+    step_time_spread_s: Annotated[
+        float | None, "seconds by which the slowest rank is later than the median one, a mean; null: alone"
+    ] = None
+    slowest_rank: Annotated[int | None, "which that is; null: alone"] = None
+    sources: Annotated[Mapping[str, SourceRecord] | None, "of a mixture, by name; null: there is but one"] = None
 
     @property
     def perplexity(self) -> float:
-        """exp(train_loss)."""
+        """exp(train_loss); null where a float cannot hold it."""
         return perplexity(self.train_loss)
 
     def row(self) -> dict[str, Number]:
