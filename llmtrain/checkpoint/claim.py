@@ -9,6 +9,7 @@ from pathlib import Path
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.store import clear_way
+from llmtrain.data.staging import make_folder
 from llmtrain.errors import UserError
 
 
@@ -19,7 +20,7 @@ def claim(run_dir: Path, lock: RunLock, progress: Progress, warn: Callable[[str]
         UserError: another launch holds it, or it cannot be written.
     """
     with naming_what_cannot_be_written(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         lock.acquire()
         if lock.warning:
             warn(lock.warning)

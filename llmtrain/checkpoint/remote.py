@@ -17,7 +17,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import RunConfig
 from llmtrain.data.lock import FileLock
 from llmtrain.data.shards import check_inside, verify_files
-from llmtrain.data.staging import staged_folder
+from llmtrain.data.staging import make_folder, staged_folder
 from llmtrain.engine import Engine
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.health.agreement import patiently
@@ -234,7 +234,7 @@ def _bring_own(remote: Remote, steps: list[int], run_dir: Path, lock: RunLock | 
 
 def _claim(run_dir: Path, lock: RunLock) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error.strerror}; choose another run.dir") from error
     lock.acquire()

@@ -144,6 +144,14 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, so that a power cut takes none of them with what is then in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_path(path.parent)
+
+
 def appears(path: Path, within_s: float) -> bool:
     """Whether a file that another host has just made is there, or comes to be seen here in time.
 

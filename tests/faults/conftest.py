@@ -16,6 +16,7 @@ import pytest
 
 from llmtrain.checkpoint.folders import committed_steps, step_folder
 from tests.conftest import records, small_config
+from tests.distributed.launching import free_port
 from tests.verified import open_verified
 
 Config = dict[str, Any]
@@ -45,9 +46,23 @@ class Launcher:
         assert self._server.stdout and self._server.stdout.readline() == "ready\n"
 
     def train(self, config: Config, *arguments: str, **request: Any) -> Ended:
-        """Train to the end, or to the moment of the kill: `event=n`, or `phase=…, nth=…, delay_s=…`."""
+        """Train to the end, or to the moment of a kill: `event=n`, `phase=…` or `call=…`, with `nth` and `delay_s`."""
+        [code] = self._ask(config, arguments, request)
+        return Ended(code, *(file.read_text() for file in self._said))
+
+    def train_ranks(self, ranks: int, config: Config, *arguments: str, **request: Any) -> list[Ended]:
+        """The same in several processes, of which one, the `victim`, meets with it."""
+        codes = self._ask(config, arguments, {**request, "ranks": ranks, "port": free_port()})
+        said = [[Path(f"{file}.{rank}").read_text() for file in self._said] for rank in range(ranks)]
+        return [Ended(code, *both) for code, both in zip(codes, said, strict=True)]
+
+    @property
+    def _said(self) -> tuple[Path, Path]:
+        return self._scratch / "out", self._scratch / "err"
+
+    def _ask(self, config: Config, arguments: tuple[str, ...], request: dict[str, Any]) -> list[int]:
         assert self._server.stdin and self._server.stdout
-        file, out, err = (self._scratch / name for name in ("config.yaml", "out", "err"))
+        file, (out, err) = self._scratch / "config.yaml", self._said
         file.write_text(json.dumps(config))
         request |= {
             "arguments": ["--config", str(file), *arguments], "run_dir": config["run"]["dir"],
@@ -55,8 +70,8 @@ class Launcher:
         }  # fmt: skip
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        code = json.loads(self._server.stdout.readline())["code"]
-        return Ended(code, out.read_text(), err.read_text())
+        codes: list[int] = json.loads(self._server.stdout.readline())["codes"]
+        return codes
 
     def events(self, config: Config, *arguments: str) -> list[str]:
         """All that a whole launch does to its run folder, in order."""

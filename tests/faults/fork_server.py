@@ -2,19 +2,23 @@
 
 Requests and answers are lines of JSON on stdin and stdout; see `Launcher` in `tests/faults/conftest.py`. A request
 names the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`), or some
-seconds after the n-th time that the loop enters a phase (`phase`). With `withdraws` the process is not killed at the
-event, but may no longer write where it could.
+seconds after the n-th time that the loop enters a phase (`phase`) or that a function of ours is called (`call`, as
+`module:name`). With `withdraws` the process is not killed at the event, but may no longer write where it could;
+`number` is another signal than SIGKILL. Of several `ranks`, this happens to the `victim`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import sys
 import threading
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import accelerate.optimizer
 import accelerate.utils.deepspeed  # noqa: F401 -- what a launch would import late
@@ -39,16 +43,31 @@ def serve() -> None:
     for line in sys.stdin:
         assert threading.active_count() == 1
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            train(request)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        sys.stdout.write(json.dumps({"code": code}) + "\n")
+        ranks = int(request.get("ranks", 1))
+        children = [fork(request, rank, ranks) for rank in range(ranks)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        sys.stdout.write(json.dumps({"codes": codes}) + "\n")
         sys.stdout.flush()
 
 
-def train(request: dict[str, Any]) -> None:
-    """Be `llmtrain train` with the arguments of the request, until killed."""
+def fork(request: dict[str, Any], rank: int, ranks: int) -> int:
+    """Start one rank of a launch; return its process."""
+    child = os.fork()
+    if child:
+        return child
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"]),
+        }  # fmt: skip
+    if "ranks" in request:
+        request["stdout"], request["stderr"] = (f"{request[name]}.{rank}" for name in ("stdout", "stderr"))
+    train(request, rank == request.get("victim", 0))
+    raise AssertionError("unreachable")
+
+
+def train(request: dict[str, Any], is_victim: bool) -> NoReturn:
+    """Be `llmtrain train` with the arguments of the request, until killed where that is for this rank."""
     code = 1
     try:
         null = os.open(os.devnull, os.O_RDONLY)
@@ -56,10 +75,13 @@ def train(request: dict[str, Any]) -> None:
         for descriptor, path in ((1, request["stdout"]), (2, request["stderr"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["llmtrain", "train", *request["arguments"]]
-        if "phase" in request:
-            kill_in_phase(request["phase"], request["nth"], request["delay_s"])
+        blow = partial(os.kill, os.getpid(), request.get("number", signal.SIGKILL))
+        if "phase" in request and is_victim:
+            in_phase(request["phase"], request["nth"], request["delay_s"], blow)
+        if "call" in request and is_victim:
+            in_call(request["call"], request["nth"], request["delay_s"], blow)
         end = partial(os.seteuid, NOBODY) if request.get("withdraws") else die
-        events = FileEvents(Path(request["run_dir"]), request.get("event"), end)
+        events = FileEvents(Path(request["run_dir"]), request.get("event") if is_victim else None, end)
         code = run_main(main, request["arguments"])
         events.stop()
         if "events" in request:
@@ -70,10 +92,10 @@ def train(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def kill_in_phase(phase: str, nth: int, delay_s: float) -> None:
-    """Kill this process `delay_s` after the loop has entered a phase for the `nth` time, or after the start."""
+def in_phase(phase: str, nth: int, delay_s: float, blow: Callable[[], object]) -> None:
+    """Strike this process `delay_s` after the loop has entered a phase for the `nth` time, or after the start."""
     if phase == "start":
-        threading.Timer(delay_s, die).start()
+        threading.Timer(delay_s, blow).start()
         return
     enter, left = Peers.progress, [nth]
 
@@ -81,10 +103,37 @@ def kill_in_phase(phase: str, nth: int, delay_s: float) -> None:
         enter(peers, step, now)
         left[0] -= now == phase
         if not left[0]:
-            threading.Timer(delay_s, die).start()
             left[0] = -1
+            strike(delay_s, blow)
 
     Peers.progress = progress  # type: ignore[method-assign]
+
+
+def in_call(place: str, nth: int, delay_s: float, blow: Callable[[], object]) -> None:
+    """Strike this process when a function of ours is called for the `nth` time; without a delay, before it begins."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function, left = getattr(owner, name), [nth]
+
+    @wraps(function)
+    def called(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            strike(delay_s, blow)
+        return function(*arguments, **named)
+
+    setattr(owner, name, called)
+
+
+def strike(delay_s: float, blow: Callable[[], object]) -> None:
+    """At once, or after a while in which this process goes on."""
+    if delay_s:
+        threading.Timer(delay_s, blow).start()
+    else:
+        blow()
 
 
 if __name__ == "__main__":
