@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model from a config, or go on with an interrupted run",
     "generate": "sample text from a run or a checkpoint",
     "evaluate": "loss, perplexity, accuracy and bits per byte on prepared data",
+    "export": "write a checkpoint as a Hugging Face model folder, tokenizer included",
     "report": "what prepared data holds: tokens, lengths, vocabulary, copies, samples",
     "tokenizer": "show a tokenizer, what it makes of a text, write it as tokenizer.json",
     "doctor": "check the machine, then the training checklist on one batch",

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from llmtrain.errors import UserError, nearest
+from llmtrain.hf_config import FOLDER_KEYS, folder_config, sizes_from_folder
 from llmtrain.presets import AUTO_LR, PRESETS, auto_lr
 from llmtrain.sections import (
     CheckpointSection,
@@ -100,6 +101,8 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     _check_keys(raw, where)
     raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items() if value is not None}
     _expand_preset(raw, where)
+    if raw.get("model"):
+        raw["model"] = sizes_from_folder(raw["model"], where)
     _expand_lr(raw, where)
     try:
         return RunConfig.model_validate(raw)
@@ -141,6 +144,9 @@ def _step_back(raw: dict[str, Any], given: dict[str, dict[str, Any]]) -> None:
         old = _preset(model.get("preset"))
         spelled_out = {key for key, value in model.items() if key in old and value == old[key]}
         for key in {*_SIZES, *_preset(preset), *spelled_out}:
+            model.pop(key, None)
+    if folder_config(given.get("model", {}).get("init_from")):
+        for key in ("preset", *FOLDER_KEYS):
             model.pop(key, None)
     for key, other in (("path", "sources"), ("sources", "path")):
         if given.get("data", {}).get(key) is not None:

@@ -22,16 +22,16 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.mending import mending
 from llmtrain.checkpoint.mirror import make_mirror
 from llmtrain.checkpoint.progress import Progress
-from llmtrain.checkpoint.remote import bring, local_checkpoint
+from llmtrain.checkpoint.remote import bring
 from llmtrain.checkpoint.restore import Choose, Restorer
-from llmtrain.checkpoint.resume import accept_weights, changes, choose_checkpoint, own_step, progress_of, saved_config
+from llmtrain.checkpoint.resume import changes, choose_checkpoint, own_step, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
+from llmtrain.checkpoint.start import load_weights
 from llmtrain.checkpoint.store import (
     CheckpointStore,
     OpenCheckpoint,
     check_writable,
     clear_way,
-    find_checkpoint,
     newest_good,
 )
 from llmtrain.data.batches import Batch, batches, validation_batches
@@ -75,7 +75,8 @@ class Run:
         resume = bring(self.engine, self.config, resume, lock)
         self.progress = Progress()
         self._changes: list[str] = []
-        self._restorer = Restorer(self.engine, self.config.health.timeout_s, self.stopping.is_told_here)
+        timeout_s, is_told = self.config.health.timeout_s, self.stopping.is_told_here
+        self._restorer = Restorer(self.engine, timeout_s, is_told, CheckpointReader)
         self.resumed_from = self._start_or_go_on(resume, lock)
         self.guard = Guard(self.config, self.dir, self.engine.rank)
         self.guard.load_state(self.progress.guard)
@@ -90,7 +91,7 @@ class Run:
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
 
-    def _load(self, choose: Choose) -> CheckpointReader | None:
+    def _load(self, choose: Choose[CheckpointReader]) -> CheckpointReader | None:
         """Go to where a checkpoint that rank 0 chooses had come; None: it chooses none, and nothing has changed."""
         reader = together(self.engine, lambda: self._restorer.restore(choose, self._progress_of))
         if reader:
@@ -114,19 +115,9 @@ class Run:
             self._changes = changes(saved_config(reader), self.config)
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
-        elif start := self.config.model.init_from:
-            self._load_weights(patiently(self.engine, lambda: local_checkpoint(start)))
+        elif self.config.model.init_from:
+            load_weights(self.engine, self.config, self.parts.data, self.stopping.is_told_here)
         return reader
-
-    def _load_weights(self, path: Path) -> None:
-        def accept(reader: CheckpointReader) -> None:
-            accept_weights(reader, self.config, self.parts.data)
-
-        def choose(open_one: OpenCheckpoint) -> CheckpointReader:
-            return open_one(find_checkpoint(path))
-
-        together(self.engine, lambda: self._restorer.restore(choose, accept, optimizer=False))
-        self.engine.publish()
 
     def _find_rollbacks(self) -> None:
         """A run that went back and ended before it saved goes on as if it had just gone back."""

@@ -152,7 +152,8 @@ class DataSection(Section):
 class ModelSection(Section):
     """The decoder. `preset` gives a named size; any key set beside it wins over the preset.
 
-    A preset given as an override wins over the file: the size in the file steps back, unless overridden too.
+    A preset given as an override wins over the file: the size in the file steps back, unless overridden too. So it does
+    for a Hugging Face folder in `init_from`, which decides the sizes: llmtrain/hf_config.py.
     """
 
     preset: Annotated[str, WithJsonSchema({"type": "string", "enum": list(PRESETS)})] | None = None
@@ -188,7 +189,7 @@ class ModelSection(Section):
     vocab_multiple: PositiveInt = 1
     """Such as 128, which suits a GPU. Ids that pad are never written, and never count as the most likely one."""
     init_from: str | None = None
-    """A run or checkpoint whose weights, and nothing else, start this run; also a URL."""
+    """A run, checkpoint or Hugging Face folder whose weights, and nothing else, start this run; also a URL."""
 
     @property
     def head_dim(self) -> int:

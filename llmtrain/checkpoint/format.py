@@ -171,6 +171,11 @@ class CheckpointReader:
         """The files that hold tensors."""
         return [file for file in self.manifest.files if file.path.endswith(_TENSORS)]
 
+    @property
+    def world_size(self) -> int:
+        """How many ranks wrote it."""
+        return self.manifest.world_size
+
     def path(self, name: str) -> Path:
         """Where a file of the checkpoint lies.
 

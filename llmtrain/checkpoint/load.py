@@ -44,11 +44,8 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
         CorruptError: it is damaged; other checkpoints of the run are named.
     """
     path = local_checkpoint(path)
-    folder = find_checkpoint(path)
-    with _naming_others(path, folder):
-        reader = CheckpointReader(folder)
-        if problems := reader.check_records():
-            raise CorruptError("; ".join(problems[:3]))
+    reader = open_checkpoint(path)
+    folder = reader.folder
     config = _usable_here(saved_config(reader), compiled)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     end = tokenizer.eos_id if config.data.document_mask else None
@@ -57,7 +54,7 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
         engine.build(
             lambda: Transformer(config.model, config.data.seq_len, document_end=end), config.training, optimizer=None
         )
-        with _naming_others(path, folder):
+        with naming_others(path, folder):
             files = [file.path for file in reader.tensor_files()]
             if problems := reader.load(engine.to_fill(optimizer=False), files):
                 raise CorruptError("; ".join(problems[:3]))
@@ -67,8 +64,24 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
         engine.close()
 
 
+def open_checkpoint(path: Path) -> CheckpointReader:
+    """Open PATH of the verbs, and check every hash but those of tensors.
+
+    Raises:
+        UserError: there is no checkpoint.
+        CorruptError: it is damaged; other checkpoints of the run are named.
+    """
+    folder = find_checkpoint(path)
+    with naming_others(path, folder):
+        reader = CheckpointReader(folder)
+        if problems := reader.check_records():
+            raise CorruptError("; ".join(problems[:3]))
+    return reader
+
+
 @contextmanager
-def _naming_others(path: Path, folder: Path) -> Iterator[None]:
+def naming_others(path: Path, folder: Path) -> Iterator[None]:
+    """Let a CorruptError of a checkpoint say which others its run, in `path`, has."""
     try:
         yield
     except CorruptError as error:

@@ -14,12 +14,11 @@ import platform
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
-from llmtrain.checkpoint.format import CheckpointReader
-from llmtrain.checkpoint.store import OpenCheckpoint
 from llmtrain.data.shards import FileInfo, Report
 from llmtrain.engine import Engine, Fragment
 from llmtrain.engine.rendezvous import is_exchange_failure
@@ -27,7 +26,37 @@ from llmtrain.errors import CorruptError, LlmtrainError, Stopped, StuckError
 
 _ROUND_S = 1.0
 _MOST_TOLD = 3  # problems, of each rank and in all: a lost disk has thousands
-Choose = Callable[[OpenCheckpoint], CheckpointReader | None]
+
+
+class Reader(Protocol):
+    """What the training state, or the weights of it, can be read from."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def digest(self) -> str:
+        """Equal exactly where the content is."""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks wrote it."""
+
+    def check_records(self, report: Report = ...) -> list[str]:
+        """See `CheckpointReader`."""
+
+    def tensor_files(self) -> list[FileInfo]:
+        """Those whose hashes are known, and so are checked."""
+
+    def load(
+        self, wanted: Iterable[Fragment], check: Collection[str], *, is_shared: bool = ..., report: Report = ...
+    ) -> list[str]:
+        """See `CheckpointReader`."""
+
+
+Opened = TypeVar("Opened", bound=Reader)
+Choose = Callable[[Callable[[Path], Opened]], Opened | None]  # takes what opens a folder and loads it on all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +78,28 @@ class _TogetherError(Exception):
         self.here = here
 
 
-class Restorer:
+class Restorer(Generic[Opened]):
     """Fills the engine's state on all ranks from a checkpoint that rank 0 chooses."""
 
-    def __init__(self, engine: Engine, timeout_s: float, is_told: Callable[[], bool]):
-        """`timeout_s`: how long a rank may read nothing at all. `is_told`: whether this rank was told to stop."""
-        self._engine, self._timeout_s, self._is_told = engine, timeout_s, is_told
+    def __init__(self, engine: Engine, timeout_s: float, is_told: Callable[[], bool], opened: Callable[[Path], Opened]):
+        """Know how to read.
+
+        Args:
+            engine: to be filled.
+            timeout_s: how long a rank may read nothing at all.
+            is_told: whether this rank was told to stop.
+            opened: opens a folder.
+        """
+        self._engine, self._timeout_s, self._is_told, self._opened = engine, timeout_s, is_told, opened
         self._is_stuck = False  # some rank's storage, at the last load
 
     def restore(
-        self, choose: Choose, accept: Callable[[CheckpointReader], object], *, optimizer: bool = True
-    ) -> CheckpointReader | None:
+        self,
+        choose: Choose[Opened],
+        accept: Callable[[Opened], object],
+        *,
+        optimizer: bool = True,
+    ) -> Opened | None:
         """Let rank 0 choose among checkpoints; load each that it opens, until one is good. All ranks call it.
 
         Args:
@@ -103,8 +143,11 @@ class Restorer:
             raise job.failure
 
     def _lead(
-        self, choose: Choose, accept: Callable[[CheckpointReader], object], optimizer: bool
-    ) -> CheckpointReader | None:
+        self,
+        choose: Choose[Opened],
+        accept: Callable[[Opened], object],
+        optimizer: bool,
+    ) -> Opened | None:
         try:
             chosen = choose(lambda folder: self._open(folder, accept, optimizer))
         except _TogetherError:
@@ -116,21 +159,21 @@ class Restorer:
         self._call(chosen, is_chosen=True)
         return chosen
 
-    def _follow(self, optimizer: bool) -> CheckpointReader | None:
+    def _follow(self, optimizer: bool) -> Opened | None:
         """What the other ranks do while rank 0 chooses."""
         while True:
             folder, digest, is_chosen = self._engine.gather(("", "", False))[0]
             if is_chosen:
-                return CheckpointReader(Path(folder)) if folder else None
+                return self._opened(Path(folder)) if folder else None
             if folder:
                 self._load(Path(folder), digest, optimizer)
 
-    def _call(self, reader: CheckpointReader | None, *, is_chosen: bool) -> None:
+    def _call(self, reader: Opened | None, *, is_chosen: bool) -> None:
         """Rank 0 says what comes next: a checkpoint to load, what was chosen, or that it is not so far yet."""
         self._engine.gather((str(reader.folder), reader.digest, is_chosen) if reader else ("", "", is_chosen))
 
-    def _open(self, folder: Path, accept: Callable[[CheckpointReader], object], optimizer: bool) -> CheckpointReader:
-        reader = CheckpointReader(folder)  # where this fails, the others need not hear of it
+    def _open(self, folder: Path, accept: Callable[[Opened], object], optimizer: bool) -> Opened:
+        reader = self._opened(folder)  # where this fails, the others need not hear of it
         self._check_records(reader)
         accept(reader)
         self._call(reader, is_chosen=False)
@@ -139,7 +182,7 @@ class Restorer:
             raise kind("; ".join(problems[:_MOST_TOLD]))
         return reader
 
-    def _check_records(self, reader: CheckpointReader) -> None:
+    def _check_records(self, reader: Opened) -> None:
         work = _Work(reader.check_records)
         while not work.is_over:
             work.wait(min(_ROUND_S, self._timeout_s / 4))
@@ -192,7 +235,7 @@ class Restorer:
         """Load and check on this rank; return what is wrong."""
         place = f" ({self._place})" if self._engine.rank else ""
         try:
-            reader = CheckpointReader(folder)
+            reader = self._opened(folder)
             if reader.digest != digest:
                 line = f"{folder}: is another checkpoint here than on rank 0; all hosts must see the same run.dir"
                 return [f"{line}{place}"]
@@ -212,10 +255,10 @@ class Restorer:
         """Whether all ranks want the same: whole tensors."""
         return self._engine.world_size > 1 and all(f.values.numel() == math.prod(f.shape) for f in wanted)
 
-    def _share(self, reader: CheckpointReader) -> set[str]:
+    def _share(self, reader: Opened) -> set[str]:
         """The files that this rank checks: where it can, those that it has to read anyway."""
         ranks, rank = self._engine.world_size, self._engine.rank
-        is_same = reader.manifest.world_size == ranks
+        is_same = reader.world_size == ranks
         writers = {f"rank{one:05d}": one for one in range(ranks)} if is_same else {}
         owned = [(writers.get(re.split("[-.]", file.path)[0]), file) for file in reader.tensor_files()]
         dealt = share([file for owner, file in owned if owner is None], ranks)[rank]

@@ -128,17 +128,20 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def accept_weights(reader: CheckpointReader, config: RunConfig, data: DataIdentity) -> None:
-    """Check that a checkpoint's weights can start this run: `model.init_from`.
+class CheckpointWeights(CheckpointReader):
+    """A checkpoint of ours as weights to start from: `model.init_from`."""
 
-    Raises:
-        UserError: its tokenizer or model is another one.
-    """
-    check_tokenizer(reader, data)
-    saved, now = saved_config(reader).model, config.model
-    for key in _FIXED["model"]:
-        if getattr(saved, key) != getattr(now, key):
-            raise UserError(
-                f"model.init_from {reader.folder}: its {key} is {getattr(saved, key)}, this run's is "
-                f"{getattr(now, key)}"
-            )
+    def accept(self, config: RunConfig, data: DataIdentity) -> None:
+        """Check that they can start this run.
+
+        Raises:
+            UserError: the tokenizer or the model is another one.
+        """
+        check_tokenizer(self, data)
+        saved, now = saved_config(self).model, config.model
+        for key in _FIXED["model"]:
+            if getattr(saved, key) != getattr(now, key):
+                raise UserError(
+                    f"model.init_from {self.folder}: its {key} is {getattr(saved, key)}, this run's is "
+                    f"{getattr(now, key)}"
+                )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from llmtrain.checkpoint.direct_io import DirectFile, aligned_piece
 from llmtrain.data.shards import FileInfo
@@ -53,24 +56,44 @@ def _split(fragments: Iterable[Fragment]) -> list[list[Fragment]]:
 
 
 def _write_one(path: Path, fragments: Sequence[Fragment]) -> FileInfo:
-    """The safetensors format: 8 bytes with the header's length, a JSON header, the tensors' bytes."""
-    header: dict[str, Any] = {}
+    specs = [TensorSpec(f"{f.name}@{f.start}", f.values.dtype, tuple(f.values.shape)) for f in fragments]
+    return write_tensors(path, specs, (fragment.values for fragment in fragments))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a file says of one tensor."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> FileInfo:
+    """Write a safetensors file: 8 bytes with the header's length, a JSON header, the tensors' bytes.
+
+    The tensors, on any device, are taken one at a time, so they need not be in memory together.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for fragment in fragments:
-        values = fragment.values
-        end = offset + values.nbytes
-        header[f"{fragment.name}@{fragment.start}"] = {
-            "dtype": _DTYPES[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [offset, end],
-        }
+    for spec in specs:
+        end = offset + spec.nbytes
+        header[spec.key] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with _HashedFile(path) as file:
         file.write(np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8))
-        for fragment in fragments:
-            file.write(fragment.values.cpu().contiguous().view(torch.uint8).numpy())
+        for spec, tensor in zip(specs, tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.key
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return file.finish()
 
 

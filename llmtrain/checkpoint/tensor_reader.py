@@ -36,12 +36,13 @@ class Wish:
     numel: int  # of the fragment
     first: int
     into: Tensor
+    shape: tuple[int, ...] | None = None  # in the file; None: 1-D, as a checkpoint's fragments are
 
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     dtype: Literal["F32", "BF16", "F16", "F64", "I64"]
-    shape: tuple[int]
+    shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
 
@@ -125,13 +126,13 @@ def _copies(path: Path, size: int, wishes: Sequence[Wish], converted: list[tuple
         dtype = _DTYPES[entry.dtype]
         begin, end = (data + offset for offset in entry.data_offsets)
         if (
-            entry.shape != (wish.numel,)
+            entry.shape != (wish.shape or (wish.numel,))
             or end - begin != wish.numel * dtype.itemsize
             or not data <= begin <= end <= size
         ):
             raise CorruptError(
                 f"{path}: '{wish.key}' has shape {list(entry.shape)} at bytes {entry.data_offsets} of {entry.dtype}, "
-                f"its record says [{wish.numel}]"
+                f"its record says {list(wish.shape or (wish.numel,))}"
             )
         into = wish.into
         if into.dtype != dtype:
@@ -142,15 +143,25 @@ def _copies(path: Path, size: int, wishes: Sequence[Wish], converted: list[tuple
     return sorted(copies, key=lambda copy: copy.begin)
 
 
-def _header(path: Path, size: int) -> tuple[int, Mapping[str, _Entry | dict[str, str]]]:
-    """Where the tensors' bytes begin, and what is where behind that."""
+def read_header(path: Path, size: int) -> bytes:
+    """The JSON header of a safetensors file of this size, as it stands there.
+
+    Raises:
+        CorruptError: its length cannot be right.
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
             raise CorruptError(f"{path}: cannot be read: its first 8 bytes say that its header has {length:,} bytes")
-        header = file.read(length)
+        return file.read(length)
+
+
+def _header(path: Path, size: int) -> tuple[int, Mapping[str, _Entry | dict[str, str]]]:
+    """Where the tensors' bytes begin, and what is where behind that."""
+    header = read_header(path, size)
     try:
-        return 8 + length, _HEADER.validate_json(header)
+        return 8 + len(header), _HEADER.validate_json(header)
     except ValidationError as error:
         raise CorruptError(f"{path}: cannot be read: its header is wrong: {error.errors()[0]['msg']}") from error
 

@@ -69,8 +69,9 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
     add(
         "--tokenizer",
         metavar="KIND",
-        help=f"{', '.join(KINDS)}, an existing SentencePiece .model or tokenizer.json, or the tokenizer folder of "
-        f"prepared data or a checkpoint (default: {default.tokenizer}; of token files, the one that the ids belong to)",
+        help=f"{', '.join(KINDS)}, an existing SentencePiece .model or tokenizer.json, the tokenizer folder of "
+        "prepared data or a checkpoint, or a Hugging Face folder"
+        f" (default: {default.tokenizer}; of token files, the one that the ids belong to)",
     )
     add(
         "--vocab-size",

@@ -47,6 +47,7 @@ __all__ = [
 KINDS = ("char", "byte", "word", "bpe", "unigram", "bbpe")
 FITTED_KINDS = ("char", "word", "bpe", "unigram", "bbpe")
 SIZED_KINDS = ("word", "bpe", "unigram", "bbpe")
+SAVED = ("tokenizer.json", "tokenizer.model")  # files that hold a whole tokenizer; the first that is there counts
 # Used where no size is asked for, or less if the text supports less.
 DEFAULT_VOCAB_SIZE = 8192
 
@@ -114,6 +115,9 @@ def existing_digest(kind: str) -> str | None:
     path = existing_tokenizer(kind)
     if path is None or path.is_file():
         return hash_file(path) if path else None
+    if not (path / IDENTITY).exists():  # the folder of a model: beside the tokenizer lie its weights
+        files = [path / name for name in SAVED if (path / name).is_file()]
+        return hash_file(files[0]) if files else None
     return hashlib.sha256("".join(map(hash_file, sorted(path.iterdir()))).encode()).hexdigest()
 
 
@@ -133,7 +137,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return CharTokenizer.from_content(content) if kind == "char" else WordTokenizer.from_content(content)
     if content is not None and kind == NoTokenizer.kind:
         return NoTokenizer.from_content(content)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in SAVED:
         if (folder / name).is_file():
             return _load_existing(folder / name, kind)
     if content is not None:

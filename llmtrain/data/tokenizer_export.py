@@ -153,3 +153,29 @@ def _first_difference(tokenizer: Tokenizer, content: str) -> str | None:
         if not np.array_equal(library.encode(text, add_special_tokens=False).ids, expected):
             return text
     return None
+
+
+def hugging_face_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
+    """The files of a Hugging Face model folder that make up its tokenizer, by name.
+
+    A document begins behind the id that ends one: no other that could stand before it occurs in prepared data. So the
+    end is the beginning too, as GPT-2 has it, for whoever puts a first token before a text.
+
+    Args:
+        tokenizer: of any kind.
+        seq_len: longest sequence of the model, in tokens.
+
+    Raises:
+        UserError: see `tokenizer_json`.
+    """
+    content = tokenizer_json(tokenizer)
+    library = tokenizers.Tokenizer.from_str(content)
+    ids = {"bos": tokenizer.eos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
+    ids["pad"] = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None},
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}

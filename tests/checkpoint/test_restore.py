@@ -48,7 +48,7 @@ def test_one_process_checks_everything_too(trained_run: Path, tmp_path: Path) ->
     seen: list[CheckpointReader] = []
     with closing(make_engine(60.0)) as engine:
         assemble(load_config(folder / "config.yaml"), engine)
-        restorer = Restorer(engine, 60.0, lambda: False)
+        restorer = Restorer(engine, 60.0, lambda: False, CheckpointReader)
         reader = restorer.restore(lambda one: choose_checkpoint(folder, "auto", said.append, one), seen.append)
         assert reader is not None and reader.manifest.step == 20
         assert len(said) == 1 and "step-00000030/rank00000.safetensors" in said[0]
@@ -96,7 +96,7 @@ def restored(engines: list[Any], run_dir: Path, timeout_s: float = 60.0, said: A
     """What each rank gets, or how it fails, after `together`."""
 
     def run(engine: Any) -> Any:
-        restorer = Restorer(engine, timeout_s, lambda: False)
+        restorer = Restorer(engine, timeout_s, lambda: False, CheckpointReader)
         try:
             return together(
                 engine, lambda: restorer.restore(lambda one: newest_good(run_dir, said, one), lambda _reader: None)

@@ -1,0 +1,50 @@
+"""A Hugging Face folder starts the same training under every engine, and what each saves exports as the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.export import main as export
+from tests.conftest import Call, small_config
+from tests.distributed.launching import launch, metrics
+from tests.test_export import tensors
+from tests.test_init_from import make_folder
+
+ENGINES = {"single": 1, "cpu-ddp": 2, "cpu-zero1": 2, "cpu-zero2": 2, "cpu-zero3": 2}
+STEPS = 3
+
+
+@pytest.mark.slow
+def test_every_engine_goes_on_from_a_folder_alike(data: Path, tmp_path: Path, call: Call) -> None:
+    # 35 and 7 are divided by no number of ranks: fragments begin and end within rows.
+    odd = {
+        "hidden_size": 42,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 7,
+        "head_dim": 6,
+        "intermediate_size": 35,
+    }
+    folder = make_folder(tmp_path / "hf", data, "Qwen3", shard="20KB", dtype="bfloat16", **odd)
+    exported, losses = {}, {}
+    for name, processes in ENGINES.items():
+        config = small_config(data, tmp_path / name)
+        config["model"] = {"init_from": str(folder)}
+        config["training"] |= {"max_steps": STEPS, "eval_every": None, "micro_batch_size": 4}
+        config["logging"]["every"] = 1
+        done = launch(name, processes, config)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stderr.count("stored in bfloat16, trained as float32") == 1
+        losses[name] = [record["train_loss"] for record in metrics(tmp_path / name)]
+        assert call(export, tmp_path / name, "--out", tmp_path / f"{name}-hf", "--shard-bytes", "30KB")[0] == 0
+        exported[name] = tensors(tmp_path / f"{name}-hf")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    for name in ENGINES:
+        assert len(losses[name]) == STEPS
+        assert losses[name] == pytest.approx(losses["single"], rel=2e-6), name
+        assert exported[name].keys() == exported["single"].keys()
+        for key, tensor in exported["single"].items():
+            torch.testing.assert_close(exported[name][key], tensor, rtol=0, atol=2e-5)
