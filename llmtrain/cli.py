@@ -17,7 +17,7 @@ VERBS = {
     "generate": "sample text from a run or a checkpoint",
     "evaluate": "loss, perplexity, accuracy and bits per byte on prepared data",
     "export": "write a checkpoint as a Hugging Face model folder, tokenizer included",
-    "report": "what prepared data holds: tokens, lengths, vocabulary, copies, samples",
+    "report": "what became of runs: curves, diagnosis, comparison; or what prepared data holds",
     "tokenizer": "show a tokenizer, what it makes of a text, write it as tokenizer.json",
     "doctor": "check the machine, then the training checklist on one batch",
     "verify": "check every hash of prepared data or of a checkpoint",

@@ -1,7 +1,8 @@
-"""Say what prepared data holds: sizes, document lengths, use of the vocabulary, tokens, copies, samples."""
+"""Say what became of runs, or what prepared data holds: of either, as tables, as JSON, of runs also as a web page."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,41 +11,14 @@ from llmtrain.arguments import VerbParser, count_int, positive_int, seed_int
 from llmtrain.errors import UserError, run_main
 from llmtrain.storage.remote import path_or_url
 
-RUN_FILES = ("run.json", "metrics.jsonl", "COMMITTED")
+_RUN_FILES = ("run.json", "metrics.jsonl", "training_metrics.json", "COMMITTED")
 
 
-def _refuse_run(path: Path | str) -> None:
-    if isinstance(path, Path) and any((path / name).is_file() for name in RUN_FILES):
-        raise UserError(
-            f"{path}: a run or a checkpoint; so far `report` reads prepared data only (data.path in its config.yaml)."
-            " The curves of a run are in training_curve.png, its numbers in metrics.jsonl"
-        )
+def _is_of_a_run(path: Path | str) -> bool:
+    return isinstance(path, Path) and any((path / name).is_file() for name in _RUN_FILES)
 
 
-def parser() -> VerbParser:
-    """The parser of `llmtrain report`."""
-    made = VerbParser("report", __doc__.splitlines()[0], "llmtrain report data/book")
-    add = made.add_argument
-    add(
-        "paths",
-        type=path_or_url,
-        nargs="+",
-        metavar="DATA",
-        help="prepared data, here or as a URL; of several, how much each holds is compared",
-    )
-    add("--tokens", type=count_int, default=20, metavar="N", help="how many tokens are listed (default: %(default)s)")
-    add("--samples", type=count_int, default=3, metavar="N", help="windows shown of each split (default: %(default)s)")
-    add("--window-tokens", type=positive_int, default=120, metavar="N", help="of each window (default: %(default)s)")
-    add("--seed", type=seed_int, default=1337, metavar="N", help="of the choice of windows (default: %(default)s)")
-    add("--json", action="store_true", help="print all of it as JSON")
-    return made
-
-
-def main(argv: list[str]) -> None:
-    """`llmtrain report`."""
-    args = parser().parse_args(argv)
-    for path in args.paths:
-        _refuse_run(path)
+def _report_data(args: argparse.Namespace) -> None:
     from llmtrain.data.fetch import local_data
     from llmtrain.data.inspection import Shown, inspect
 
@@ -56,6 +30,66 @@ def main(argv: list[str]) -> None:
     from llmtrain.observe.data_report import show
 
     show(reports)
+
+
+def _report_runs(args: argparse.Namespace) -> None:
+    from llmtrain.observe.run_facts import curves_of, facts_of
+    from llmtrain.observe.run_folder import read_run
+
+    if args.html and not args.html.parent.is_dir():
+        raise UserError(f"--html {args.html}: there is no folder {args.html.parent}; make it, or name another")
+    runs = [read_run(path) for path in args.paths]
+    facts = [facts_of(run) for run in runs]
+    if args.html:
+        from llmtrain.observe.page_report import write_page
+
+        write_page(runs, facts, args.html)
+    if args.json:
+        whole = [{**of_run, "curves": curves_of(run)} for run, of_run in zip(runs, facts, strict=True)]
+        print(json.dumps({"runs": whole}, allow_nan=False))
+        return
+    from llmtrain.observe.run_report import show_runs
+
+    show_runs(runs, facts)
+    if args.html:
+        print(f"page: {args.html}")
+
+
+def parser() -> VerbParser:
+    """The parser of `llmtrain report`."""
+    made = VerbParser("report", __doc__.splitlines()[0], "llmtrain report checkpoints/mine --html report.html")
+    add = made.add_argument
+    add(
+        "paths",
+        type=path_or_url,
+        nargs="+",
+        metavar="PATH",
+        help="run folders, or prepared data, here or as a URL; several of a kind are compared",
+    )
+    add("--json", action="store_true", help="print all of it as JSON")
+    add("--html", type=Path, metavar="FILE", help="of runs: also write one web page, which needs no network")
+    of_data = made.add_argument_group("of prepared data")
+    add = of_data.add_argument
+    add("--tokens", type=count_int, default=20, metavar="N", help="how many tokens are listed (default: %(default)s)")
+    add("--samples", type=count_int, default=3, metavar="N", help="windows shown of each split (default: %(default)s)")
+    add("--window-tokens", type=positive_int, default=120, metavar="N", help="of each window (default: %(default)s)")
+    add("--seed", type=seed_int, default=1337, metavar="N", help="of the choice of windows (default: %(default)s)")
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain report`."""
+    args = parser().parse_args(argv)
+    runs = [path for path in args.paths if _is_of_a_run(path)]
+    if not runs:
+        if args.html:
+            raise UserError(f"--html: a page of runs, but {args.paths[0]} is none; leave it out")
+        _report_data(args)
+    elif len(runs) == len(args.paths):
+        _report_runs(args)
+    else:
+        other = next(path for path in args.paths if path not in runs)
+        raise UserError(f"{runs[0]} is of a run, {other} is not: name runs or prepared data, not both at once")
 
 
 if __name__ == "__main__":

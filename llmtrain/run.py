@@ -46,12 +46,12 @@ from llmtrain.health.peers import Peers, Phase
 from llmtrain.health.signals import StopSignals
 from llmtrain.health.stopping import StopDuringEvaluation, Stopping
 from llmtrain.health.watchdog import Watchdog
-from llmtrain.observe.files import replacing
+from llmtrain.observe.files import LAUNCHES, replacing
 from llmtrain.observe.ledger import SampleLedger
 from llmtrain.observe.meter import Meter
 from llmtrain.observe.observer import NullObserver, Observer
 from llmtrain.observe.profile import profiled
-from llmtrain.observe.provenance import append_launch, provenance
+from llmtrain.observe.provenance import append_launch, ending, provenance
 from llmtrain.observe.record import finite
 from llmtrain.observe.samples import Samples
 from llmtrain.observe.sinks import require_sinks
@@ -203,8 +203,9 @@ class Run:
             self.guard.rewind(self.progress.step)
             with replacing(self.dir / "config.yaml", durable=True) as file:
                 file.write(self.config.to_yaml().encode())
-            launch = provenance(self.parts.data, self.engine.device, self.engine.world_size)
-            append_launch(self.dir / "run.json", launch, self._early_warning)
+            steps = (self.progress.step, self.total_steps)
+            launch = provenance(self.parts.data, self.engine.device, self.engine.world_size, *steps)
+            append_launch(self.dir / LAUNCHES, launch, self._early_warning)
         return self._make_observer(describe(self.parts, self.total_steps))
 
     def _make_observer(self, header: dict[str, str]) -> Observer:
@@ -219,7 +220,7 @@ class Run:
 
     def _require_shared_folder(self) -> None:
         """Every rank writes its part of a checkpoint into what rank 0 has just opened, so it must see that."""
-        if not appears(self.dir / "run.json", min(_NFS_S, self.config.health.timeout_s / 4)):
+        if not appears(self.dir / LAUNCHES, min(_NFS_S, self.config.health.timeout_s / 4)):
             raise UserError(f"{self.dir}: not seen here, though rank 0 made it; choose a run.dir that all hosts share")
 
     def batches(self) -> Iterator[Batch]:
@@ -230,7 +231,7 @@ class Run:
             self.order,
             position=self.progress.position,
             workers=self.config.data.workers,
-            reading=lambda micro_batches: self.peers.reading(micro_batches, lambda: self.progress.step + 1),
+            reading=lambda items: self.peers.reading(self.meter.reading(items), lambda: self.progress.step + 1),
         )
 
     def due(self, every: int | None) -> bool:
@@ -457,7 +458,7 @@ class Run:
             outcome += f", validation no better for {self.progress.evaluations_since_best} evaluations"
         if self.progress.best_val_loss is not None:
             outcome += f"; best validation loss {self.progress.best_val_loss:.4f} at step {self.progress.best_step:,}"
-        self.observer.close(outcome)
+        self.observer.close(outcome, end=ending(None))
 
     @contextmanager
     def opened(self, lock: RunLock) -> Iterator[None]:
@@ -486,4 +487,4 @@ class Run:
             for warning in self.mirror.news():
                 self.observer.warn(warning)
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
-            self.observer.close(outcome, draws=self.stopping.has_time and not is_interrupted)
+            self.observer.close(outcome, self.stopping.has_time and not is_interrupted, ending(sys.exception()))

@@ -58,11 +58,9 @@ def find_subjects(path: Path | str) -> list[Subject]:
         return _remote_subjects(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    # A checkpoint's reader brings torch along, which prepared data need not wait for.
     if (path / MANIFEST).is_file() and not _is_of_checkpoint(path / MANIFEST):
         return [Subject(path, "data")]
-    from llmtrain.checkpoint.folders import committed_steps, step_folder
-    from llmtrain.checkpoint.format import MARKER, is_committed
+    from llmtrain.checkpoint.folders import MARKER, committed_steps, is_committed, step_folder
 
     if is_committed(path):
         return [Subject(path, "checkpoint")]

@@ -218,10 +218,7 @@ def test_data_on_a_store_is_fetched(data: Path, tmp_path: Path, call: Call, monk
     assert facts == here
 
 
-def test_what_is_no_prepared_data_is_refused_in_one_line(trained_run: Path, tmp_path: Path, call: Call) -> None:
-    for path in (trained_run, trained_run / "best"):
-        code, out, err = call(main, path)
-        assert (code, out) == (2, "") and is_one_clear_line(err) and "a run or a checkpoint" in err
+def test_what_is_no_prepared_data_is_refused_in_one_line(tmp_path: Path, call: Call) -> None:
     code, _, err = call(main, tmp_path)
     assert code == 2 and is_one_clear_line(err) and "not prepared data" in err
     code, _, err = call(main, tmp_path, "--tokens", "-1")

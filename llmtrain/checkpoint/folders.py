@@ -1,13 +1,19 @@
-"""The step folders of a run, and the pointers to them."""
+"""The step folders of a run, and the pointers to them. Imports nothing heavy: who only lists them need not wait."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from llmtrain.checkpoint import format as fmt
+from llmtrain.data.staging import sync_path
 
+MARKER = "COMMITTED"
 LATEST, BEST, FINAL = "latest", "best", "final"
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether the folder is a finished checkpoint."""
+    return (folder / MARKER).is_file()
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -17,7 +23,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps with a finished checkpoint, ascending."""
-    folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and fmt.is_committed(path)]
+    folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and is_committed(path)]
     return sorted(int(path.name[5:]) for path in folders)
 
 
@@ -28,7 +34,8 @@ def point(run_dir: Path, name: str, target: str) -> None:
     try:
         temporary.symlink_to(target)
     except OSError:  # a file system without links
-        fmt.write_file(temporary, target + "\n")
+        temporary.write_text(target + "\n", encoding="utf-8")
+        sync_path(temporary)
     temporary.replace(run_dir / name)
 
 
@@ -42,4 +49,4 @@ def pointed(run_dir: Path, name: str) -> Path | None:
     else:
         return None
     folder = run_dir / Path(target).name  # never outside the run folder
-    return folder if fmt.is_committed(folder) else None
+    return folder if is_committed(folder) else None

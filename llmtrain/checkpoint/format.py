@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmtrain.checkpoint.folders import MARKER
 from llmtrain.checkpoint.tensor_files import write_files
 from llmtrain.checkpoint.tensor_reader import Wish, read_file
 from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, verify_files
@@ -38,7 +39,6 @@ from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
 
 MANIFEST = "manifest.json"
-MARKER = "COMMITTED"
 STATE = "state.json"
 CONFIG = "config.yaml"
 _TENSORS = ".safetensors"
@@ -129,11 +129,6 @@ def commit(folder: Path, manifest: CheckpointManifest) -> None:
     write_whole(folder / MARKER, hashlib.sha256(text.encode()).hexdigest())
     sync_path(folder)
     sync_path(folder.parent)
-
-
-def is_committed(folder: Path) -> bool:
-    """Whether the folder is a finished checkpoint."""
-    return (folder / MARKER).is_file()
 
 
 class CheckpointReader:

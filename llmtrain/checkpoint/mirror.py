@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, pointed, step_folder
+from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, MARKER, committed_steps, is_committed, pointed, step_folder
 from llmtrain.checkpoint.remote import (
     can_do_without,
     is_set_aside,
@@ -285,7 +285,7 @@ class Mirror(NoMirror):
                 except FileNotFoundError:
                     continue  # deleted meanwhile, because newer ones are there
                 except CorruptError:
-                    if fmt.is_committed(step_folder(self._run_dir, step)):
+                    if is_committed(step_folder(self._run_dir, step)):
                         raise
         self._link()
         self._retain()
@@ -293,7 +293,7 @@ class Mirror(NoMirror):
     def _is_damaged_here(self, step: int) -> bool:
         """Whether files are missing or cut short; told once. One that is gone altogether is not damaged."""
         folder = step_folder(self._run_dir, step)
-        if (problem := problem_of(folder)) is None or not fmt.is_committed(folder):
+        if (problem := problem_of(folder)) is None or not is_committed(folder):
             return False
         if step not in self._damaged:
             self._tell(f"{problem}; this checkpoint is not uploaded")
@@ -319,7 +319,7 @@ class Mirror(NoMirror):
         if missing := self._missing(folder.name, files):
             raise CorruptError(f"{self._remote.url}/{folder.name}/{missing[0]}: has another size than was uploaded")
         if self._rewind_to is None:  # else the folder may be another than it was when this began
-            self._remote.write(f"{folder.name}/{fmt.MARKER}", (folder / fmt.MARKER).read_bytes())
+            self._remote.write(f"{folder.name}/{MARKER}", (folder / MARKER).read_bytes())
 
     def _missing(self, folder: str, files: dict[str, int]) -> list[str]:
         sizes = self._remote.sizes(folder)
@@ -359,11 +359,11 @@ class Mirror(NoMirror):
 
     def _remove(self, folder: str, sizes: dict[str, int]) -> None:
         files = [name for name in sizes if name.startswith(f"{folder}/")]
-        self._remote.remove(sorted(files, key=lambda name: name != f"{folder}/{fmt.MARKER}"))
+        self._remote.remove(sorted(files, key=lambda name: name != f"{folder}/{MARKER}"))
 
     def _set_aside(self, folder: str, aside: str, sizes: dict[str, int]) -> None:
         """Objects cannot be renamed together, so the marker goes first."""
-        marker = f"{folder}/{fmt.MARKER}"
+        marker = f"{folder}/{MARKER}"
         for name in sorted((name for name in sizes if name.startswith(f"{folder}/")), key=lambda name: name != marker):
             self._remote.move(name, f"{aside}/{name.removeprefix(f'{folder}/')}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, committed_steps, step_folder
+from llmtrain.checkpoint.folders import BEST, MARKER, committed_steps, step_folder
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import RunConfig
 from llmtrain.data.lock import FileLock
@@ -40,8 +40,8 @@ def step_of(name: str) -> int | None:
 
 def remote_steps(sizes: dict[str, int]) -> list[int]:
     """Steps with a finished checkpoint, ascending, from a listing of the remote run folder."""
-    marked = [name.partition("/") for name in sizes if name.endswith(f"/{fmt.MARKER}")]
-    return sorted(step for folder, _, rest in marked if rest == fmt.MARKER and (step := step_of(folder)) is not None)
+    marked = [name.partition("/") for name in sizes if name.endswith(f"/{MARKER}")]
+    return sorted(step for folder, _, rest in marked if rest == MARKER and (step := step_of(folder)) is not None)
 
 
 def remote_link(remote: Remote, name: str, sizes: dict[str, int]) -> int | None:
@@ -58,9 +58,9 @@ def read_manifest(remote: Remote, step: int) -> tuple[fmt.CheckpointManifest, by
         CorruptError: it is not what the marker says, or names files outside the folder.
     """
     where = f"{remote.url}/{step_name(step)}/{fmt.MANIFEST}"
-    text, marker = (remote.read(f"{step_name(step)}/{name}") for name in (fmt.MANIFEST, fmt.MARKER))
+    text, marker = (remote.read(f"{step_name(step)}/{name}") for name in (fmt.MANIFEST, MARKER))
     if text is None or marker is None or hashlib.sha256(text).hexdigest().encode() != marker.strip():
-        raise CorruptError(f"{where}: missing, or differs from the hash in {fmt.MARKER}")
+        raise CorruptError(f"{where}: missing, or differs from the hash in {MARKER}")
     try:
         manifest = fmt.CheckpointManifest.model_validate_json(text)
     except ValueError as error:
@@ -97,7 +97,7 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
             list(manifest.files),
         )
         fmt.write_file(staged / fmt.MANIFEST, text)
-        fmt.write_file(staged / fmt.MARKER, marker)
+        fmt.write_file(staged / MARKER, marker)
         if folder.exists():
             shutil.rmtree(folder.resolve())  # it may have been moved elsewhere, and linked
     return folder
@@ -105,7 +105,7 @@ def fetch_step(remote: Remote, step: int, into: Path) -> Path:
 
 def _is_same(folder: Path, manifest: bytes, marker: bytes) -> bool:
     try:
-        return (folder / fmt.MANIFEST).read_bytes() == manifest and (folder / fmt.MARKER).read_bytes() == marker
+        return (folder / fmt.MANIFEST).read_bytes() == manifest and (folder / MARKER).read_bytes() == marker
     except OSError:  # not there, or not to be read
         return False
 
@@ -125,8 +125,8 @@ def fetch_newest(remote: Remote, steps: list[int], into: Path, warn: Callable[[s
 
 def is_set_aside(remote: Remote, step: int, run_dir: Path) -> bool:
     """Whether the run went back from this remote checkpoint here, and could not say so there."""
-    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{fmt.MARKER}"))
-    marker = remote.read(f"{step_name(step)}/{fmt.MARKER}") if asides else None
+    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{MARKER}"))
+    marker = remote.read(f"{step_name(step)}/{MARKER}") if asides else None
     return any(aside.read_bytes() == marker for aside in asides)
 
 
@@ -146,7 +146,7 @@ def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:
         fmt.CheckpointReader(step_folder(run_dir, common[-1]))
     except CorruptError:
         return  # not another run's, but damaged: found and told where it is read
-    is_same = marker.strip() == (step_folder(run_dir, common[-1]) / fmt.MARKER).read_bytes().strip()
+    is_same = marker.strip() == (step_folder(run_dir, common[-1]) / MARKER).read_bytes().strip()
     if not is_same and not is_set_aside(remote, common[-1], run_dir):
         raise UserError(
             f"{remote.url}: its {step_name(common[-1])} is another one than in {run_dir}, so it holds another run; "

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, pointed, step_folder
+from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, MARKER, committed_steps, is_committed, pointed, step_folder
 from llmtrain.config import CheckpointSection
 from llmtrain.errors import CorruptError
 
@@ -115,7 +115,7 @@ class Retention:
     def _bytes_of(self, folder: Path) -> int:
         if folder not in self._sizes:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            if not fmt.is_committed(folder):  # what is left of a deletion; it may still shrink
+            if not is_committed(folder):  # what is left of a deletion; it may still shrink
                 return size
             self._sizes[folder] = size
         return self._sizes[folder]
@@ -154,7 +154,7 @@ def problem_of(folder: Path) -> str | None:
 
 def _delete(folder: Path) -> list[str]:
     try:
-        (folder / fmt.MARKER).unlink()
+        (folder / MARKER).unlink()
         shutil.rmtree(folder)
     except OSError as error:  # such as a file that another process has open, on some file systems
         return [f"{folder}: no longer kept, but cannot be deleted: {error.strerror or error}"]

@@ -18,7 +18,7 @@ import torch
 
 from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, point, pointed, step_folder
+from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, is_committed, point, pointed, step_folder
 from llmtrain.checkpoint.retention import Retention
 from llmtrain.checkpoint.room import Room
 from llmtrain.checkpoint.snapshot import Snapshot
@@ -50,7 +50,7 @@ def check_writable(run_dir: Path) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Resolve PATH of the verbs: a checkpoint itself, or a run folder (its best, else its latest checkpoint)."""
-    if fmt.is_committed(path):
+    if is_committed(path):
         return path
     steps = committed_steps(path) if path.is_dir() else []
     if not steps:
@@ -94,7 +94,7 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             raise UserError(
                 f"{path}: leads to {path.readlink()}, which is not there; mount its disk, or delete the link"
             )
-        if not fmt.is_committed(path):
+        if not is_committed(path):
             warn(f"{path}: an unfinished checkpoint; removed")
             _remove(path, warn)
         elif int(path.name[5:]) > resumed_step:
@@ -103,7 +103,7 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
             path.rename(aside)
     # A kill between a commit and its links leaves them on older steps.
     for name, step in ((LATEST, resumed_step), (BEST, best_step)):
-        if step is not None and fmt.is_committed(step_folder(run_dir, step)):
+        if step is not None and is_committed(step_folder(run_dir, step)):
             point(run_dir, name, step_folder(run_dir, step).name)
     for name in (LATEST, BEST, FINAL):
         if pointed(run_dir, name) is None:
@@ -287,7 +287,7 @@ class CheckpointStore:
     def _clean_up(self, engine: Engine) -> int | None:
         """Make room for the next try, now that no rank writes any more; return the step if it was committed."""
         folder = step_folder(self.run_dir, self._saved_step or 0)
-        is_saved = fmt.is_committed(folder)
+        is_saved = is_committed(folder)
         if engine.rank == 0 and not is_saved:
             shutil.rmtree(folder, ignore_errors=True)  # what stays is cleared away by the next launch
         return self._saved_step if engine.gather(is_saved)[0] else None

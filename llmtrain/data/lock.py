@@ -14,6 +14,7 @@ from pathlib import Path
 
 _HELD = {errno.EAGAIN, errno.EACCES}
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_GLANCE_S = 0.05  # far longer than `is_locked` holds a lock to see whether it is free
 
 
 class FileLock:
@@ -46,7 +47,7 @@ class FileLock:
             return None
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except OSError as error:
             if error.errno in _HELD:
                 holder = os.read(descriptor, 200).decode(errors="replace").strip()
@@ -84,6 +85,36 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock in this file, which is left as it is.
+
+    None: that cannot be seen from here, as with a lock that another host has held, for it may reach that host only.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # there was never a lock, or it is not ours to read
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+    except OSError as error:
+        return True if error.errno in _HELD else None
+    finally:
+        os.close(descriptor)
+    return False if holder.endswith(f" on {platform.node()}") else None
+
+
+def _take(descriptor: int) -> None:
+    """Lock the file, once more if it is held: somebody may only have looked whether it is."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HELD:
+            raise
+        time.sleep(_GLANCE_S)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _release(lock: FileLock | None) -> None:

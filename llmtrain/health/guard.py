@@ -19,11 +19,10 @@ from llmtrain.config import RunConfig
 from llmtrain.data.batches import Batch
 from llmtrain.engine import Limits, Outcome, Verdict
 from llmtrain.health.divergence import DivergencePolicy, Seen, Stretch
-from llmtrain.observe.files import LineAppender, read_steps, replacing
+from llmtrain.observe.files import SKIPPED, LineAppender, read_steps, replacing
 from llmtrain.observe.observer import NullObserver
 from llmtrain.observe.record import finite
 
-SKIPPED = "skipped.jsonl"
 _Facts = tuple[int, int, int, float, float, float]  # step, begin, end, learning rate, limits of loss and norm
 
 

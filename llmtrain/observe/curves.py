@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -18,11 +16,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from llmtrain.observe import formats
 from llmtrain.observe.files import read_steps, replacing
 from llmtrain.observe.metrics import RECORDS
+from llmtrain.observe.series import Floats, thin
 
 CURVE = "training_curve.png"
 BY_EPOCH = "loss_by_epoch.png"
-
-Floats = npt.NDArray[np.float64]
 
 _TRAIN = "tab:blue"
 _VAL = "tab:red"
@@ -97,17 +94,6 @@ def plot_run(run_dir: Path, name: str | None = None) -> list[Path]:
         _save(_draw_curve(history, title), run_dir / CURVE),
         _save(_draw_epochs(history, title), run_dir / BY_EPOCH),
     ]
-
-
-def thin(xs: Floats, ys: Floats, max_points: int) -> tuple[Floats, Floats]:
-    """Keep the lowest and the highest point of each of `max_points / 2` runs of points, so that no spike is lost."""
-    if len(xs) <= max_points:
-        return xs, ys
-    edges = np.linspace(0, len(xs), max_points // 2 + 1).astype(np.int64)
-    lowest = [start + int(ys[start:end].argmin()) for start, end in pairwise(edges)]
-    highest = [start + int(ys[start:end].argmax()) for start, end in pairwise(edges)]
-    kept = np.unique(lowest + highest)
-    return xs[kept], ys[kept]
 
 
 def _draw_curve(history: _History, title: str) -> Figure:

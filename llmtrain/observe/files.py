@@ -13,6 +13,10 @@ from typing import Any, BinaryIO
 
 from llmtrain.errors import UserError
 
+LAUNCHES = "run.json"
+SAMPLES = "samples.jsonl"  # what the model wrote
+SKIPPED = "skipped.jsonl"  # steps that were not applied, and goings back
+
 # EFBIG and EDQUOT are how a file size limit and a cluster's quota say "full".
 _USERS_TO_SOLVE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -100,6 +104,14 @@ def rewind(path: Path, step: int, keep: Callable[[dict[str, Any]], object] | Non
                 new.write(line.rstrip(b"\n") + b"\n")
                 if keep is not None:
                     keep(entry)
+
+
+def note_end(path: Path, end: dict[str, Any]) -> None:
+    """Add how it ended (`provenance.ending`) to the last launch in `run.json`; one that is killed has none."""
+    launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    launches[-1]["ended"] = end
+    with replacing(path, durable=True) as file:
+        file.write(json.dumps({"launches": launches}, indent=1).encode())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from llmtrain.model.cost import model_flops_utilization
 from llmtrain.observe.own_time import OwnTime
 from llmtrain.observe.record import Record
 from llmtrain.observe.validation import Validation
+
+Item = TypeVar("Item")
 
 
 class Meter:
@@ -28,6 +30,7 @@ class Meter:
         self._targets: int | torch.Tensor = 0  # of applied steps; on the device once it knows more than the host
         self._skipped: int | torch.Tensor = 0
         self._timed_targets = self._timed_steps = self._pauses = 0
+        self._reading_s = 0.0
         self._since = time.perf_counter()
         self._own_time = OwnTime(engine)
 
@@ -52,6 +55,18 @@ class Meter:
             self._targets += targets
         self._timed_targets += targets
         self._timed_steps += 1
+
+    def reading(self, micro_batches: Iterable[Item]) -> Iterator[Item]:
+        """Go through what is read for training, and take the time that each item is waited for."""
+        source = iter(micro_batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            self._reading_s += time.perf_counter() - began
+            yield item
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,9 +107,11 @@ class Meter:
             slowest_rank=slowest_rank,
             time=time.time(),
             skipped=int(self._skipped),
+            data_time_s=self._reading_s / max(1, self._timed_steps),
         )
         self._loss_sum.zero_()
         self._targets = self._skipped = self._timed_targets = self._timed_steps = 0
+        self._reading_s = 0.0
         self._since = time.perf_counter()
         return record
 
@@ -112,6 +129,7 @@ class Meter:
         self._targets = int(state.get("targets", 0))
         self._skipped = int(state.get("skipped", 0))
         self._timed_targets = self._timed_steps = 0
+        self._reading_s = 0.0
         self._since = time.perf_counter()
 
 

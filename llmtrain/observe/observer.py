@@ -11,13 +11,11 @@ from typing import Any
 
 from llmtrain.config import RunConfig
 from llmtrain.observe.console import open_console
-from llmtrain.observe.files import LineAppender, rewind
+from llmtrain.observe.files import LAUNCHES, SAMPLES, LineAppender, note_end, rewind
 from llmtrain.observe.metrics import RECORDS, MetricsLog
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import Sink, open_sinks
 from llmtrain.observe.watch import Watch
-
-SAMPLES = "samples.jsonl"
 
 
 class NullObserver:
@@ -48,7 +46,7 @@ class NullObserver:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Have nothing to go on from."""
 
-    def close(self, outcome: str, draws: bool = True) -> None:
+    def close(self, outcome: str, draws: bool = True, end: dict[str, Any] | None = None) -> None:
         """Have nothing to close."""
 
 
@@ -84,6 +82,7 @@ class Observer(NullObserver):
             UserError: the folder cannot be written, or a sink that is switched on cannot start.
         """
         self._records_path, self._resume_step = run_dir / RECORDS, resume_step
+        self._launches_path = run_dir / LAUNCHES
         self._metrics = MetricsLog(run_dir, csv=config.logging.csv, resume_step=resume_step)
         rewind(run_dir / SAMPLES, resume_step)
         self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
@@ -155,8 +154,10 @@ class Observer(NullObserver):
                 "lost or edited, and the curves with them; the weights are not concerned"
             )
 
-    def close(self, outcome: str, draws: bool = True) -> None:
+    def close(self, outcome: str, draws: bool = True, end: dict[str, Any] | None = None) -> None:
         """Finish all files, draw the last plots where there is time, say how the run ended and where its curves are.
+
+        `end` (see `provenance.ending`) goes into run.json, where the launch ends.
 
         To be called however the run ends. Never raises, so that a full disk cannot hide why the run ended; a second
         call does nothing.
@@ -165,6 +166,8 @@ class Observer(NullObserver):
             return
         self._is_closed = True
         self._attempt("the last records could not be written", self._metrics.close)
+        if end is not None:
+            self._attempt("run.json does not say how the launch ended", lambda: note_end(self._launches_path, end))
         if self._samples:
             self._attempt("the last samples could not be written", self._samples.close)
         if self._plotter and draws:

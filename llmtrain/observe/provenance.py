@@ -17,15 +17,33 @@ import torch
 
 from llmtrain import __version__
 from llmtrain.data.sources import TrainingData
+from llmtrain.errors import DivergedError, LlmtrainError, PeerLostError, Stopped
 from llmtrain.observe.files import replacing
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "torchao")
 
 
-def provenance(data: TrainingData, device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions, git commit, hardware, launch, fingerprints; never the environment, which may hold secrets."""
+_STARTED = "%Y-%m-%dT%H:%M:%S%z"
+_ENDINGS: dict[type[BaseException], str] = {
+    Stopped: "stopped", DivergedError: "diverged", PeerLostError: "peer lost", LlmtrainError: "failed",
+    KeyboardInterrupt: "interrupted", BaseException: "crashed",
+}  # fmt: skip
+
+
+def provenance(
+    data: TrainingData, device: torch.device, world_size: int, step: int, total_steps: int
+) -> dict[str, Any]:
+    """Versions, git commit, hardware, launch, fingerprints; never the environment, which may hold secrets.
+
+    Args:
+        data: of the run.
+        device: of this process.
+        world_size: of the launch.
+        step: after which the launch begins.
+        total_steps: at which the run will be done.
+    """
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(_STARTED),
         "llmtrain": __version__,
         "python": platform.python_version(),
         "packages": package_versions(),
@@ -39,7 +57,12 @@ def provenance(data: TrainingData, device: torch.device, world_size: int) -> dic
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "cuda": torch.version.cuda,
         },
-        "launch": {"world_size": world_size, "threads": torch.get_num_threads()},
+        "launch": {
+            "world_size": world_size,
+            "threads": torch.get_num_threads(),
+            "after_step": step,
+            "total_steps": total_steps,
+        },
         "data": {"path": data.where, "fingerprint": data.fingerprint()},
         "tokenizer": {"kind": data.tokenizer.kind, "sha256": data.tokenizer.sha256},
     }
@@ -57,6 +80,12 @@ def append_launch(path: Path, launch: dict[str, Any], warn: Callable[[str], None
             path.replace(aside)
     with replacing(path, durable=True) as file:
         file.write(json.dumps({"launches": [*launches, launch]}, indent=1).encode())
+
+
+def ending(error: BaseException | None) -> dict[str, Any]:
+    """How a launch ends and why, for `files.note_end`; `error` is what ends its loop, None: it is done."""
+    how = "done" if error is None else next(how for kind, how in _ENDINGS.items() if isinstance(error, kind))
+    return {"time": time.time(), "how": how, "why": str(error) if isinstance(error, LlmtrainError) else None}
 
 
 def package_versions() -> dict[str, str]:

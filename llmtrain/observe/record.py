@@ -48,6 +48,9 @@ class Record:
         float | None, "seconds by which the slowest rank is later than the median one, a mean; null: alone"
     ] = None
     slowest_rank: Annotated[int | None, "which that is; null: alone"] = None
+    data_time_s: Annotated[
+        float | None, "seconds of step_time_s spent waiting for data, on the first rank; null: not measured"
+    ] = None
     sources: Annotated[Mapping[str, SourceRecord] | None, "of a mixture, by name; null: there is but one"] = None
 
     @property
@@ -84,7 +87,7 @@ class Record:
 
 _FIELDS = tuple(field.name for field in fields(Record) if field.name != "sources")
 _COUNTS = ("step", "epoch", "tokens")
-_OPTIONAL = ("val_loss", "val_accuracy", "mfu", "step_time_spread_s", "slowest_rank")
+_OPTIONAL = ("val_loss", "val_accuracy", "mfu", "step_time_spread_s", "slowest_rank", "data_time_s")
 COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.index("tokens") :])
 
 
