@@ -171,10 +171,10 @@ def _byte_size(text: str) -> int:
     return size
 
 
-def main(argv: list[str]) -> None:
-    """`llmtrain export`."""
-    parser = VerbParser("export", __doc__.splitlines()[0], "llmtrain export checkpoints --out my-model --dtype bf16")
-    add = parser.add_argument
+def parser() -> VerbParser:
+    """The parser of `llmtrain export`."""
+    made = VerbParser("export", __doc__.splitlines()[0], "llmtrain export checkpoints --out my-model --dtype bf16")
+    add = made.add_argument
     add(
         "path",
         type=path_or_url,
@@ -196,7 +196,12 @@ def main(argv: list[str]) -> None:
         help="cut the weights into files of at most this size, such as 500MB (default: %(default)s)",
     )
     add("--json", action="store_true", help="print what was written as JSON")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """`llmtrain export`."""
+    args = parser().parse_args(argv)
     exported = export(args.path, args.out, args.dtype, args.shard_bytes)
     print(json.dumps(asdict(exported)) if args.json else _as_text(exported))
 
