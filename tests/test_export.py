@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,6 +19,11 @@ from safetensors.torch import load_file
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.load import load_model
 from llmtrain.config import load_config
+from llmtrain.data.shards import TOKENIZER_FOLDER
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_export import hugging_face_files, tokenizer_json
+from llmtrain.data.tokenizer_hf import HuggingFaceTokenizer
+from llmtrain.data.tokenizer_same import first_difference
 from llmtrain.engine import Fragment
 from llmtrain.export import main as export
 from llmtrain.generate import main as generate
@@ -100,7 +106,7 @@ def test_transformers_has_the_same_logits_ids_and_text(
     code, said, err = call(export, run, "--out", out, "--json")
     assert code == 0, err
     told = json.loads(said)
-    assert (told["architecture"], told["tokenizer"]) == (architecture, None)
+    assert (told["architecture"], told["no_tokenizer"]) == (architecture, None)
     assert (told["padding_left_out"] > 0) == ("vocab_multiple" in model)
     assert json.loads((out / "config.json").read_text())["architectures"] == [architecture]
     assert_same_model(run, out, call)
@@ -133,6 +139,21 @@ def test_files_of_any_size_hold_the_same_tensors_and_bf16_is_rounded(
         assert model.dtype == dtype
 
 
+def altered(checkpoint: Path, folder: Path, **model: Any) -> Path:
+    """A checkpoint with the weights (only) of another model, random."""
+    folder.mkdir()
+    shutil.copytree(checkpoint / "tokenizer", folder / "tokenizer")
+    saved = load_config(checkpoint / "config.yaml", [f"model.{key}={value}" for key, value in model.items()])
+    (folder / "config.yaml").write_text(saved.to_yaml())
+    shapes = parameter_shapes(saved.model, saved.data.seq_len)
+    parameters = [(f"model/{name}", shape, torch.rand(math.prod(shape))) for name, shape in shapes.items()]
+    fmt.write_rank(folder, 0, [Fragment(name, shape, 0, values) for name, shape, values in parameters])
+    files = [fmt.describe_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
+    manifest = fmt.CheckpointReader(checkpoint).manifest.model_copy(update={"files": tuple(files), "world_size": 1})
+    fmt.commit(folder, manifest)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -144,9 +165,9 @@ def test_files_of_any_size_hold_the_same_tensors_and_bf16_is_rounded(
     ],
 )
 def test_a_model_that_no_architecture_has_is_refused_by_the_key(
-    change: dict[str, Any], named: str, tmp_path: Path, call: Call
+    change: dict[str, Any], named: str, trained_run: Path, tmp_path: Path, call: Call
 ) -> None:
-    run = trained(tmp_path, "char", change, max_steps=1)
+    run = altered(trained_run / "step-00000010", tmp_path / "step-00000001", **change)
     code, _, err = call(export, run, "--out", tmp_path / "hf")
     assert code == 2 and is_one_clear_line(err) and named in err, err
     assert not (tmp_path / "hf").exists()
@@ -183,40 +204,40 @@ def test_a_checkpoint_on_a_store_is_exported(
     assert far.keys() == near.keys() and all(torch.equal(far[name], near[name]) for name in near)
 
 
+def test_what_a_tokenizer_file_adds_to_a_text_is_left_out(data: Path) -> None:
+    """Llama's own files put a first id before every text; prepared data has none, so neither has the export."""
+    content = json.loads(tokenizer_json(load_tokenizer(data / TOKENIZER_FOLDER)))
+    special = {"id": "<eos>", "ids": [content["model"]["vocab"]["<eos>"]], "tokens": ["<eos>"]}
+    template = [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": {"<eos>": special},
+    }  # fmt: skip
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    own = HuggingFaceTokenizer(json.dumps(content))
+    assert len(tokenizers.Tokenizer.from_str(own.content).encode("that").ids) == 2
+    library = tokenizers.Tokenizer.from_str(hugging_face_files(own, 64)["tokenizer.json"])
+    assert library.encode("that").ids == own.encode("that").tolist()
+    assert first_difference(own, load_tokenizer(data / TOKENIZER_FOLDER)) is None, "it is the same tokenizer"
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from llmtrain.config import load_config
-from llmtrain.engine import Fragment
-from llmtrain.export import export
+import torch
+from llmtrain.checkpoint.hf_export import export
 def peak():
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
-export(sys.argv[1], Path(sys.argv[2]))
+export(sys.argv[1], Path(sys.argv[2]), torch.float32, 1 << 40)
 before = peak()
-export(sys.argv[3], Path(sys.argv[4]))
+export(sys.argv[3], Path(sys.argv[4]), torch.float32, 1 << 40)
 print(peak() - before)
 """
-
-
-def enlarged(checkpoint: Path, folder: Path, **model: Any) -> Path:
-    """A checkpoint with the weights (only) of a larger model, random."""
-    folder.mkdir()
-    shutil.copytree(checkpoint / "tokenizer", folder / "tokenizer")
-    saved = load_config(checkpoint / "config.yaml", [f"model.{key}={value}" for key, value in model.items()])
-    (folder / "config.yaml").write_text(saved.to_yaml())
-    shapes = parameter_shapes(saved.model, saved.data.seq_len)
-    parameters = [(f"model/{name}", shape, torch.rand(math.prod(shape))) for name, shape in shapes.items()]
-    fmt.write_rank(folder, 0, [Fragment(name, shape, 0, values) for name, shape, values in parameters])
-    files = [fmt.describe_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
-    manifest = fmt.CheckpointReader(checkpoint).manifest.model_copy(update={"files": tuple(files), "world_size": 1})
-    fmt.commit(folder, manifest)
-    return folder
 
 
 @pytest.mark.slow
 def test_a_large_model_takes_no_more_memory_than_a_small_one(trained_run: Path, tmp_path: Path) -> None:
     small = trained_run / "step-00000010"
-    large = enlarged(small, tmp_path / "step-00000001", dim=192, layers=56, ff_dim=512)
+    large = altered(small, tmp_path / "step-00000001", dim=192, layers=56, ff_dim=512)
     command = [sys.executable, "-c", MEASURE, small, tmp_path / "a", large, tmp_path / "b"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     size = sum(path.stat().st_size for path in (tmp_path / "b").glob("*.safetensors"))

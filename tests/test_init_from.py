@@ -34,7 +34,10 @@ FAMILIES = {
 }
 
 
-def make_folder(folder: Path, data: Path, family: str = "Llama", *, shard: str = "5GB", **changed: Any) -> Path:
+def make_folder(
+    folder: Path, data: Path, family: str = "Llama", *, shard: str = "5GB", dtype: torch.dtype = torch.float32,
+    **changed: Any,
+) -> Path:  # fmt: skip
     """A random model as transformers saves it, and the tokenizer of the data."""
     import transformers
 
@@ -47,7 +50,7 @@ def make_folder(folder: Path, data: Path, family: str = "Llama", *, shard: str =
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.1)
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     for name, content in hugging_face_files(tokenizer, 128).items():
         (folder / name).write_text(content)
     return folder

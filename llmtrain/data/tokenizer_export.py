@@ -168,7 +168,7 @@ def hugging_face_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
     Raises:
         UserError: see `tokenizer_json`.
     """
-    content = tokenizer_json(tokenizer)
+    content = _without_additions(tokenizer_json(tokenizer))
     library = tokenizers.Tokenizer.from_str(content)
     ids = {"bos": tokenizer.eos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
     ids["pad"] = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
@@ -179,3 +179,15 @@ def hugging_face_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
         **{f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None},
     }
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _without_additions(content: str) -> str:
+    """Take out what adds ids to a text, such as the first id of Llama's own files, or cuts it: nothing here does."""
+    library = tokenizers.Tokenizer.from_str(content)
+    added = library.num_special_tokens_to_add(is_pair=False)
+    if not added and library.truncation is None and library.padding is None:
+        return content
+    parsed = json.loads(content)
+    post_processor = None if added else parsed["post_processor"]
+    changed = {**parsed, "post_processor": post_processor, "truncation": None, "padding": None}
+    return json.dumps(changed, ensure_ascii=False)
