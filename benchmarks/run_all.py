@@ -24,6 +24,7 @@ FITTING = [
     "traffic",
     "scaling",
     "checkpoint",
+    "resume",
     "peers",
 ]
 

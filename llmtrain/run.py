@@ -180,10 +180,10 @@ class Run:
         self.observer = together(self.engine, self._open_folder)
         together(self.engine, self._require_shared_folder)
         self._go_on_recording()
-        if self.resumed_from:
-            self.observer.message(f"going on from {self.resumed_from.folder} after step {self.progress.step:,}")
-        for line in self._changes:
-            self.observer.message(f"changed since then: {line}")
+        if begun := self.resumed_from:
+            self.observer.message(f"going on from {begun.folder} after step {self.progress.step:,}")
+        for line in [*self._restorer.told, *(f"changed since then: {change}" for change in self._changes)]:
+            self.observer.message(line)
         if self.config.training.eval_every and not self.parts.val:
             self.observer.warn(
                 f"no validation: the val split of {self.parts.data.where} has not one window of "
@@ -395,13 +395,14 @@ class Run:
     def _save_for_good(self, *links: str) -> None:
         with self.meter.paused():
             self.saving.until_saved(lambda: self._begin_save(*links), self.observer.warn)
-            self.mirror.wait(lambda: self.stopping.left_s, self._are_all, is_final=FINAL in links)
+            self.mirror.wait(lambda: self.stopping.left_s, self._go_on, is_final=FINAL in links)
         self._report_saves()
 
-    def _are_all(self, done: bool) -> bool:
-        """Whether all ranks are done with what they wait for together; who asks moves on, and does not hang."""
+    def _go_on(self, is_done: bool, is_late: bool) -> bool:
+        """Whether all ranks are done with what they wait for, or one may not wait; who asks moves on, and is alive."""
         self.peers.alive()
-        return all(self.engine.gather(done))
+        done, late = zip(*self.engine.gather((is_done, is_late)), strict=True)
+        return all(done) or any(late)
 
     def stop_if_told(self) -> None:
         """Between two steps: obey a signal or `stop_after`, and notice a failed save.

@@ -388,13 +388,21 @@ def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_branch_starts_from_another_run_and_the_same_command_goes_on(config_dict: Config, tmp_path: Path) -> None:
+def test_a_branch_starts_from_another_run_and_the_same_command_goes_on_and_says_so(
+    config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trunk = run(merged(config_dict, run={"dir": str(tmp_path / "trunk")}))
     start = str(trunk / "step-00000020")
     branch = merged(config_dict, run={"dir": str(tmp_path / "branch")}, training={"max_steps": 40})
     with pytest.raises(Stopped):
         run(branch, "--resume", start, "training.stop_after=25")
+    assert "went on from there before" not in capsys.readouterr().err
     run(branch, "--resume", start)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "went on from there before" in line]
+    assert line == (
+        f"llmtrain: warning: --resume {start}: {tmp_path / 'branch'} went on from there before, and has come to step "
+        "25 since: going on with that; to begin there once more, choose another run.dir"
+    )
     assert [r["step"] for r in records(tmp_path / "branch")] == [24, 28, 30, 32, 36, 40]
     other = merged(config_dict, run={"dir": str(tmp_path / "other")})
     run(other)
@@ -403,13 +411,34 @@ def test_a_branch_starts_from_another_run_and_the_same_command_goes_on(config_di
     assert contents(tmp_path / "other") == before
 
 
-def test_a_run_goes_back_to_one_of_its_own_checkpoints(config_dict: Config) -> None:
+def test_a_run_goes_back_to_one_of_its_own_checkpoints_and_again_only_where_that_is_meant(
+    config_dict: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run(config_dict)
     whole = numbers(folder)
-    run(config_dict, "--resume", str(folder / "step-00000010"))
-    assert numbers(folder) == whole
-    assert committed_steps(folder) == [10, 20, 30]
+    back = ("--resume", str(folder / "step-00000010"))
+    with pytest.raises(Stopped):
+        run(config_dict, *back, "training.stop_after=25")
+    assert committed_steps(folder) == [10, 20, 25]
     assert len(list(folder.glob("step-*.aside-*"))) == 2  # renamed, not deleted
+    assert "went on from there before" not in capsys.readouterr().err
+    run(config_dict, *back)  # as a scheduler that starts the same command again
+    assert numbers(folder) == whole
+    assert committed_steps(folder) == [20, 25, 30]
+    advice = "to go back once more, rename its later steps before (step-00000025 to step-00000025.aside-1)"
+    assert f"has come to step 25 since: going on with that; {advice}\n" in capsys.readouterr().err
+    assert len(list(folder.glob("step-*.aside-*"))) == 2
+
+
+def test_the_advice_for_going_back_once_more_is_true(config_dict: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    config = merged(config_dict, checkpoint={"keep_last": 9})
+    folder = run(config)
+    run(config, "--resume", str(folder / "step-00000010"))
+    for step in ("step-00000020", "step-00000030"):
+        (folder / step).rename(folder / f"{step}.aside-1")
+    with pytest.raises(Stopped):
+        run(config, "--resume", str(folder / "step-00000010"), "training.stop_after=15")
+    assert committed_steps(folder) == [10, 15] and "went on from there before" not in capsys.readouterr().err
 
 
 def test_links_left_behind_by_a_kill_are_set_right(config_dict: Config) -> None:

@@ -70,7 +70,7 @@ class NoMirror:
     def wait(
         self,
         left_s: Callable[[], float] = lambda: math.inf,
-        everybody: Callable[[bool], bool] = bool,
+        everybody: Callable[[bool, bool], bool] = lambda is_done, is_late: is_done or is_late,
         *,
         is_final: bool = False,
     ) -> None:
@@ -79,7 +79,8 @@ class NoMirror:
         Args:
             left_s: of what a signal leaves.
             is_final: no launch comes that could upload what is given up now: only a signal ends the wait.
-            everybody: asked once a second, with whether this rank is done, whether all are that wait together.
+            everybody: asked once a second, with whether this rank is done and whether its time is up, whether all that
+                wait together go on.
         """
 
     def hurry(self, wait_s: float = _HURRY_S) -> None:
@@ -180,7 +181,7 @@ class Mirror(NoMirror):
     def wait(
         self,
         left_s: Callable[[], float] = lambda: math.inf,
-        everybody: Callable[[bool], bool] = bool,
+        everybody: Callable[[bool, bool], bool] = lambda is_done, is_late: is_done or is_late,
         *,
         is_final: bool = False,
     ) -> None:
@@ -196,12 +197,13 @@ class Mirror(NoMirror):
             with self._state:
                 round_s = min(max(until - time.monotonic(), 0), _ROUND_S)
                 done = self._state.wait_for(lambda: self._is_idle(tries_until), round_s)
-            if everybody(done or time.monotonic() >= until):
+            if everybody(done, time.monotonic() >= until):
                 break
         with self._state:
             if not done and self._wait_s:
+                took_s = time.monotonic() - began
                 self._warnings.append(
-                    f"{self._remote.url}: an upload is not done after {until - began:.0f} s and is given up; "
+                    f"{self._remote.url}: an upload is not done after {took_s:.0f} s and is given up; "
                     f"everything is in {self._run_dir}, and the next launch uploads it"
                 )
                 self._wait_s = 0.0

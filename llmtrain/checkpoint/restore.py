@@ -92,6 +92,7 @@ class Restorer(Generic[Opened]):
         """
         self._engine, self._timeout_s, self._is_told, self._opened = engine, timeout_s, is_told, opened
         self._is_stuck = False  # some rank's storage, at the last load
+        self.told: list[str] = []  # on rank 0, of what was loaded last: how much that was, and how long it took
 
     def restore(
         self,
@@ -177,9 +178,12 @@ class Restorer(Generic[Opened]):
         self._check_records(reader)
         accept(reader)
         self._call(reader, is_chosen=False)
+        began = time.monotonic()
         if problems := self._load(folder, reader.digest, optimizer):
             kind = StuckError if self._is_stuck else CorruptError
             raise kind("; ".join(problems[:_MOST_TOLD]))
+        size = sum(file.bytes for file in reader.tensor_files())
+        self.told = [f"read and checked {size / 1e6:,.1f} MB in {time.monotonic() - began:.2f} s"]
         return reader
 
     def _check_records(self, reader: Opened) -> None:

@@ -36,7 +36,7 @@ def choose_checkpoint(
     """Open (by `open_one`) the checkpoint that `--resume auto|never|PATH` means; None: start from the beginning.
 
     With PATH the run branches off from another run, or goes back within this one. Once it has saved for itself, the
-    same command goes on from there: a requeued job does not begin again and again.
+    same command goes on from there and says so: a requeued job does not begin again and again.
 
     Raises:
         UserError: the folder holds another run, and `never` or a PATH outside it was given; or PATH is none.
@@ -52,6 +52,7 @@ def choose_checkpoint(
     if committed_steps(run_dir):
         own = newest_good(run_dir, warn, open_one)
         if own and own.state().get("started_from") == str(path.resolve()):
+            warn(_went_on_before(path, run_dir, own.manifest.step))
             return own
         if path.resolve().parent != run_dir.resolve():
             raise UserError(
@@ -60,6 +61,18 @@ def choose_checkpoint(
             )
     # A run folder means where it got to; its best, which the other verbs take, would throw steps away.
     return newest_good(path, warn, open_one) if committed_steps(path) else open_one(find_checkpoint(path))
+
+
+def _went_on_before(path: Path, run_dir: Path, step: int) -> str:
+    if path.resolve().parent == run_dir.resolve():
+        newest = step_folder(run_dir, step).name
+        again = f"to go back once more, rename its later steps before ({newest} to {newest}.aside-1)"
+    else:
+        again = "to begin there once more, choose another run.dir"
+    return (
+        f"--resume {path}: {run_dir} went on from there before, and has come to step {step:,} since: going on with "
+        f"that; {again}"
+    )
 
 
 def own_step(run_dir: Path, reader: CheckpointReader | None) -> int | None:

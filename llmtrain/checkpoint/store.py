@@ -33,6 +33,8 @@ OpenCheckpoint = Callable[[Path], fmt.CheckpointReader]  # which raises CorruptE
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 # The same once a rank is lost: who is still there has nothing else to do than to write its file.
 _RECORDS_GRACE_S = 10.0
+# A save that takes longer, and ten times as long as the last one, is told of: the loop notices only at the next save.
+_LATE_S = 600.0
 
 
 def check_writable(run_dir: Path) -> None:
@@ -179,7 +181,7 @@ class CheckpointStore:
         self._committed: list[Path] = []
         self._warnings: list[str] = []
         self._room = Room(run_dir)
-        self._began = 0.0
+        self._began, self._is_told_late = 0.0, False
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
     def save(
@@ -196,7 +198,7 @@ class CheckpointStore:
             needed_before: see `Retention.apply`.
         """
         assert self._thread is None, "the save before is not settled"
-        self._began = time.monotonic()
+        self._began, self._is_told_late = time.monotonic(), False
         step = int(state["step"])
         # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so it is
         # remembered and not looked up: on a shared file system one may still see what rank 0 has renamed.
@@ -311,7 +313,20 @@ class CheckpointStore:
         """The checkpoints that were committed since this was last asked, and what to warn of."""
         committed, self._committed = self._committed, []
         warnings, self._warnings = self._warnings, []
-        return committed, warnings
+        return committed, [*warnings, *self._late()]
+
+    def _late(self) -> list[str]:
+        """That the save under way seems to hang, once; what it waits for then, the watchdog finds at the next save."""
+        took_s = time.monotonic() - self._began
+        is_late = self._thread is not None and self._thread.is_alive() and took_s > max(_LATE_S, 10 * self.last_save_s)
+        if not is_late or self._is_told_late:
+            return []
+        self._is_told_late = True
+        waits = "for the files of other ranks" if self._is_waiting.is_set() else "for its storage"
+        return [
+            f"{self.run_dir}: {self._thread.name} has been under way for {took_s:.0f} s and waits {waits}; earlier "  # type: ignore[union-attr]
+            "checkpoints are intact; the next save waits for it"
+        ]
 
     def _write(
         self,

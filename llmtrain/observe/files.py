@@ -17,6 +17,7 @@ LAUNCHES = "run.json"
 SAMPLES = "samples.jsonl"  # what the model wrote
 SKIPPED = "skipped.jsonl"  # steps that were not applied, and goings back
 
+_TAIL_BYTES = 1 << 20  # no line is longer
 # EFBIG and EDQUOT are how a file size limit and a cluster's quota say "full".
 _USERS_TO_SOLVE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -89,6 +90,16 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if (entry := _parse(line)) is not None:
                 yield entry
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line of a file of lines in the order of steps; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        entries = map(_parse, reversed(file.read().splitlines()))
+        return next((int(entry["step"]) for entry in entries if entry), 0)
 
 
 def rewind(path: Path, step: int, keep: Callable[[dict[str, Any]], object] | None = None) -> None:

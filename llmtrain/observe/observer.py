@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtrain.config import RunConfig
 from llmtrain.observe.console import open_console
-from llmtrain.observe.files import LAUNCHES, SAMPLES, LineAppender, note_end, rewind
+from llmtrain.observe.files import LAUNCHES, SAMPLES, LineAppender, last_step, note_end, rewind
 from llmtrain.observe.metrics import RECORDS, MetricsLog
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import Sink, open_sinks
@@ -83,12 +83,14 @@ class Observer(NullObserver):
         """
         self._records_path, self._resume_step = run_dir / RECORDS, resume_step
         self._launches_path = run_dir / LAUNCHES
-        self._metrics = MetricsLog(run_dir, csv=config.logging.csv, resume_step=resume_step)
-        rewind(run_dir / SAMPLES, resume_step)
         self._samples: LineAppender | None = None  # made with the first sample: most runs ask for none
         self._samples_path = run_dir / SAMPLES
         self._console = open_console(config.logging.console, total_steps, steps_per_epoch)
-        self._sinks = [*open_sinks(config, run_dir, resume_step, self.warn), *sinks]
+        # Sinks before files: what says how far they had come is kept until they have gone back.
+        reached_step = max(last_step(self._records_path), last_step(self._samples_path))
+        self._sinks = [*open_sinks(config, run_dir, resume_step, self.warn, reached_step), *sinks]
+        self._metrics = MetricsLog(run_dir, csv=config.logging.csv, resume_step=resume_step)
+        rewind(self._samples_path, resume_step)
         self._plotter = _Plotter(run_dir, config.run.name) if config.logging.plots else None
         self._watch = Watch()
         self._is_closed = False

@@ -33,8 +33,17 @@ class Sink(Protocol):
         """Write out what is still held back."""
 
 
-def open_sinks(config: RunConfig, run_dir: Path, resume_step: int, warn: Callable[[str], None]) -> list[Sink]:
+def open_sinks(
+    config: RunConfig, run_dir: Path, resume_step: int, warn: Callable[[str], None], reached_step: int = 0
+) -> list[Sink]:
     """Open the sinks that the config switches on.
+
+    Args:
+        config: resolved.
+        run_dir: exists.
+        resume_step: the records up to it stay.
+        warn: tells the user.
+        reached_step: of the last record that an earlier launch may have logged.
 
     Raises:
         UserError: a package is missing, or W&B cannot start a new run.
@@ -43,7 +52,7 @@ def open_sinks(config: RunConfig, run_dir: Path, resume_step: int, warn: Callabl
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(run_dir, resume_step))
     if config.logging.wandb:
-        sinks.append(WandbSink(config, run_dir, resume_step, warn))
+        sinks.append(WandbSink(config, run_dir, resume_step, warn, reached_step))
     return sinks
 
 
@@ -119,9 +128,20 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run that a resumed launch goes on with. Online, offline or off as WANDB_MODE says; the key is wandb's."""
+    """A W&B run that a resumed launch goes on with. Online, offline or off as WANDB_MODE says; the key is wandb's.
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume_step: int, warn: Callable[[str], None]):
+    Where an earlier launch has logged steps that come again, the run is rewound (`resume_from` of `wandb.init`): the
+    server forgets them, at once or when what was written offline is synced.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume_step: int,
+        warn: Callable[[str], None],
+        reached_step: int = 0,
+    ):
         """Where a run that it knows cannot be gone on with there, records are kept in `run_dir/wandb` with a warning:
         a requeued job does not end for its dashboard."""
         try:
@@ -129,31 +149,42 @@ class WandbSink:
         except ImportError as error:
             raise _missing("wandb") from error
         id_path = run_dir / WANDB_ID
-        # From the start again is another run: W&B takes no step twice.
+        # From the start again is another run.
         known_id = id_path.read_text().strip() if resume_step and id_path.exists() else None
+        rewinds = known_id is not None and reached_step > resume_step
 
-        def start(mode: Literal["offline"] | None = None) -> wandb.Run:
+        def start(*, rewinds: bool, mode: Literal["offline"] | None = None) -> wandb.Run:
             return wandb.init(
                 project=config.logging.wandb_project,
                 name=config.run.name or run_dir.resolve().name,
                 config=config.model_dump(mode="json"),
                 dir=run_dir,
                 id=known_id,
-                resume="allow" if known_id else None,
+                resume="allow" if known_id and not rewinds else None,
+                resume_from=f"{known_id}?_step={resume_step}" if rewinds else None,
                 mode=mode,
                 settings=wandb.Settings(console="off"),  # it would record each drawing of the progress line
             )
 
-        try:
-            self._run = start()
-        except wandb.Error as error:
-            said = f"logging.wandb is on but W&B cannot start: {' '.join(str(error).split())}"
+        def start_or_tell(*, rewinds: bool) -> wandb.Run | str:
+            try:
+                return start(rewinds=rewinds)
+            except wandb.Error as error:
+                return f"logging.wandb is on but W&B cannot start: {' '.join(str(error).split())}"
+
+        run = start_or_tell(rewinds=rewinds)
+        if isinstance(run, str) and rewinds and not isinstance(other := start_or_tell(rewinds=False), str):
+            warn(
+                f"W&B cannot go back to step {resume_step:,} ({run}); what it has of steps up to {reached_step:,} "
+                "stays, and it ignores those that come again"
+            )
+            run = other
+        if isinstance(run, str):
             if known_id is None:
-                raise UserError(
-                    f"{said}; run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false"
-                ) from error
-            warn(f"{said}; going on offline; `wandb sync` of the folder in {run_dir / 'wandb'} brings it there later")
-            self._run = start("offline")
+                raise UserError(f"{run}; run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false")
+            warn(f"{run}; going on offline; `wandb sync` of the folder in {run_dir / 'wandb'} brings it there later")
+            run = start(rewinds=rewinds, mode="offline")
+        self._run = run
         self._html: Callable[[str], object] = wandb.Html
         with replacing(id_path, durable=True) as file:
             file.write(f"{self._run.id}\n".encode())

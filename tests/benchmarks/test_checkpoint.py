@@ -40,3 +40,20 @@ def test_all_contenders_save_and_load_the_same_state(tmp_path: Path) -> None:
     assert facts["state GB"] == pytest.approx(12 * 6.45e6 * 1e-9, rel=0.5)
     assert all(len(turns) == 2 for turns in facts["turns, the first not counted"].values())
     assert list(tmp_path.iterdir()) == [out], "what was written is deleted"
+
+
+@pytest.mark.slow
+def test_a_resume_is_measured_beside_a_fresh_launch(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable, "-m", "benchmarks.resume", "--preset", "1m", "--rounds", "1", "--folder", str(tmp_path),
+        "--out", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *rows, facts = json.loads(out.read_text())["rows"]
+    seconds = {row["what"]: row["median"] for row in rows}
+    assert 0 < seconds["read s"] < seconds["resume s"] and seconds["fresh s"] > 0
+    assert facts["checkpoint MB"] == pytest.approx(12 * 6.45, rel=0.5)
+    assert list(tmp_path.iterdir()) == [out], "what was written is deleted"

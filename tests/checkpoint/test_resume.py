@@ -94,3 +94,24 @@ def test_a_stop_in_the_middle_of_a_save_does_not_begin_another_that_cannot_be_fi
     with pytest.raises(Stopped, match=r"too little of health.grace_s .* goes on from step 10"):
         train(data, tmp_path / "run", "training.max_steps=100000", "training.eval_every=null", "health.grace_s=1.2")
     assert committed_steps(tmp_path / "run") == [10]
+
+
+def test_a_save_that_may_not_fit_into_the_grace_is_warned_of_and_made(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured at the save before; nothing is under way that could be left with."""
+    plain, slow_s = fmt.write_rank, [0.8]
+
+    def write_rank(*args: Any) -> None:
+        plain(*args)
+        if slow_s:
+            time.sleep(slow_s.pop())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("llmtrain.checkpoint.format.write_rank", write_rank)
+    overrides = ("training.max_steps=100000", "training.eval_every=null", "checkpoint.async_save=false")
+    with pytest.raises(Stopped, match="stopped after step 10 by SIGTERM; saved"):
+        train(data, tmp_path / "run", *overrides, "health.grace_s=0.5")
+    warning = "of health.grace_s=0.5; what sent SIGTERM may end this process before it has saved"
+    assert warning in capsys.readouterr().err
+    assert committed_steps(tmp_path / "run") == [10]

@@ -139,6 +139,28 @@ def test_a_save_waits_only_shortly_for_the_file_of_a_lost_rank(
     assert failure is not None and "rank00001.json did not appear within" in failure
 
 
+def test_a_save_that_seems_to_hang_is_told_of_once_while_the_loop_goes_on(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(parts, tmp_path)
+    save(store, parts, 1)
+    store.last_save_s = 0.0
+    monkeypatch.setattr("llmtrain.checkpoint.store._LATE_S", 0.3)
+    assert store.news() == ([step_folder(tmp_path, 1)], [])
+    monkeypatch.setattr(parts.engine, "world_size", 2)  # and the second rank never writes
+    monkeypatch.setattr(parts.engine, "gather", lambda value: [value, value])
+    store.save(parts.engine, {"step": 2}, ())
+    told: list[str] = []
+    while not told:
+        told = store.news()[1]
+    assert len(told) == 1 and "saving step 2 has been under way for" in told[0]
+    assert "waits for the files of other ranks; earlier checkpoints are intact" in told[0]
+    assert store.news() == ([], [])
+    store.hurry()
+    store._give_up_at = 0.0
+    store.join()
+
+
 def test_which_step_is_saved_already_is_remembered_and_not_looked_up(parts: Assembly, tmp_path: Path) -> None:
     """Another rank may still see the folder that rank 0 has renamed when the run went back to step 1."""
     store = store_of(parts, tmp_path)

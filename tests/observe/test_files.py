@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.observe.files import LineAppender, disk_errors, read_steps, replacing, rewind
+from llmtrain.observe.files import LineAppender, disk_errors, last_step, read_steps, replacing, rewind
 
 
 def test_the_old_file_stays_when_writing_the_new_one_fails(tmp_path):
@@ -27,6 +27,20 @@ def test_a_line_is_visible_to_others_at_once(tmp_path):
     lines.append("second")
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == "first ö\nsecond\n"
     lines.close()
+
+
+@pytest.mark.parametrize(("text", "step"), [
+    ('{"step": 3}\n{"step": 12}\n', 12),
+    ('{"step": 3}\n{"step": 12}\n{"step": 1', 12),  # torn by a kill
+    ('{"text": "no step"}\n\x00\n', 0),
+    ("", 0),
+    ('{"step": 7}\n' * 200_000, 7),
+])  # fmt: skip
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path, text, step):
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) == 0
+    path.write_text(text)
+    assert last_step(path) == step
 
 
 def test_rewind_drops_later_steps_and_torn_lines_only(tmp_path):

@@ -258,3 +258,22 @@ def test_plots_that_take_no_time_are_drawn_once_a_minute(tmp_path):
             drawn_at.append(now)
             plotter.draw()
     assert drawn_at == list(range(100, 1000, 60))
+
+
+def test_sinks_hear_how_far_an_earlier_launch_had_come_before_the_files_forget_it(observe, make_record, monkeypatch):
+    seen = []
+
+    def open_sinks(config, run_dir, resume_step, warn, reached_step):
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+        seen.append((resume_step, reached_step, len(lines)))
+        return []
+
+    monkeypatch.setattr("llmtrain.observe.observer.open_sinks", open_sinks)
+    first = observe(plots=False)
+    for step in (10, 20, 30):
+        first.log(make_record(step))
+    first.sample(35, "Once", " upon")
+    first.close("killed")
+    observe(resume_step=20, plots=False).close("done")
+    observe(resume_step=20, plots=False).close("done")
+    assert seen == [(0, 0, 0), (20, 35, 3), (20, 20, 2)]

@@ -67,9 +67,9 @@ from pathlib import Path
 from llmtrain.config import make_config
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import WandbSink
-run_dir, resume_step = Path(sys.argv[1]), int(sys.argv[2])
+run_dir, resume_step, reached_step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = make_config({"run": {"name": "my run"}, "logging": {"wandb": True, "wandb_project": "my-project"}})
-sink = WandbSink(config, run_dir, resume_step, lambda line: print(f'warning: {line}'))
+sink = WandbSink(config, run_dir, resume_step, lambda line: print(f'warning: {line}'), reached_step)
 for step in (resume_step + 10, resume_step + 20):
     sink.log(Record(step, 0, 2.5, 2.75, None, 1e-3, 1.0, 1.0, step, 1.0, 1.0, None, 1.0, 1.0))
 sink.text(step, "<b>Once", " upon")
@@ -77,9 +77,9 @@ sink.close()
 """
 
 
-def wandb_launch(run_dir, resume_step, **environment):
+def wandb_launch(run_dir, resume_step, reached_step=0, **environment):
     return subprocess.run(
-        [sys.executable, "-c", WANDB_RUN, run_dir, str(resume_step)],
+        [sys.executable, "-c", WANDB_RUN, run_dir, str(resume_step), str(reached_step)],
         env={**os.environ, "WANDB_API_KEY": FAKE_KEY, "HOME": str(run_dir.parent), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -131,6 +131,32 @@ def test_wandb_offline_keeps_one_run_over_a_resume_and_never_the_key(tmp_path):
 
 
 @pytest.mark.slow
+def test_wandb_is_rewound_where_steps_come_again_and_only_there(tmp_path):
+    """What syncing the launches in their order leaves: each step once, of the launch that logged it last."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for resume_step, reached_step in ((0, 0), (10, 20), (30, 30)):
+        done = wandb_launch(run_dir, resume_step, reached_step, WANDB_MODE="offline")
+        assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
+    run_id = (run_dir / "wandb_id").read_text().strip()
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    history, moments = {}, []
+    for launch, path in enumerate(files):
+        records = read_wandb(path)
+        (run,) = [record.run for record in records if record.HasField("run")]
+        assert run.run_id == run_id
+        moments.append(None)
+        if run.HasField("branch_point"):
+            moments[-1] = (run.branch_point.run, run.branch_point.metric, run.branch_point.value)
+            history = {step: by for step, by in history.items() if step <= run.branch_point.value}
+        for step in (record.history.step.num for record in records if record.HasField("history")):
+            assert step not in history, "doubled"
+            history[step] = launch
+    assert moments == [None, (run_id, "_step", 10), None]
+    assert history == {10: 0, 20: 1, 30: 1, 40: 2, 50: 2}
+
+
+@pytest.mark.slow
 def test_wandb_without_a_key_is_one_clear_line(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -147,7 +173,7 @@ def test_a_relaunch_goes_on_offline_where_wandb_cannot_start(tmp_path):
     run_dir.mkdir()
     assert wandb_launch(run_dir, 0, WANDB_MODE="offline").returncode == 0
     run_id = (run_dir / "wandb_id").read_text()
-    done = wandb_launch(run_dir, 20, WANDB_MODE="online", WANDB_API_KEY="")
+    done = wandb_launch(run_dir, 20, 25, WANDB_MODE="online", WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert "W&B cannot start" in line and "going on offline" in line and "wandb sync" in line

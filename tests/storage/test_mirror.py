@@ -24,7 +24,7 @@ from llmtrain.storage.remote import Remote
 from llmtrain.train import main as train
 from llmtrain.verify import main as verify
 from tests.conftest import Call, is_one_clear_line, records, small_config
-from tests.distributed.launching import environment, launch
+from tests.distributed.launching import environment, launch, start_ranks
 from tests.storage.conftest import Bucket, Server, make_bucket
 
 
@@ -192,6 +192,32 @@ def test_the_wait_for_a_slow_store_at_the_end_is_not_taken_for_a_hang(
         bucket.server.hold.unlink(missing_ok=True)
     assert process.returncode == 0, output
     assert bucket.steps("run") == [10, 20, 30]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_the_wait_for_the_last_upload_on_all_and_the_run_is_done(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
+    """Else that rank would be killed at the end of its grace while the others wait on."""
+    changed = {**config_dict, "health": {"grace_s": 2.0}}
+    config = written(changed, tmp_path, checkpoint={"save_every": 10, "remote": f"{bucket.url}/run"})
+    bucket.server.hold.write_text(f"{bucket.name}/run/step-00000030/manifest.json")
+    ranks = start_ranks([config, config], [tmp_path, tmp_path])
+    try:
+        while not (tmp_path / "run/final").is_symlink():
+            assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+            time.sleep(0.1)
+        time.sleep(1.0)
+        ranks[1].send_signal(signal.SIGTERM)
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        bucket.server.hold.unlink()
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "done: 30 of 30 steps" in said[0][0]
+    assert "is given up; everything is in" in said[0][0] + said[0][1]
+    assert bucket.steps("run") == [10, 20]
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:

@@ -1,0 +1,117 @@
+"""kill -9 of one rank of two, in every phase: the other ends, and the same command goes on to the same files.
+
+LLMTRAIN_LONG_TESTS=1 kills each rank in each phase and at 60 random moments, without it a few of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from llmtrain.checkpoint.folders import committed_steps
+from tests.faults.conftest import Config, Launcher, config_of, contents, last_commit, numbers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
+DIED, LOST = -9, 5
+# What all ranks go through; how long the loop waits in which phase of a save differs from machine to machine.
+LOOP = (
+    "between steps", "data", "forward", "backward", "update", "validation data", "validation", "logging", "sampling",
+    "saving",
+)  # fmt: skip
+CALLS = {
+    "opening data": "llmtrain.assemble:open_data",
+    "building the model": "llmtrain.engine.accelerate:AccelerateEngine.build",
+    "verification": "llmtrain.checkpoint.format:CheckpointReader.load",
+    "what was read takes effect": "llmtrain.engine.accelerate:AccelerateEngine.publish",
+    "writing": "llmtrain.checkpoint.format:write_rank",
+    "its record": "llmtrain.checkpoint.format:write_whole",
+    "commit": "llmtrain.checkpoint.format:commit",
+    "links": "llmtrain.checkpoint.store:point",
+    "deletion": "llmtrain.checkpoint.retention:_delete",
+}
+ONLY_RANK_0 = {"commit", "links", "deletion"}
+
+
+class Moment(NamedTuple):
+    """Which rank dies where, and how long after it has come there for the nth time."""
+
+    name: str
+    rank: int
+    nth: int = 1
+    delay_s: float = 0.0
+
+    def request(self) -> dict[str, Any]:
+        """For the launcher."""
+        place = {"call": CALLS[self.name]} if self.name in CALLS else {"phase": self.name}
+        return {**place, "victim": self.rank, "nth": self.nth, "delay_s": self.delay_s}
+
+
+SHORT = [
+    Moment("building the model", 1), Moment("data", 1, 3), Moment("backward", 0, 2), Moment("writing", 1),
+    Moment("validation", 0), Moment("update", 1), Moment("commit", 0), Moment("verification", 1),
+]  # fmt: skip
+EVERY = [Moment(name, rank) for name in (*LOOP, *CALLS) for rank in (0, 1) if not (rank and name in ONLY_RANK_0)]
+
+
+def two_ranks(data: Path, run_dir: Path) -> Config:
+    config = config_of(data, run_dir, async_save=True)
+    config["training"] |= {"micro_batch_size": 2}
+    config["health"] = {"timeout_s": 20}
+    return config
+
+
+def random_moments(count: int) -> list[Moment]:
+    dice = random.Random(0)
+    names = [*LOOP, *CALLS]
+    return [
+        Moment(name := dice.choice(names), 0 if name in ONLY_RANK_0 else dice.randint(0, 1), dice.randint(1, 3),
+               dice.random() * 0.05)
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert [ended.code for ended in launcher.train_ranks(2, two_ranks(data, run_dir))] == [0, 0]
+    return run_dir
+
+
+def assert_as_whole(run_dir: Path, whole: Path) -> None:
+    """The same checkpoints, numbers and samples, bit for bit; stacks that a watchdog wrote may lie there."""
+    assert {name: what for name, what in contents(run_dir).items() if "stacks" not in name} == contents(whole)
+    assert numbers(run_dir) == numbers(whole)
+    for name in ("training_metrics.json", "samples.jsonl", "samples-rank00000.jsonl", "samples-rank00001.jsonl"):
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_path: Path, whole: Path) -> None:
+    """Each launch goes on where the one before was killed; one that gets to the end is followed by a new run."""
+    killed = finished = 0
+    config = two_ranks(data, tmp_path / "run-0")
+    for moment in [*EVERY, *random_moments(60)] if LONG else SHORT:
+        run_dir = Path(config["run"]["dir"])
+        before = last_commit(run_dir)
+        ended = launcher.train_ranks(2, config, **moment.request())
+        codes = {"victim": ended[moment.rank].code, "other": ended[1 - moment.rank].code}
+        assert codes in ({"victim": DIED, "other": LOST}, {"victim": 0, "other": 0}), (moment, ended)
+        assert "Traceback" not in ended[1 - moment.rank].err, (moment, ended)
+        assert last_commit(run_dir) >= before, moment
+        killed += codes["victim"] == DIED
+        if codes["victim"] == 0:
+            assert_as_whole(run_dir, whole)
+            finished += 1
+            config = two_ranks(data, tmp_path / f"run-{finished}")
+    found = last_commit(Path(config["run"]["dir"]))
+    ended = launcher.train_ranks(2, config)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert (f"after step {found}\n" in ended[0].out) == bool(found), ended[0]
+    assert_as_whole(Path(config["run"]["dir"]), whole)
+    assert killed >= (70 if LONG else len(SHORT))
+    assert committed_steps(whole) == [8]
