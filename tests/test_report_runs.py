@@ -37,7 +37,7 @@ def test_the_table_says_what_the_files_say_in_80_columns(trained_run: Path, call
     first, last = rows[0]["train_loss"], rows[-1]["train_loss"]
     for text in (
         "run · done", "30 of 30 (100 %) · epoch 2", f"{first:.3f} → {last:.3f}, {last - first:+.3f}", "cosine: ",
-        f"{rows[-1]['tokens']:,}", "waiting for data", "3, ", "last of step 30", "diagnosis", "learning rate",
+        f"{rows[-1]['tokens']:,}", "waiting for data", "3 (", "last of step 30", "diagnosis", "learning rate",
         "unknown: no peak is known", "GB at most", "1 process",
     ):  # fmt: skip
         assert text in screen, text

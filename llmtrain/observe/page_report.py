@@ -166,4 +166,6 @@ def _samples(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> str | None:
-    return None if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    if value is None or isinstance(value, str):
+        return value
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value, default=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -168,8 +169,14 @@ def _differences(runs: list[RunFolder]) -> RenderableType:
         return Text("nowhere: the same config", "dim")
     table = _numbers("key", *(run.name for run in runs))
     for key, values in differing.items():
-        table.add_row(Text(key), *(Text("–" if value is None else formats.printable(str(value))) for value in values))
+        table.add_row(Text(key), *(Text(_config_value(value)) for value in values))
     return table
+
+
+def _config_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None else formats.printable(str(value))
 
 
 def _or_dash(value: float | None) -> str:

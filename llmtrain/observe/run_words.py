@@ -100,7 +100,7 @@ def _checkpoints(facts: Facts) -> str:
     if not facts["count"]:
         return "none yet"
     text = (
-        f"{facts['count']}, {formats.compact(facts['bytes'])}B · last of step {formats.count(facts['last_step'])}, "
+        f"{facts['count']} ({formats.compact(facts['bytes'])}B) · last of step {formats.count(facts['last_step'])}, "
         f"{formats.duration(facts['last_age_s'])} ago"
     )
     return text + (f" · best of step {formats.count(facts['best_step'])}" if facts["best_step"] else "")

@@ -7,6 +7,7 @@
   const COLOURS = 8;
   const MARGIN = { left: 58, right: 12, top: 10, bottom: 26 };
   const AXES = { step: "step", tokens: "tokens", hours: "hours of running" };
+  const UNITS = { step: "step", tokens: "tokens", hours: "hours" };
   const state = { axis: "step", smooth: 0, logX: false, logY: false, range: null, hidden: new Set(), cursor: null };
   const byId = (id) => document.getElementById(id);
 
@@ -212,6 +213,7 @@
         taken = x;
         svg.append(draw("text", { x: Math.min(x, right - 3 * text.length), y: floor + 17, "text-anchor": "middle" }, text));
       }
+      svg.append(draw("text", { x: 4, y: floor + 17 }, UNITS[state.axis]));
       svg.append(draw("line", { class: "axis", x1: MARGIN.left, x2: right, y1: floor, y2: floor }));
       if (data.runs.length === 1)
         for (const step of data.runs[0].launches.slice(1)) {
@@ -253,7 +255,7 @@
       const kinds = new Map(this.series.map((one) => [one.column, one]));
       this.legend.replaceChildren(...[...kinds.values()].map((one) => {
         const sample = draw("svg", { viewBox: "0 0 22 8", "aria-hidden": "true" });
-        sample.append(draw("path", { d: "M0 4L22 4", class: `curve k${one.colour}${this.isDashed(one) ? " dashed" : ""}` }));
+        sample.append(draw("path", { d: "M0 4L22 4", class: `curve ${data.runs.length > 1 ? "ink" : `k${one.colour}`}${this.isDashed(one) ? " dashed" : ""}` }));
         return make("span", {}, sample, data.columns[one.column]);
       }));
     }
