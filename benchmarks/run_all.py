@@ -1,6 +1,7 @@
 """`make bench`: the benchmarks that need nothing but this machine, one after the other.
 
-`make bench NANOGPT=DIR PEERS_PYTHON=PATH` has the other trainers measured too; see benchmarks/peers.py.
+`make bench NANOGPT=DIR PEERS_PYTHON=PATH` has the other trainers measured too, and DATA_PEERS_PYTHON=PATH other ways to
+deliver data; see benchmarks/peers.py and benchmarks/data.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 FITTING = [
     "startup",
-    "batches",
+    "data",
     "prepare",
     "loop",
     "muon",
@@ -33,9 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--peers-python", help="the python of an environment with litgpt and transformers")
+    parser.add_argument("--data-peers-python", help="the python of an environment with megatron-core, litdata, …")
     args = parser.parse_args()
     given = {"--nanogpt": args.nanogpt, "--peers-python": args.peers_python}
     arguments = {"peers": [text for option, value in given.items() if value for text in (option, value)]}
+    if args.data_peers_python:
+        arguments["data"] = ["--peers-python", args.data_peers_python]
     for name in [*FITTING, *(["gpu_smoke", "gpu_speed"] if torch.cuda.is_available() else [])]:
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments.get(name, [])], check=True)

@@ -27,7 +27,8 @@ from llmtrain.errors import LlmtrainError
 from llmtrain.health.signals import STOP_SIGNALS
 from llmtrain.model.loss import IGNORE_INDEX
 
-_BLOCK = 4096  # positions ordered at once: numpy's cost per call is spread over many batches
+_BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
+_FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -90,8 +91,11 @@ class Layout:
 
     def end_of_batch(self, position: int) -> int:
         """Position after the global batch that begins at `position`."""
-        epoch_end = (position // self.windows + 1) * self.windows
-        return min(position + self.global_batch, epoch_end, *(begin for begin, _ in self.left_out if begin > position))
+        return min(position + self.global_batch, self._end_of_stretch(position))
+
+    def _end_of_stretch(self, position: int) -> int:
+        """Position at which a batch is cut short: the end of the epoch, or the begin of what is left out."""
+        return min([(position // self.windows + 1) * self.windows, *(b for b, _ in self.left_out if b > position)])
 
     def steps_to(self, position: int, end: int) -> int:
         """Optimizer steps from `position` until `end` or more samples are behind us."""
@@ -116,17 +120,31 @@ class Layout:
         taken = bisect_right(range(position, farthest + 1), steps, key=lambda end: self.steps_to(position, end))
         return self.begin_of_batch(position + taken - 1)
 
-    def micro_steps(self, position: int) -> int:
-        """Micro-steps of the batch that begins at `position`: the same on every rank."""
-        return -(-(self.end_of_batch(position) - position) // (self.micro_batch * self.world_size))
+    def micro_steps(self, begin: int, end: int) -> int:
+        """Micro-steps of the batch between these positions: the same on every rank."""
+        return -(-(end - begin) // (self.micro_batch * self.world_size))
 
     def rank_positions(self, position: int) -> list[Int64s]:
         """For each micro-step of the batch at `position`, the positions this rank takes (fewer in a short batch)."""
         end = self.end_of_batch(position)
         stride = self.micro_batch * self.world_size
         first = position + self.rank * self.micro_batch
-        starts = range(first, first + self.micro_steps(position) * stride, stride)
+        starts = range(first, first + self.micro_steps(position, end) * stride, stride)
         return [np.arange(start, max(start, min(start + self.micro_batch, end)), dtype=np.int64) for start in starts]
+
+    def rows_ahead(self, position: int, wanted: int) -> tuple[list[Int64s], int]:
+        """The `rank_positions` of the next batches, and the position after them.
+
+        So many batches that they have `wanted` positions or just more; fewer where one is cut short before, and at
+        least one.
+        """
+        share = self.micro_batch * self.world_size
+        whole = (self._end_of_stretch(position) - position) // self.global_batch
+        if not whole or self.global_batch % share:
+            return self.rank_positions(position), self.end_of_batch(position)
+        after = position + min(whole, -(-wanted * self.world_size // self.global_batch)) * self.global_batch
+        first = np.arange(position + self.rank * self.micro_batch, after, share, dtype=np.int64)
+        return list(first[:, None] + np.arange(self.micro_batch)), after
 
 
 class ResumableDistributedSampler(DistributedSampler[Any]):
@@ -142,17 +160,20 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
         self.position = position
 
     def __iter__(self) -> Iterator[Int64s]:
-        position = self.layout.begin_of_batch(self.position)
+        position, block = self.layout.begin_of_batch(self.position), _FIRST_BLOCK
         while True:
             micro_batches: list[Int64s] = []
             wanted = 0
-            while wanted < _BLOCK:
-                rows = self.layout.rank_positions(position)
+            while wanted < block:
+                rows, position = self.layout.rows_ahead(position, block - wanted)
                 micro_batches += rows
                 wanted += max(1, sum(map(len, rows)))
-                position = self.layout.begin_of_batch(self.layout.end_of_batch(position))
-            ids = self.order(np.concatenate(micro_batches))
-            yield from np.split(ids, np.cumsum([len(m) for m in micro_batches])[:-1])
+                position = self.layout.begin_of_batch(position)
+            ids, begin = self.order(np.concatenate(micro_batches)), 0
+            for micro_batch in micro_batches:
+                yield ids[begin : begin + len(micro_batch)]
+                begin += len(micro_batch)
+            block = min(4 * block, _BLOCK)
 
     def __len__(self) -> int:
         raise TypeError("the sampler is endless; the loop decides when to stop")
@@ -177,7 +198,7 @@ class Batch:
 
     def micro_batches(self) -> Iterator[tuple[Tokens_BS, bool]]:
         """Yield ((micro_batch or fewer, seq_len + 1) tokens, whether it is the last of the step)."""
-        micro_steps = self.layout.micro_steps(self.begin)
+        micro_steps = self.layout.micro_steps(self.begin, self.end)
         for index in range(micro_steps):
             yield next(self._loader), index == micro_steps - 1
 

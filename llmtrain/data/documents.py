@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.config import DataSection
-from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset
+from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset, sampled
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CorruptError, UserError
 
@@ -49,10 +49,10 @@ def document_end(data: TokenDataset, split: str = "train") -> int:
             f"data.document_mask: {data.path} knows no id that ends a document; prepare it again with --eos-id, or "
             "leave data.document_mask out"
         )
-    stream, begin, is_seen = data.split(split), 0, False
-    for number, shard in enumerate(data.manifest.splits[split].shards):
-        if not shard.tokens:
-            continue
+    stream, is_seen = data.split(split), False
+    shards = [(number, shard) for number, shard in enumerate(data.manifest.splits[split].shards) if shard.tokens]
+    for place in sampled(len(shards)):
+        (number, shard), begin = shards[place], stream.bounds[place]
         ends, looked_at = shard_ends(data, split, number), min(shard.tokens, _LOOKED_AT)
         found = np.flatnonzero(stream.gather(np.array([begin]), looked_at)[0] == end) + 1
         said = ends[: np.searchsorted(ends, looked_at, "right")]
@@ -68,7 +68,6 @@ def document_end(data: TokenDataset, split: str = "train") -> int:
         if is_open or (len(ends) and not is_closed and ends[0] < shard.tokens):
             raise _not_closed(data, split, shard.path(data.path), end)
         is_seen = is_seen or is_closed
-        begin += shard.tokens
     if not is_seen:
         raise _not_closed(data, split, data.path, end)
     return end

@@ -1,4 +1,4 @@
-"""Prepared data that lies on a store: fetched once to a machine, verified, then memory-mapped like any other."""
+"""Prepared data that lies on a store: fetched once to a machine, verified, then read like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token files that a prepared folder does not hold but refers to: they are memory-mapped where they lie, never copied.
+"""Token files that a prepared folder does not hold but refers to: they are read where they lie, never copied.
 
 Only a shard of type `TokenRange` may lie outside its folder, and only in a manifest that lies on this machine (what
 comes from a store must bring its own files). Such a manifest could still be somebody else's, so it has to know a few
@@ -8,6 +8,7 @@ pages of what it uses of a file: one whose maker does not know these opens nothi
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -70,10 +71,13 @@ def place_in_file(header_bytes: int, token: int, itemsize: int) -> str:
 def hash_samples(path: Path, begin: int, size: int) -> str:
     """SHA-256 of a few pages spread evenly over `size` bytes from `begin` on, the first and the last among them."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    file = os.open(path, os.O_RDONLY)
+    try:
         for number in range(SAMPLES):
-            file.seek(begin + max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-            digest.update(file.read(min(SAMPLE_BYTES, size)))
+            at = begin + max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1)
+            digest.update(os.pread(file, min(SAMPLE_BYTES, size), at))
+    finally:
+        os.close(file)
     return digest.hexdigest()
 
 
@@ -108,17 +112,14 @@ def problem_of_content(tokens: TokenRange, report: Callable[[int], None]) -> str
     return None if digest.hexdigest() == tokens.sha256 else f"{tokens.path}: was changed since it was prepared"
 
 
-def map_range(tokens: TokenRange, manifest: Path) -> Ids:
-    """Memory-map a range, checked as `problem_at_opening` does.
+def check_range(tokens: TokenRange, manifest: Path) -> None:
+    """Check a range as `problem_at_opening` does.
 
     Raises:
         CorruptError: the file is gone or was changed.
     """
     if problem := problem_at_opening(tokens):
         raise CorruptError(f"{problem}; {manifest} uses it in place: put it back as it was, or prepare the data again")
-    count = tokens.bytes // tokens.stored.itemsize
-    # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
-    return np.asarray(np.memmap(tokens.path, tokens.stored, "r", tokens.begin, count))
 
 
 def read_blocks(path: Path, dtype: np.dtype[Any], begin: int, size: int) -> Iterator[Ids]:

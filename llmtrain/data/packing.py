@@ -114,7 +114,7 @@ class PackedWindows:
         Raises:
             CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
-        self._require_whole(ids)
+        self.stream.require_whole()
         rows = np.full((len(ids), self.seq_len + 1), self.padding, self.stream.dtype)
         read = self.stream.read_into
         for row, first, after in zip(rows, self._first[ids].tolist(), self._first[ids + 1].tolist(), strict=True):
@@ -124,7 +124,7 @@ class PackedWindows:
                 before = not opens
                 read(row[at - before : at + length - closes], begin - before)
                 at += length
-        if rows.size and int(rows.max()) >= self.stream.vocab_size:
+        if self.stream.has_wrong_id(rows):
             self._name_bad_id(ids)
         return torch.from_numpy(rows)
 
@@ -132,16 +132,6 @@ class PackedWindows:
         pieces, these = self._pieces, slice(first, after)
         columns = (pieces.begins, pieces.lengths, pieces.open, pieces.close)
         return zip(*(column[these].tolist() for column in columns), strict=True)
-
-    def _require_whole(self, ids: Int64s) -> None:
-        if len(ids):
-            these = [
-                slice(*pair) for pair in zip(self._first[ids].tolist(), self._first[ids + 1].tolist(), strict=True)
-            ]
-            begins = np.concatenate([self._pieces.begins[pieces] for pieces in these])
-            lengths = np.concatenate([self._pieces.lengths[pieces] for pieces in these])
-            last = np.minimum(begins + lengths, len(self.stream)) - 1
-            self.stream.require_whole(np.maximum(begins - 1, 0), last)
 
     def _name_bad_id(self, ids: Int64s) -> None:
         for window in ids.tolist():

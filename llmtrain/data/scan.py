@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.shards import Ids, Manifest, Report, ShardInfo, outside_vocabulary
+from llmtrain.data.reading import Ids
+from llmtrain.data.shards import Manifest, Report, ShardInfo, outside_vocabulary
 from llmtrain.errors import CorruptError
 
 HASH_BYTES = 8

@@ -29,13 +29,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmtrain.data.outside import SHA256, TokenRange, hash_samples, map_range, read_blocks
+from llmtrain.data.outside import SHA256, TokenRange, check_range, hash_samples, read_blocks
+from llmtrain.data.reading import IdFile, Ids, RowReader
 from llmtrain.errors import CorruptError, UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-Ids = npt.NDArray[np.integer[Any]]
-_SAMPLED_SHARDS = 64
+SAMPLED_SHARDS = 64
 _AGAIN_AFTER_S = 1.0
 Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
@@ -55,7 +55,7 @@ class ShardInfo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
-    ids: FileInfo | TokenRange
+    ids: FileInfo | TokenRange = Field(union_mode="left_to_right")  # nothing is both, and this is faster
     ends: FileInfo
     sample_sha256: str | None = Field(default=None, pattern=SHA256)  # `hash_samples` of a file of the folder
 
@@ -237,9 +237,10 @@ class ShardWriter:
 
 
 class TokenStream:
-    """One split as one long memory-mapped sequence of token ids.
+    """One split as one long sequence of token ids.
 
-    Opening it looks at all file sizes, and at a few pages of at most `_SAMPLED_SHARDS` files.
+    Opening it looks at all file sizes, and at a few pages of at most `SAMPLED_SHARDS` files; ids are read when they are
+    asked for.
 
     Raises:
         CorruptError: a shard is missing, has another size than the manifest says or another content, or the manifest
@@ -252,19 +253,13 @@ class TokenStream:
         self.dtype = np.dtype(dtype)
         self.vocab_size = vocab_size
         self.tokens = split.tokens
-        self._folder, self._split = folder, split
-        shards = [shard for shard in split.shards if shard.tokens]
-        self._shards = shards
-        self._maps = [_map_ids(folder, shard, self.dtype) for shard in shards]
-        self._paths = [str(shard.path(folder)) for shard in shards]
-        for shard in shards[:: -(-len(shards) // _SAMPLED_SHARDS) or 1]:
-            _check_samples(folder, shard)
-        # Ids of another width are widened on the way, piece by piece.
-        self._is_one = len(self._maps) == 1 and self._maps[0].dtype == self.dtype
-        self._views: dict[int, Ids] = {}  # by length: every window of a stream that is one shard
-        self._starts = np.cumsum([0, *(len(m) for m in self._maps)])
-        self.bounds: list[int] = self._starts.tolist()  # of shards that hold tokens
-        self._end_bytes = [shard.end_byte for shard in shards]
+        self._folder = folder
+        self._shards = [shard for shard in split.shards if shard.tokens]
+        self._reader = RowReader([_checked_file(folder, shard, self.dtype) for shard in self._shards], self.dtype)
+        for number in sampled(len(self._shards)):
+            _check_samples(folder, self._shards[number])
+        self.bounds = self._reader.bounds  # of shards that hold tokens
+        self._has_wrong_ids = vocab_size <= np.iinfo(self.dtype).max  # or there is no id outside the vocabulary
 
     def __len__(self) -> int:
         return self.tokens
@@ -281,57 +276,43 @@ class TokenStream:
         Raises:
             CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
-        self.require_whole(starts, starts + length - 1)
-        from_one = self._is_one and len(starts)
-        rows = self._gather_from_one(starts, length) if from_one else self._gather_across(starts, length)
-        # One pass over a few kilobytes that are in the cache already; a wrong id would corrupt memory on a GPU.
-        if rows.size and int(rows.max()) >= self.vocab_size:
+        rows = self._reader.rows(starts, length)
+        if self.has_wrong_id(rows):
             self._name_bad_id(starts, rows)
         return rows
 
-    def require_whole(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
-        """Raise CorruptError where a shard with these first and last tokens is cut off: reading is a SIGBUS."""
-        if self._is_one:
-            touched = [0]
-        else:
-            touched = np.unique(np.searchsorted(self._starts, np.concatenate((first, last)), "right") - 1).tolist()
-        for shard in touched:
-            if problem := _cut_off(self._paths[shard], self._end_bytes[shard]):
-                raise CorruptError(problem)
-
-    def _gather_from_one(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
-        """All rows in one call, half the time of one call for each; the view of all windows copies nothing."""
-        if length not in self._views:
-            self._views[length] = np.lib.stride_tricks.sliding_window_view(self._maps[0], length)
-        return self._views[length][starts]
-
-    def _gather_across(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
-        rows = np.empty((len(starts), length), self.dtype)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            self.read_into(row, start)
-        return rows
+    def require_whole(self) -> None:
+        """Raise CorruptError where a shard that `read_into` would end the process on was cut off."""
+        self._reader.require_whole()
 
     def read_into(self, row: Ids, start: int) -> None:
-        """Fill a row with the tokens from `start` on, across shard boundaries, after `require_whole`; not checked."""
-        shard = bisect_right(self.bounds, start) - 1
-        begin = start - self.bounds[shard]
-        piece = self._maps[shard][begin : begin + len(row)]
-        row[: len(piece)] = piece
-        filled = len(piece)
-        while filled < len(row):  # what is read goes on in the next shard
-            shard += 1
-            piece = self._maps[shard][: len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        """Fill a row with the tokens from `start` on, across shard boundaries, after `require_whole`; ids not checked.
+
+        Raises:
+            CorruptError: a shard is gone or was cut off.
+        """
+        self._reader.read_into(row, start)
+
+    def has_wrong_id(self, rows: Ids) -> bool:
+        """Whether an id is outside the vocabulary: one pass over a few kilobytes that are in the cache already.
+
+        A wrong id would corrupt memory on a GPU.
+        """
+        return self._has_wrong_ids and rows.size > 0 and int(np.maximum.reduce(rows, axis=None)) >= self.vocab_size
 
     def _name_bad_id(self, starts: npt.NDArray[np.int64], rows: Ids) -> None:
         row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))
         position = int(starts[row]) + column
-        shard = int(np.searchsorted(self._starts, position, "right")) - 1
-        info, place = self._shards[shard], position - int(self._starts[shard])
+        shard = bisect_right(self.bounds, position) - 1
+        info, place = self._shards[shard], position - self.bounds[shard]
         raise CorruptError(
             outside_vocabulary(info.path(self._folder), int(rows[row, column]), info.place(place), self.vocab_size)
         )
+
+
+def sampled(shards: int) -> range:
+    """The numbers of those shards, spread evenly, of which more is looked at than their sizes when they are opened."""
+    return range(0, shards, -(-shards // SAMPLED_SHARDS) or 1)
 
 
 class TokenDataset:
@@ -375,16 +356,16 @@ def outside_vocabulary(path: Path, token: int, place: str, vocab_size: int) -> s
     )
 
 
-def _map_ids(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> Ids:
-    path = shard.path(folder)
+def _checked_file(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> IdFile:
+    path = shard.ids.path if isinstance(shard.ids, TokenRange) else f"{folder}/{shard.ids.path}"  # a Path takes longer
     stored = shard.ids.stored if isinstance(shard.ids, TokenRange) else dtype.newbyteorder("<")
     if shard.ids.bytes != shard.tokens * stored.itemsize or stored.itemsize > dtype.itemsize:
         raise CorruptError(f"{path}: the manifest counts {shard.tokens} tokens in {shard.ids.bytes} bytes of {dtype}")
     if isinstance(shard.ids, TokenRange):
-        return map_range(shard.ids, folder / MANIFEST)
+        check_range(shard.ids, folder / MANIFEST)
+        return IdFile(path, shard.ids.begin, shard.tokens, stored)
     _check_size(path, shard.ids.bytes)
-    # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
-    return np.asarray(np.memmap(path, dtype=stored, mode="r"))
+    return IdFile(path, 0, shard.tokens, stored)
 
 
 def _check_samples(folder: Path, shard: ShardInfo) -> None:
@@ -394,26 +375,14 @@ def _check_samples(folder: Path, shard: ShardInfo) -> None:
             raise CorruptError(f"{path}: was changed since it was prepared; prepare the data again")
 
 
-def _cut_off(path: str, expected: int) -> str | None:
-    try:
-        size = os.stat(path).st_size  # noqa: PTH116 -- for every micro-batch, and a Path takes as long again
-    except PermissionError:  # what is mapped stays readable
-        return None
-    except OSError as error:
-        return f"{path}: is gone while it is read ({error.strerror}); put it back, and start the run again"
-    return (
-        None if size >= expected else f"{path}: was cut off to {size} bytes while it was read; prepare the data again"
-    )
-
-
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: str | Path, expected: int) -> None:
     if problem := _size_problem(path, expected):
         raise CorruptError(f"{problem}; prepare the data again")
 
 
-def _size_problem(path: Path, expected: int) -> str | None:
+def _size_problem(path: str | Path, expected: int) -> str | None:
     try:
-        actual = path.stat().st_size
+        actual = os.stat(path).st_size  # noqa: PTH116 -- of thousands of shards, and a Path takes as long again
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return None if actual == expected else f"{path}: has {actual} bytes where the manifest says {expected}; truncated?"
@@ -435,8 +404,10 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptError(f"{path}: {where}: {first['msg']}; prepare the data again") from error
+    links = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
     for file in manifest.files():
-        check_inside(folder, file.path, path)
+        if "/" in file.path or file.path in links or file.path in ("", ".", ".."):  # others lie in it by their name
+            check_inside(folder, file.path, path)
     return manifest
 
 

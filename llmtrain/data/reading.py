@@ -1,0 +1,205 @@
+"""Rows of ids out of the files of a stream: one of a megabyte, or thousands that hold twenty terabytes.
+
+One file of up to `MAPPED_BYTES` is memory-mapped, and all rows of a micro-batch are gathered from it in one call. Of
+anything larger, and of several files, every row is one `pread` into its place. For a mapping
+
+- takes a page of page tables (4 KB of each process) for every 2 MB that a row was ever read from: over an epoch of
+  20 TB they grow to 40 GB; and the kernel allows 65,530 of them;
+- reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row;
+- ends the process by SIGBUS where a file was cut off.
+
+So memory does not grow with the stream, nor with what was read of it: a few numbers for each file, and at most
+`OPEN_FILES` of them open.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtrain.errors import CorruptError
+
+MAPPED_BYTES = 1 << 36  # 128 MB of page tables, were all of it read
+OPEN_FILES = 256  # of each stream; a process may often have 1,024, and a mixture has several streams
+Ids = npt.NDArray[np.integer[Any]]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class IdFile:
+    """Where ids lie: so many of `stored` dtype in the file at `path`, from byte `begin` on."""
+
+    path: str
+    begin: int
+    tokens: int
+    stored: np.dtype[Any]
+
+    @property
+    def end(self) -> int:
+        """The byte after the last id."""
+        return self.begin + self.tokens * self.stored.itemsize
+
+
+class RowReader:
+    """Reads rows of a stream that lies in files one after another, none of them empty.
+
+    Files are opened when something is read from them, also in a process that this was sent to.
+    """
+
+    def __init__(self, files: Sequence[IdFile], dtype: np.dtype[Any]):
+        self.files, self.dtype = list(files), dtype
+        self.bounds: list[int] = np.cumsum([0, *(file.tokens for file in files)]).tolist()  # token each begins at
+        is_plain = all(file.stored == dtype for file in files)  # ids of another width are widened, row by row
+        self.is_mapped = len(files) == 1 and is_plain and files[0].end <= MAPPED_BYTES
+        # Of each file the token and the byte it begins at, and the token after it.
+        table = [self.bounds[:-1], [file.begin for file in files], self.bounds[1:]]
+        self._plain = np.array(table, np.int64) if is_plain else None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._map: Ids | None = None
+        self._views: dict[int, Ids] = {}  # of all rows of a length, by that
+        self._open: dict[int, _OpenFile] = {}  # by number, the one opened first is first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None, "_views": {}, "_open": {}}
+
+    def rows(self, starts: Int64s, length: int) -> Ids:
+        """(len(starts), length) ids in a fresh buffer, the rows from each start on.
+
+        Raises:
+            CorruptError: a file is gone, was cut off or cannot be read.
+        """
+        if self.is_mapped and len(starts):
+            self.require_whole()
+            if length not in self._views:
+                self._views[length] = np.lib.stride_tricks.sliding_window_view(self._mapped(), length)
+            return self._views[length][starts]  # half the time of a call for each row; the view copies nothing
+        rows = np.empty((len(starts), length), self.dtype)
+        for row, start, number, place in zip(rows, starts.tolist(), *self._places(starts, length), strict=True):
+            if (opened := self._open.get(number)) and _is_read(opened.descriptor, row, place):
+                continue
+            self.read_into(row, start)
+        return rows
+
+    def _places(self, starts: Int64s, length: int) -> tuple[list[int], list[int]]:
+        """For each start the number of the file that has all of its row, or -1, and the byte in it."""
+        if self._plain is None:
+            return [-1] * len(starts), [0] * len(starts)
+        first, begin, after = self._plain
+        numbers = np.searchsorted(after, starts, "right")
+        places = (starts - first[numbers]) * self.dtype.itemsize + begin[numbers]
+        numbers[starts + length > after[numbers]] = -1
+        return numbers.tolist(), places.tolist()
+
+    def require_whole(self) -> None:
+        """Raise CorruptError where a mapped file was cut off: reading on would end the process. To be asked often."""
+        if self.is_mapped and (problem := _cut_off(self.files[0].path, self.files[0].end)):
+            raise CorruptError(problem)
+
+    def read_into(self, row: Ids, start: int) -> None:
+        """Fill a row with the ids from `start` on, across files; after `require_whole`.
+
+        Raises:
+            CorruptError: a file that is not mapped is gone, was cut off or cannot be read.
+        """
+        if self.is_mapped:
+            row[:] = self._mapped()[start : start + len(row)]
+            return
+        number = bisect_right(self.bounds, start) - 1
+        while True:
+            file, skipped = self.files[number], start - self.bounds[number]
+            here = row[: file.tokens - skipped]
+            # Ids of another width are widened on the way.
+            target = here if file.stored == self.dtype else np.empty(len(here), file.stored)
+            self._read(number, target, file.begin + skipped * file.stored.itemsize)
+            if target is not here:
+                here[:] = target
+            if len(here) == len(row):
+                return
+            row, number = row[len(here) :], number + 1  # what is read goes on in the next file
+            start = self.bounds[number]
+
+    def _mapped(self) -> Ids:
+        if self._map is None:
+            file = self.files[0]
+            # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
+            self._map = np.asarray(np.memmap(file.path, file.stored, "r", file.begin, file.tokens))
+        return self._map
+
+    def _read(self, number: int, target: Ids, at: int) -> None:
+        open_file = self._open.get(number) or self._open_file(number)
+        try:
+            if os.preadv(open_file.descriptor, (target.data,), at) == target.nbytes:
+                return
+            self._read_on(open_file, target, at)
+        except OSError as error:
+            self._open.pop(number, None)
+            raise CorruptError(_cannot_be_read(self.files[number].path, error)) from error
+        except EOFError:
+            self._open.pop(number, None)
+            path = self.files[number].path
+            raise CorruptError(_cut_off(path, self.files[number].end) or f"{path}: ended too early") from None
+
+    def _read_on(self, open_file: _OpenFile, target: Ids, at: int) -> None:
+        """Once more from the start: one call may return less than it could."""
+        memory, done = target.view(np.uint8).data, 0
+        while done < len(memory):
+            count = os.preadv(open_file.descriptor, (memory[done:],), at + done)
+            if not count:
+                raise EOFError
+            done += count
+
+    def _open_file(self, number: int) -> _OpenFile:
+        path = self.files[number].path
+        try:
+            opened = _OpenFile(path)
+        except OSError as error:
+            raise CorruptError(_cannot_be_read(path, error)) from error
+        while len(self._open) >= OPEN_FILES:
+            self._open.pop(next(iter(self._open)), None)
+        self._open[number] = opened
+        return opened
+
+
+class _OpenFile:
+    """A descriptor that is closed when nobody reads from it any more, whichever thread that is."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _is_read(descriptor: int, row: Ids, place: int) -> bool:
+    """Whether one call has filled the row: nearly always. What is wrong otherwise, `read_into` finds out."""
+    try:
+        return os.preadv(descriptor, (row.data,), place) == row.nbytes
+    except OSError:
+        return False
+
+
+def _cut_off(path: str, expected: int) -> str | None:
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116 -- for every micro-batch, and a Path takes as long again
+    except PermissionError:  # what is mapped stays readable
+        return None
+    except OSError as error:
+        return _cannot_be_read(path, error)
+    return (
+        None if size >= expected else f"{path}: was cut off to {size} bytes while it was read; prepare the data again"
+    )
+
+
+def _cannot_be_read(path: str, error: OSError) -> str:
+    return f"{path}: is gone while it is read ({error.strerror}); put it back, and start the run again"
