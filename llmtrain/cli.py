@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "loss, perplexity, accuracy and bits per byte on prepared data",
     "export": "write a checkpoint as a Hugging Face model folder, tokenizer included",
     "report": "what became of runs: curves, diagnosis, comparison; or what prepared data holds",
+    "plan": "what a run would take: memory, time, cost, the best layout on a kind of GPU",
     "tokenizer": "show a tokenizer, what it makes of a text, write it as tokenizer.json",
     "doctor": "check the machine, then the training checklist on one batch",
     "verify": "check every hash of prepared data or of a checkpoint",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtrain.config import ModelSection, default_ff_dim
-from llmtrain.model.loss import tokens_at_once
+from llmtrain.model.limits import tokens_at_once
 
 
 @dataclass(frozen=True)

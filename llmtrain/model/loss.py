@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
+from llmtrain.model.limits import MOST_LOGITS, tokens_at_once
+
 IGNORE_INDEX = -100  # target that counts for nothing, torch's default
-MOST_LOGITS = 1 << 26  # that are held at once: 268 MB in float32, whatever the vocabulary
 
 
 def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: 
         targets_BS: int64.
     """
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
-    if len(targets_N) <= tokens_at_once(len(weight_VD)):
+    if len(targets_N) <= tokens_at_once(len(weight_VD), MOST_LOGITS):
         return cross_entropy_sum(F.linear(hidden_ND, weight_VD), targets_N)
     loss: Tensor = _InParts.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
     return loss
@@ -95,11 +96,6 @@ def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
     return gradient_NV.mul_((targets_N != IGNORE_INDEX)[:, None])
 
 
-def tokens_at_once(vocab_size: int) -> int:
-    """For how many tokens the logits are made at once."""
-    return max(1, MOST_LOGITS // vocab_size)
-
-
 def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:
-    step = tokens_at_once(len(weight_VD))
+    step = tokens_at_once(len(weight_VD), MOST_LOGITS)
     return (slice(begin, begin + step) for begin in range(0, tokens, step))

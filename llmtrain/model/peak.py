@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from llmtrain.config import ModelSection, default_ff_dim
 from llmtrain.model.activations import Activations, activation_memory
 from llmtrain.model.cost import block_matrix_parameters
+from llmtrain.model.limits import BATCH_NUMEL
 from llmtrain.model.memory import EngineName, Offload, rank_memory
-from llmtrain.optim.muon import BATCH_NUMEL
 
 
 @dataclass(frozen=True)

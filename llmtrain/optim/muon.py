@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from llmtrain.model.limits import BATCH_NUMEL
+
 # One step maps a singular value s to 3.4445 s − 4.7750 s³ + 2.0315 s⁵; five bring all to between 0.7 and 1.2 (Jordan et
 # al. 2024) but those that are very small beside the norm.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _EPS = 1e-7
-BATCH_NUMEL = 1 << 24  # at most so many numbers go through the products together, if it is more than one matrix
 
 
 class Muon(torch.optim.Optimizer):

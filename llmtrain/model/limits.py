@@ -1,0 +1,11 @@
+"""Sizes up to which work is done in one: known to the code that does it and to the formulas that count its memory."""
+
+from __future__ import annotations
+
+MOST_LOGITS = 1 << 26  # that are held at once: 268 MB in float32, whatever the vocabulary
+BATCH_NUMEL = 1 << 24  # at most so many numbers go through Muon's products together, if it is more than one matrix
+
+
+def tokens_at_once(vocab_size: int, most_logits: int = MOST_LOGITS) -> int:
+    """For how many tokens the logits are made at once."""
+    return max(1, most_logits // vocab_size)

@@ -1,0 +1,1 @@
+"""Before anything is rented: what a run would take, by formulas."""
