@@ -22,10 +22,11 @@ def _count(text: str) -> int:
     return positive_int(text) if text.isdecimal() else positive_int(f"{_above_zero(text):.0f}")
 
 
-def _parser() -> VerbParser:
+def parser() -> VerbParser:
+    """The parser of `llmtrain plan`."""
     example = "llmtrain plan --config configs/7b.yaml --gpus 64 --gpu h100 --price-per-gpu-hour 2.5"
-    parser = VerbParser("plan", __doc__.splitlines()[0], example)
-    add = parser.add_argument
+    made = VerbParser("plan", __doc__.splitlines()[0], example)
+    add = made.add_argument
     add("--config", required=True, metavar="FILE", help="the run's YAML file")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.micro_batch_size=4")
     add("--gpus", type=positive_int, default=1, metavar="N", help="in all machines together (default: %(default)s)")
@@ -40,12 +41,12 @@ def _parser() -> VerbParser:
         help="Gb/s between machines for each GPU (default: what is usual with the kind)")  # fmt: skip
     add("--search", action="store_true", help="the fastest layout that fits, on each number of GPUs up to --gpus")
     add("--json", action="store_true", help="print all of it as JSON")
-    return parser
+    return made
 
 
 def main(argv: list[str]) -> None:
     """`llmtrain plan`."""
-    args = _parser().parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     from llmtrain.config import load_config
     from llmtrain.planning.facts import Asked, plan
     from llmtrain.planning.hardware import find_gpu
