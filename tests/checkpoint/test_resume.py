@@ -15,10 +15,12 @@ import pytest
 import llmtrain.train
 from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import FINAL, committed_steps, pointed, step_folder
+from llmtrain.config import make_config
 from llmtrain.errors import Stopped, UserError
+from llmtrain.optim.schedule import make_schedule
 from llmtrain.run import Run
 from llmtrain.train import main
-from tests.conftest import small_config
+from tests.conftest import records, small_config
 from tests.faults.test_hostile import rehash
 from tests.faulty_steps import faulty
 from tests.verified import open_verified
@@ -115,3 +117,31 @@ def test_a_save_that_may_not_fit_into_the_grace_is_warned_of_and_made(
     warning = "of health.grace_s=0.5; what sent SIGTERM may end this process before it has saved"
     assert warning in capsys.readouterr().err
     assert committed_steps(tmp_path / "run") == [10]
+
+
+def test_another_rate_batch_and_length_are_obeyed_and_said_and_the_samples_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = "logging.sample_ledger=true"
+    train(data, tmp_path / "whole", ledger, "training.max_steps=20")
+    with pytest.raises(Stopped):
+        train(data, tmp_path / "run", ledger, "training.stop_after=10")
+    capsys.readouterr()
+    changed = ("optimizer.lr=0.001", "training.global_batch_size=16", "training.max_steps=15", "logging.every=1")
+    train(data, tmp_path / "run", ledger, *changed)
+    said = capsys.readouterr().out.splitlines()
+    assert {line for line in said if line.startswith("changed since then: ")} == {
+        "changed since then: optimizer.lr: 0.003 → 0.001",
+        "changed since then: training.global_batch_size: 8 → 16",
+        "changed since then: training.max_steps: 30 → 15",
+    }
+
+    def ids(name: str) -> list[int]:
+        lines = (tmp_path / name / "samples-rank00000.jsonl").read_text().splitlines()
+        return [sample for line in lines for sample in json.loads(line)["ids"]]
+
+    assert len(ids("run")) == 10 * 8 + 5 * 16 and ids("run") == ids("whole")
+    new = [record for record in records(tmp_path / "run") if record["step"] > 10]
+    assert [record["step"] for record in new] == [11, 12, 13, 14, 15]
+    schedule = make_schedule(make_config({"schedule": {"warmup_steps": 5}}).schedule, 1e-3, 15)
+    assert [record["learning_rate"] for record in new] == [schedule(step) for step in range(11, 16)]
