@@ -135,7 +135,10 @@ def copied(begun: Path, run_dir: Path) -> Path:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """All records without what depends on the clock."""
-    clocked = {"tokens_per_sec", "step_time_s", "mfu", "memory_gb", "time", "step_time_spread_s", "slowest_rank"}
+    clocked = {
+        "tokens_per_sec", "step_time_s", "data_time_s", "mfu", "memory_gb", "time", "step_time_spread_s",
+        "slowest_rank",
+    }  # fmt: skip
     return [{k: v for k, v in record.items() if k not in clocked} for record in records(run_dir)]
 
 
