@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from llmtrain.cli import VERBS
 from llmtrain.config import ProfileSection, RunConfig, SourceSection, make_config
-from llmtrain.errors import LlmtrainError
+from llmtrain.errors import DEBUG, LlmtrainError
 from llmtrain.model.cost import parameter_count
 from llmtrain.observe.metrics import ARRAY_SOURCES
 from llmtrain.observe.record import COLUMNS, Record, SourceRecord
@@ -165,13 +165,16 @@ def _sizes() -> Iterator[str]:
 
 def _verbs() -> Iterator[str]:
     yield "## Verbs"
-    yield "`llmtrain VERB …` = `python -m llmtrain VERB …` = `python -m llmtrain.VERB …`. Each has `--help`."
+    yield (
+        "`llmtrain VERB …` = `python -m llmtrain VERB …` = `python -m llmtrain.VERB …`. Each has `--help`, "
+        f"and `{DEBUG}`, which shows a traceback also where the input is wrong."
+    )
     for verb in VERBS:
         parser = importlib.import_module(f"llmtrain.{verb}").parser()
         yield f"### `llmtrain {verb}`"
         yield parser.description
         yield f"```\n{textwrap.dedent(parser.epilog.removeprefix('example:')).strip()}\n```"
-        actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+        actions = [action for action in parser._actions if not {"--help", DEBUG} & set(action.option_strings)]
         formatter = argparse.HelpFormatter(parser.prog)
         yield _table(
             ("argument", "meaning"),

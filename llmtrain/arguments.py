@@ -7,7 +7,17 @@ import math
 from pathlib import Path
 from typing import NoReturn
 
-from llmtrain.errors import UserError
+from llmtrain.errors import DEBUG, UserError
+
+
+class _Noted(argparse.Action):
+    """A flag that `run_main` looks for itself: the verb sees nothing of it."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, *_: object) -> None:
+        """Store nothing."""
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -17,9 +27,11 @@ class VerbParser(argparse.ArgumentParser):
         verb: as the user types it.
         description: one line for `--help`.
         example: a whole command, shown at the end of `--help`.
+        instead: how to write what people often write otherwise, said where there are arguments that are not known.
     """
 
-    def __init__(self, verb: str, description: str, example: str):
+    def __init__(self, verb: str, description: str, example: str, instead: str = ""):
+        self.instead = instead
         # Raw: a command that is wrapped cannot be pasted.
         super().__init__(
             prog=f"llmtrain {verb}",
@@ -27,10 +39,14 @@ class VerbParser(argparse.ArgumentParser):
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.add_argument(DEBUG, action=_Noted, help="show where an error in the input was found, as a traceback")
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage, which would be several lines."""
-        raise UserError(f"{message} ({self.prog} --help explains the options)")
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            hint = f"; {self.instead}" if self.instead else ""
+        raise UserError(f"{message}{hint} ({self.prog} --help explains the options)")
 
 
 def add_config(parser: VerbParser, purpose: str) -> None:
@@ -45,6 +61,7 @@ def train_parser() -> VerbParser:
         "train",
         "Train a model from a config, or go on with an interrupted run.",
         "llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
+        instead="keys of the config are written section.key=value, such as optimizer.lr=3e-4",
     )
     add_config(made, "YAML file; see configs/. Without it the demo is offered")
     add = made.add_argument

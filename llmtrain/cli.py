@@ -9,7 +9,7 @@ import importlib
 import sys
 
 from llmtrain import __version__
-from llmtrain.errors import UserError, nearest, run_main
+from llmtrain.errors import DEBUG, UserError, nearest, run_main
 
 VERBS = {
     "prepare": "turn text into token shards, with a tokenizer fitted on it",
@@ -22,6 +22,7 @@ VERBS = {
     "tokenizer": "show a tokenizer, what it makes of a text, write it as tokenizer.json",
     "doctor": "check the machine, then the training checklist on one batch",
     "verify": "check every hash of prepared data or of a checkpoint",
+    "completion": "completion of verbs, options and config keys for your shell",
 }
 
 
@@ -40,7 +41,9 @@ def usage() -> str:
 
 def main(argv: list[str]) -> None:
     """Run the verb named by the first argument."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[:1] == [DEBUG]:
+        argv = [*argv[1:], DEBUG]
+    if not argv or argv[0] in ("-h", "--help", "help", DEBUG):
         print(usage())
     elif argv[0] in ("-V", "--version"):
         print(f"llmtrain {__version__}")

@@ -81,8 +81,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: not a text file in UTF-8, so not a config") from error
+    except OSError as error:
+        hint = _configs_there(Path(path))
+        raise UserError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     raw = _parse_yaml(text, str(path))
     if raw is None:
         raw = {}
@@ -94,6 +97,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     for section, values in given.items():
         raw[section] = {**(raw.get(section) or {}), **values}
     return make_config(raw, str(path))
+
+
+def _configs_there(path: Path) -> str:
+    """Which files may have been meant by a path that is none."""
+    folder = path if path.is_dir() else path.parent
+    there = sorted(str(file) for file in folder.glob("*.yaml")) or sorted(map(str, Path("configs").glob("*.yaml")))
+    if not there:
+        return ""
+    return f"; {'there are ' + ', '.join(there[:8]) if path.is_dir() else nearest(str(path), there)}"
 
 
 def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
@@ -121,7 +133,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", error))
+        hint = "; indent with blanks, not with tabs" if "'\\t'" in problem else ""
+        raise UserError(f"{where}{place}: not valid YAML: {problem}{hint}") from error
 
 
 def _parse_overrides(overrides: list[str]) -> dict[str, dict[str, Any]]:
@@ -130,7 +144,9 @@ def _parse_overrides(overrides: list[str]) -> dict[str, dict[str, Any]]:
         key, equals, value = override.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and section and name):
-            raise UserError(f"override '{override}': write it as section.key=value, such as optimizer.lr=3e-4")
+            raise UserError(
+                f"override '{override}': write it as section.key=value without blanks, such as optimizer.lr=3e-4"
+            )
         _check_keys({section: {name: None}}, f"override '{override}'")
         given.setdefault(section, {})[name] = _parse_yaml(value, f"override '{override}'")
     return given
@@ -200,13 +216,22 @@ def _expand_lr(raw: dict[str, Any], where: str) -> None:
     raw["schedule"] = {"min_lr": float(f"{auto_lr(name, dim) / 10:.3g}"), **(raw.get("schedule") or {})}
 
 
+_PLAIN = {
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+    "string_type": "should be a text",
+}
+
+
 def _describe(error: ValidationError, where: str) -> str:
     """All problems on one line; the alternatives of one key (a word or a number) count as one problem."""
     problems: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"][: 4 if "sources" in problem["loc"] else 2])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         problems.setdefault(key, []).append(message)
         given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
     lines = [f"{key + ': ' if key else ''}{' or '.join(texts)}{given[key]}" for key, texts in problems.items()]

@@ -23,8 +23,11 @@ def demo_config(overrides: Sequence[str] = ()) -> Path:
         the config of the demo.
 
     Raises:
-        UserError: nobody to ask, or no was said; says what to type.
+        UserError: a config was given in another way, nobody can be asked, or no was said; says what to type.
     """
+    files = [text for text in overrides if "=" not in text]
+    if files:
+        raise UserError(f"{files[0]}: write --config {files[0]}; settings that win over it are section.key=value")
     config = next((path for path in (CONFIG, _CHECKOUT / CONFIG) if path.is_file()), None)
     if config is None:
         raise UserError("train needs a config: add --config FILE; the repository has examples in configs/")

@@ -9,10 +9,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from llmtrain import __version__
+
+DEBUG = "--debug"  # shows tracebacks of foreseen ends, too; every verb takes it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -83,7 +87,8 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
         raise
-    except Exception:
+    except Exception as error:
+        error.add_note(f"This is a fault of llmtrain {__version__}; please report it, with the lines above.")
         if "LOCAL_RANK" not in os.environ:
             raise
         sys.excepthook(*sys.exc_info())
@@ -100,6 +105,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main(argv)
     except LlmtrainError as error:
+        if DEBUG in argv:
+            traceback.print_exception(error)
         if not error.is_said:
             _say(error)
         return error.exit_code

@@ -80,6 +80,9 @@ def parser() -> VerbParser:
 def main(argv: list[str]) -> None:
     """`llmtrain report`."""
     args = parser().parse_args(argv)
+    for path in args.paths:
+        if isinstance(path, Path) and not path.exists():
+            raise UserError(f"{path}: no such folder; name a run (such as checkpoints/demo) or prepared data")
     runs = [path for path in args.paths if _is_of_a_run(path)]
     if not runs:
         if args.html:

@@ -352,6 +352,8 @@ class LoggingSection(Section):
     """A Weights & Biases run; WANDB_MODE says whether online, offline or off (needs wandb)."""
     wandb_project: str = "llmtrain"
     """The project it belongs to."""
+    sinks: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = ()
+    """Places of your own for the records, each `module:factory`; see docs/sinks.md."""
     plots: bool = True
     """Draw training_curve.png and loss_by_epoch.png."""
     sample_ledger: bool = False

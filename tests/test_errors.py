@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain import cli
 from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, end_everywhere, run_main
+from tests.conftest import Call
 
 Main = Callable[[list[str]], None]
 
@@ -115,3 +117,20 @@ def test_what_ends_all_ranks_is_said_and_left_before_any_of_them_goes(
     assert before == [said, "75\n"]
     assert run_main(raising(error), []) == 75
     assert capsys.readouterr().err == ""  # once
+
+
+def test_debug_shows_where_bad_input_was_found_and_only_then(call: Call) -> None:
+    code, _, err = call(raising(UserError("x")))
+    assert (code, err) == (2, "llmtrain: error: x\n")
+    code, _, err = call(raising(UserError("x")), "--debug")
+    assert code == 2 and err.startswith("Traceback") and err.endswith("llmtrain: error: x\n")
+    for argv in (["--debug", "verify", "none"], ["verify", "none", "--debug"]):
+        code, _, err = call(cli.main, *argv)
+        assert code == 2 and "Traceback" in err and err.endswith("llmtrain: error: none: no such folder\n"), argv
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_a_fault_of_ours_always_shows_its_traceback_and_says_whose_it_is(options: list[str]) -> None:
+    program = "import sys; from llmtrain.errors import run_main\ndef main(_): 1 / 0\nsys.exit(run_main(main))"
+    done = subprocess.run([sys.executable, "-c", program, *options], check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "fault of llmtrain" in done.stderr

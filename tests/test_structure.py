@@ -13,7 +13,19 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "llmtrain").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-VERBS = {"prepare", "train", "generate", "evaluate", "export", "report", "plan", "tokenizer", "doctor", "verify"}
+VERBS = {
+    "prepare",
+    "train",
+    "generate",
+    "evaluate",
+    "export",
+    "report",
+    "plan",
+    "tokenizer",
+    "doctor",
+    "verify",
+    "completion",
+}
 
 
 def imported(path: Path) -> set[str]:

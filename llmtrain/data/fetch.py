@@ -28,7 +28,9 @@ def local_data(path: str | Path) -> Path:
     remote = Remote(str(path))
     text = remote.read(MANIFEST)
     if text is None:
-        raise UserError(f"{path}: not prepared data (no {MANIFEST} in it); make it: llmtrain prepare --out {path}")
+        raise UserError(
+            f"{path}: not prepared data (no {MANIFEST} in it); make it: llmtrain prepare --input … --out {path}"
+        )
     manifest = _parse(text, remote)
     _refuse_outside(manifest, remote)
     folder = cache_folder("data", text.decode())

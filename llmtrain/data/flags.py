@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "prepare",
         "Turn text into token shards, with a tokenizer fitted on the training part.",
         "llmtrain prepare --input books/ --input 'web/*.jsonl.zst' --tokenizer bbpe --out data/mine",
+        instead="what to read is given by --input",
     )
     add, default = made.add_argument, Options()
     _add_source_flags(add, default)

@@ -395,7 +395,14 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-        raise UserError(f"{folder}: not prepared data ({hint}); make it: llmtrain prepare --out {folder}") from error
+        source = "stdlib" if folder.name == "stdlib" else "YOUR_TEXTS"
+        raise UserError(
+            f"{folder}: not prepared data ({hint}); make it: llmtrain prepare --input {source} --out {folder}"
+        ) from error
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{folder}: a file, not prepared data; make it: llmtrain prepare --input {folder} --out data/{folder.stem}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     try:

@@ -1,9 +1,11 @@
-"""Other places where records can go: TensorBoard and Weights & Biases, by a switch each; anything else by a `Sink`."""
+"""Other places where records can go: TensorBoard and W&B by a switch each, others by `logging.sinks`."""
 
 from __future__ import annotations
 
 import html
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -46,25 +48,55 @@ def open_sinks(
         reached_step: of the last record that an earlier launch may have logged.
 
     Raises:
-        UserError: a package is missing, or W&B cannot start a new run.
+        UserError: a package is missing, W&B cannot start a new run, or a sink of the user's own fails.
     """
     sinks: list[Sink] = []
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(run_dir, resume_step))
     if config.logging.wandb:
         sinks.append(WandbSink(config, run_dir, resume_step, warn, reached_step))
+    for name in config.logging.sinks:
+        try:
+            sinks.append(_factory(name)(config, run_dir, resume_step))
+        except Exception as error:  # of whatever kind: it is not our code
+            raise UserError(f"logging.sinks '{name}' cannot start: {type(error).__name__}: {error}") from error
     return sinks
 
 
-def require_sinks(config: RunConfig) -> None:
-    """Check, before anything is written, that the packages of the sinks that are switched on are installed.
+def _factory(name: str) -> Callable[[RunConfig, Path, int], Sink]:
+    """What `module:factory` names; the module may lie in the folder that the run is started in.
 
     Raises:
-        UserError: one is missing.
+        UserError: it cannot be imported, or there is no such function in it.
+    """
+    module, _, function = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that it hides nothing
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except Exception as error:  # of whatever kind: it is not our code
+        raise UserError(
+            f"logging.sinks '{name}' cannot be imported: {type(error).__name__}: {error}; it must be module:factory, of"
+            " an installed package or a file of this folder"
+        ) from error
+    if not callable(factory):
+        raise UserError(f"logging.sinks '{name}': {function} is a {type(factory).__name__}, not a function or class")
+    made: Callable[[RunConfig, Path, int], Sink] = factory
+    return made
+
+
+def require_sinks(config: RunConfig) -> None:
+    """Check, before anything is written, that the sinks that are switched on can be imported.
+
+    Raises:
+        UserError: one cannot.
     """
     for package in ("tensorboard", "wandb"):
         if getattr(config.logging, package) and importlib.util.find_spec(package) is None:
             raise _missing(package)
+    for name in config.logging.sinks:
+        _factory(name)
 
 
 def scalars(record: Record) -> dict[str, float]:
