@@ -10,6 +10,7 @@ from typing import Any
 from llmtrain.arguments import VerbParser, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
+from llmtrain.data.ahead import ahead
 from llmtrain.data.batches import Layout, Windows, validation_batches
 from llmtrain.data.documents import document_end
 from llmtrain.data.fetch import local_data
@@ -54,9 +55,8 @@ def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int
         world_size=engine.world_size,
     )
     limit = batches and batches * layout.global_batch
-    result = validate(
-        engine, validation_batches(windows, layout, limit), layout.micro_batch, trained.tokenizer.vocab_size
-    )
+    arriving = ahead(validation_batches(windows, layout, limit), engine.device)
+    result = validate(engine, arriving, layout.micro_batch, trained.tokenizer.vocab_size)
     info = data.manifest.splits[split]
     bits = result.bits_per_byte(info.text_bytes / info.tokens) if info.text_bytes else None
     return {

@@ -34,6 +34,7 @@ from llmtrain.checkpoint.store import (
     clear_way,
     newest_good,
 )
+from llmtrain.data.ahead import ahead
 from llmtrain.data.batches import Batch, batches, validation_batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
@@ -231,7 +232,9 @@ class Run:
             self.order,
             position=self.progress.position,
             workers=self.config.data.workers,
-            reading=lambda items: self.peers.reading(self.meter.reading(items), lambda: self.progress.step + 1),
+            reading=lambda found: self.peers.reading(
+                self.meter.reading(ahead(found, self.engine.device)), lambda: self.progress.step + 1
+            ),
         )
 
     def due(self, every: int | None) -> bool:
@@ -256,7 +259,8 @@ class Run:
             with self.meter.paused():
                 for name, of_source in self.parts.val.items():
                     windows = validation_batches(of_source, layout, limit and limit * layout.global_batch)
-                    found[name] = validate(self.engine, self._until_told(windows), layout.micro_batch, ids)
+                    arriving = self._until_told(ahead(windows, self.engine.device))
+                    found[name] = validate(self.engine, arriving, layout.micro_batch, ids)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None

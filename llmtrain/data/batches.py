@@ -289,7 +289,7 @@ def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) ->
 def inputs_and_targets(
     tokens: Tokens_BS, rows: int, device: torch.device, padding: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move a micro-batch to the device and widen it there.
+    """Move a micro-batch to the device, unless it lies there, and widen it.
 
     Args:
         tokens: (n ≤ rows, seq_len + 1) in the stored dtype; n may be 0.
@@ -300,9 +300,7 @@ def inputs_and_targets(
     Returns:
         (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
     """
-    if device.type == "cuda" and not tokens.is_pinned():
-        tokens = tokens.pin_memory()
-    wide = tokens.to(device, non_blocking=True).long()
+    wide = tokens.to(device).long()
     inputs, targets = wide[:, :-1], wide[:, 1:]
     if padding is not None:
         is_padding = (inputs == padding) & (targets == padding)
