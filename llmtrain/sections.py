@@ -25,6 +25,8 @@ from llmtrain.presets import PRESETS
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# The same text from libyaml, eight times as fast, where PyYAML has it.
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _BYTES = {
@@ -411,4 +413,5 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The config as YAML that `load_config` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -7,25 +7,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from llmtrain.engine.alone import Alone, is_alone
 from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes of a launch, joined; Accelerate reads from the environment which they are.
+    """The processes of a launch, joined; Accelerate reads from the environment which they are, if it was launched.
 
     Args:
         timeout_s: seconds after which a collective operation that does not end is an error.
@@ -40,17 +42,8 @@ class Processes:
     def __init__(self, timeout_s: float):
         on_gpu = torch.cuda.is_available()
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count() if on_gpu else None)
-        is_launched = "LOCAL_RANK" in os.environ
-        group = InitProcessGroupKwargs(
-            backend="gloo" if is_launched and not on_gpu else None, timeout=timedelta(seconds=timeout_s)
-        )
-        # No buffer of ours ever changes, and gradients need no second copy to be sent from.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        # Under DeepSpeed Accelerate joins nobody where it is told `cpu`; otherwise it would not believe there is none.
-        cpu = not on_gpu and not torch.backends.mps.is_available() and not launched_with_deepspeed()
         with meeting(timeout_s):
-            # Precision is ours: `Engine.build` sets it, the same for all engines.
-            self._accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
+            self._accelerator: Any = Alone() if is_alone() else _accelerator(timeout_s, on_gpu)
             self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
             self._side = SideChannel(timeout_s) if self._accelerator.num_processes > 1 else None
         self.timeout_s = timeout_s
@@ -133,7 +126,23 @@ class Processes:
     def close(self) -> None:
         """See `Engine`. Accelerate keeps its state in globals; clearing them lets one process run again."""
         self._accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        if not isinstance(self._accelerator, Alone):
+            self._accelerator.state._reset_state(reset_partial_state=True)
+
+
+def _accelerator(timeout_s: float, on_gpu: bool) -> Accelerator:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    is_launched = "LOCAL_RANK" in os.environ
+    group = InitProcessGroupKwargs(
+        backend="gloo" if is_launched and not on_gpu else None, timeout=timedelta(seconds=timeout_s)
+    )
+    # No buffer of ours ever changes, and gradients need no second copy to be sent from.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Under DeepSpeed Accelerate joins nobody where it is told `cpu`; otherwise it would not believe there is none.
+    cpu = not on_gpu and not torch.backends.mps.is_available() and not launched_with_deepspeed()
+    # Precision is ours: `Engine.build` sets it, the same for all engines.
+    return Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[group, ddp])
 
 
 def launched_with_deepspeed() -> bool:

@@ -98,6 +98,8 @@ def require_agreement(engine: Engine, config: RunConfig, data_fingerprint: str) 
     Raises:
         UserError: config or data differ; the rank and the difference are named.
     """
+    if engine.world_size == 1:
+        return []  # there is nobody to differ from
     facts = {"data": data_fingerprint, "code": code_fingerprint(), **package_versions()}
     settings = {
         f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()

@@ -42,19 +42,19 @@ def provenance(
         step: after which the launch begins.
         total_steps: at which the run will be done.
     """
+    git = _begin_git_status()  # it runs while the rest is looked up
     return {
         "started": time.strftime(_STARTED),
         "llmtrain": __version__,
         "python": platform.python_version(),
         "packages": package_versions(),
-        "git_commit": _git_commit(),
         "command": sys.argv,
         "hardware": {
             "host": platform.node(),
             "system": platform.platform(),
             "cpu_count": os.cpu_count(),
             "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "cuda": torch.version.cuda,
         },
         "launch": {
@@ -65,6 +65,7 @@ def provenance(
         },
         "data": {"path": data.where, "fingerprint": data.fingerprint()},
         "tokenizer": {"kind": data.tokenizer.kind, "sha256": data.tokenizer.sha256},
+        "git_commit": _git_commit(git),
     }
 
 
@@ -101,15 +102,24 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """The commit of this code where it runs from a checkout, with `+changes` where it differs from it."""
+def _begin_git_status() -> subprocess.Popen[str] | None:
+    """Ask git about the checkout that this code runs from, if it does."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None
-    git = ["git", "-C", str(checkout)]
+    command = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None  # no git here, or no commit yet: the field stays empty
-    return commit + ("+changes" if dirty else "")
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None  # no git here: the field stays empty
+
+
+def _git_commit(status: subprocess.Popen[str] | None) -> str | None:
+    """The commit, with `+changes` where the checkout differs from it."""
+    if status is None:
+        return None
+    lines = status.communicate()[0].splitlines()
+    commits = [line.split()[2] for line in lines if line.startswith("# branch.oid ")]
+    if status.returncode or not commits or commits[0] == "(initial)":
+        return None
+    return commits[0] + ("+changes" if any(not line.startswith("#") for line in lines) else "")

@@ -18,7 +18,7 @@ _TEMPERATURE = 0.8
 
 
 class Samples:
-    """The prompts as ids, read once; none where no samples are asked for.
+    """The prompts as ids, read once; where no samples are asked for there are none, and the tokenizer is not loaded.
 
     Raises:
         UserError: a prompt has a character that the tokenizer lacks.
@@ -27,14 +27,14 @@ class Samples:
 
     def __init__(self, tokenizer_folder: Path, config: RunConfig):
         training = config.training
-        self._tokenizer, self._seed, self._length = (
-            load_tokenizer(tokenizer_folder),
-            config.run.seed,
-            training.sample_tokens,
-        )
-        prompts = training.sample_prompts if training.sample_every else ()
-        begins = config.data.document_mask
-        self._prompts = [(text, prompt_ids(self._tokenizer, text, begins_document=begins)) for text in prompts]
+        self._seed, self._length = config.run.seed, training.sample_tokens
+        self._prompts: list[tuple[str, list[int]]] = []
+        if training.sample_every:
+            self._tokenizer = load_tokenizer(tokenizer_folder)  # imports its library
+            begins = config.data.document_mask
+            self._prompts = [
+                (text, prompt_ids(self._tokenizer, text, begins_document=begins)) for text in training.sample_prompts
+            ]
 
     def write(
         self, model: Transformer, device: torch.device, through: Callable[[Iterator[Tensor]], Iterator[Tensor]]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from llmtrain.model.limits import BATCH_NUMEL
+from llmtrain.optim.eager import EagerOptimizer
 
 # One step maps a singular value s to 3.4445 s − 4.7750 s³ + 2.0315 s⁵; five bring all to between 0.7 and 1.2 (Jordan et
 # al. 2024) but those that are very small beside the norm.
@@ -26,7 +27,7 @@ _STEPS = 5
 _EPS = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """For matrices only.
 
     `found_inf`, where it is set (float32 scalar on the device), is honoured as by torch's fused optimizers: 1 leaves

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from llmtrain.config import OptimizerSection
+from llmtrain.optim.eager import EagerOptimizer, eager
 from llmtrain.optim.muon import Muon
 
 
-class Combined(torch.optim.Optimizer):
+class Combined(EagerOptimizer):
     """Several optimizers over disjoint parameters that look like one."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
@@ -120,11 +121,11 @@ def make_elementwise(config: OptimizerSection, groups: ParamsT) -> torch.optim.O
     # fused: one kernel for all parameters, on every device we run on
     common: dict[str, Any] = {"lr": config.lr, "fused": True}
     if config.name == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=config.momentum, **common)
+        sgd = eager(torch.optim.SGD)(groups, momentum=config.momentum, **common)
         sgd.register_step_pre_hook(_begin_momentum)
         return sgd
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, betas=config.betas, eps=config.eps, **common)
+    return eager(kind)(groups, betas=config.betas, eps=config.eps, **common)
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -41,7 +41,7 @@ def test_adamw_decays_apart_from_the_gradient_and_only_matrices() -> None:
 def test_adam_couples_the_decay_into_the_gradient() -> None:
     model = build()
     optimizer = make_optimizer(model, make_config({"optimizer": {"name": "adam"}}).optimizer)
-    assert type(optimizer) is torch.optim.Adam
+    assert isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
 
 
 def test_muon_steps_matrices_like_torchs_muon_and_the_rest_like_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
