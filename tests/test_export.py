@@ -20,9 +20,10 @@ from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.load import load_model
 from llmtrain.config import load_config
 from llmtrain.data.shards import TOKENIZER_FOLDER
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_export import hugging_face_files, tokenizer_json
 from llmtrain.data.tokenizer_hf import HuggingFaceTokenizer
+from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.data.tokenizer_same import first_difference
 from llmtrain.engine import Fragment
 from llmtrain.export import main as export
@@ -139,10 +140,10 @@ def test_files_of_any_size_hold_the_same_tensors_and_bf16_is_rounded(
         assert model.dtype == dtype
 
 
-def altered(checkpoint: Path, folder: Path, **model: Any) -> Path:
-    """A checkpoint with the weights (only) of another model, random."""
-    folder.mkdir()
-    shutil.copytree(checkpoint / "tokenizer", folder / "tokenizer")
+def altered(checkpoint: Path, folder: Path, tokenizer: Tokenizer | None = None, **model: Any) -> Path:
+    """A checkpoint with the weights (only) of another model, random, or with another tokenizer."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (tokenizer or load_tokenizer(checkpoint / "tokenizer")).save(folder / "tokenizer")
     saved = load_config(checkpoint / "config.yaml", [f"model.{key}={value}" for key, value in model.items()])
     (folder / "config.yaml").write_text(saved.to_yaml())
     shapes = parameter_shapes(saved.model, saved.data.seq_len)
@@ -171,6 +172,19 @@ def test_a_model_that_no_architecture_has_is_refused_by_the_key(
     code, _, err = call(export, run, "--out", tmp_path / "hf")
     assert code == 2 and is_one_clear_line(err) and named in err, err
     assert not (tmp_path / "hf").exists()
+
+
+def test_ids_that_nobody_can_spell_are_exported_without_a_tokenizer(
+    trained_run: Path, tmp_path: Path, call: Call
+) -> None:
+    """Of token files that were prepared with --vocab-size alone."""
+    run = altered(trained_run / "step-00000010", tmp_path / "step-00000001", NoTokenizer(29))
+    code, out, err = call(export, run, "--out", tmp_path / "hf")
+    assert code == 0 and "without a tokenizer: no tokenizer is known" in out, err
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
 
 
 def test_what_cannot_be_read_or_written_leaves_nothing(trained_run: Path, tmp_path: Path, call: Call) -> None:
