@@ -2,8 +2,9 @@
 
 A product takes as long as its FLOPs at the rate that products reach in training, or as its operands take to be read and
 written, whichever is longer (the roofline of Williams et al. 2009). Tiles of 128 × 128 are dealt out to the
-multiprocessors in waves, of which the last may not be full. All else is bound by memory: its bytes are counted operator
-by operator, once for operators one by one and once as a compiler fuses them.
+multiprocessors in waves, of which the last may not be full. All else is bound by memory: for operators one by one its
+bytes are those that a block of this model reads and writes (tests/planning/test_compute.py counts them), compiled they
+are what is left if all between two products is one kernel.
 
 SUSTAINED is the only number here that was fitted: on one row of one machine (docs/plan.md), and used for every other.
 """
@@ -23,8 +24,10 @@ TILE = 128
 # Scores of so many tokens go at half the rate of long sequences: FlashAttention-2's figures with a causal mask, from
 # 512 tokens on (Dao 2023, figures 4 to 7).
 HALF_RATE_TOKENS = 512
-KERNEL_S = 6e-6  # for which the host is busy with one operator: PyTorch's dispatch and autograd, and the launch
-KERNELS_EAGER, KERNELS_COMPILED = 36, 14  # of a block, forward: counted in one of this model
+KERNEL_S = 6e-6  # for which the host is busy with one operator, about: PyTorch's dispatch and autograd, and the launch
+# Beside a forward pass: counted in blocks of this model, 1.6 to 1.75 of its bytes and 1.45 of its operators.
+BACKWARD_BYTES, BACKWARD_KERNELS = 1.7, 1.45
+ROPE_BYTES = 37  # for each number of queries and keys: two products, a turned copy, a sum, and the cast of it
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Work:
     compiled: bool = False
     stream_bytes: int = 4  # of a number of the residual stream; this model's is float32
     fused_norm: bool = True
+    rope_bytes: int = ROPE_BYTES  # where it is not compiled
     remade_products: float | None = None  # share of the blocks' products that selective checkpointing makes again; 0
 
     @property
@@ -113,11 +117,12 @@ def compute_seconds(gpu: Gpu, work: Work, clock: float = 1.0) -> Seconds:
     logits = work.tokens * (work.model.vocab_size or 0) * (30 if work.bf16 else 28) / bandwidth
     # Backward is two products for each, five for attention's two (Dao 2023, section 3.1), twice the reads and writes.
     forward = blocks + head + attention + streamed + (casts + logits) / 3
+    # What is made again is a forward pass of operators between products, whatever is kept of the products.
+    remakes = work.checkpointing != "none"
     total_products = (3 + again) * blocks + 3 * head
     total_attention = (3.5 + attention_again) * attention
-    moved = (3 + (work.checkpointing != "none")) * streamed + casts + logits
-    kernels = (KERNELS_COMPILED if work.compiled else KERNELS_EAGER) * work.model.layers
-    host = kernels * (3 + (work.checkpointing != "none")) * KERNEL_S
+    moved = (1 + BACKWARD_BYTES + remakes) * streamed + casts + logits
+    host = work.model.layers * _kernels(work) * (1 + BACKWARD_KERNELS + remakes) * KERNEL_S
     whole = total_products + total_attention + moved
     return Seconds(total_products, total_attention, moved, forward / whole, host)
 
@@ -176,6 +181,14 @@ def _block_bytes(work: Work) -> float:
     if stream != product:  # autocast casts what each product reads: three in attention, one or two after it
         norms += (5 if gated else 4) * dim * (stream + product)
     residuals = 2 * dim * (2 * stream + product)
-    rope = 20 * turned * rotary  # cast to float32, turned, cast back
-    normed = (2 * product + 8) * turned * model.qk_norm
-    return norms + residuals + rope + normed + (5 if gated else 2) * product * ff_dim
+    # The norm of queries and keys is float32, and so is what is turned after it: 10 bytes more for each number.
+    turning = (rotary * (work.rope_bytes + 10 * model.qk_norm) + 24 * model.qk_norm) * turned
+    return norms + residuals + turning + (5 if gated else 2) * product * ff_dim
+
+
+def _kernels(work: Work) -> int:
+    """Operators of a block forward, counted in one of this model; compiled: one between two products."""
+    model = work.model
+    if work.compiled:
+        return 2 * len(work.block_shapes()) + 1
+    return 22 + 4 * (model.activation == "swiglu") + 12 * (model.positions == "rope") + 7 * model.qk_norm

@@ -104,12 +104,12 @@ def step_seconds(
         slowed=slowed,
         update=update,
         offload=moved,
-        waiting=own * SPREAD * _slowest_of(links.ranks),
+        waiting=own * SPREAD * slowest_of(links.ranks),
         hidden=hidden,
     )
 
 
-def _slowest_of(ranks: int) -> float:
+def slowest_of(ranks: int) -> float:
     """Standard deviations by which the slowest of so many is expected to lie off (Blom 1958)."""
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
