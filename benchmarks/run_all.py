@@ -40,7 +40,7 @@ def main() -> None:
     arguments = {"peers": [text for option, value in given.items() if value for text in (option, value)]}
     if args.data_peers_python:
         arguments["data"] = ["--peers-python", args.data_peers_python]
-    for name in [*FITTING, *(["gpu_smoke", "gpu_speed"] if torch.cuda.is_available() else [])]:
+    for name in [*FITTING, *(["gpu_smoke", "gpu_speed", "attention"] if torch.cuda.is_available() else [])]:
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments.get(name, [])], check=True)
 

@@ -1,6 +1,6 @@
 """A process that no launcher started: there is nobody to join, so Accelerate has nothing to do, and is not imported.
 
-That is a fifth of what Python imports before the first step (docs/LOG.md).
+What its import costs a start is in docs/LOG.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torch's optimizers without the decorators that keep torch's compiler away from them.
 
-These import the compiler to tell it that there is nothing to do: a quarter of the time from launch to the first step
+These import the compiler to tell it that there is nothing to do: a quarter of the processor time of a start
 (docs/LOG.md). No optimizer is compiled here; its kernels are fused.
 """
 
