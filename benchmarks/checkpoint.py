@@ -197,10 +197,8 @@ def llmtrain_contenders(bench: Bench) -> dict[str, tuple[Action, Action | None]]
 def peers(bench: Bench) -> dict[str, tuple[Action, Action | None]]:
     """Each as its documentation shows, over the very same model and optimizer."""
     import deepspeed
-    from accelerate import Accelerator
 
-    model, optimizer, accelerator = bench.engine._bare, bench.engine._optimizer, Accelerator(cpu=True)
-    accelerator.prepare_model(model)
+    model, optimizer, accelerator = bench.engine._bare, bench.engine._optimizer, bench.engine._accelerator
     accelerator.prepare_optimizer(optimizer)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for a minute
     deepspeed.utils.logger.setLevel("WARNING")

@@ -83,6 +83,8 @@ def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulat
 def stepper(config: RunConfig, fake: bool = False) -> Callable[[], None]:
     """A function that takes one real optimizer step of the real engine; the first makes the optimizer's state."""
     engine = (_WithoutValues if fake else AccelerateEngine)(timeout_s=60)
+    if fake:
+        engine._accelerator.device_placement = False  # what is fake has its device and cannot be moved
     training, seq_len = config.training, config.data.seq_len
     engine.build(
         lambda: Transformer(config.model, seq_len, training.activation_checkpointing), training, config.optimizer

@@ -7,27 +7,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from llmtrain.engine.alone import Alone, is_alone
 from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 Value = TypeVar("Value")
 
 
 class Processes:
-    """The processes of a launch, joined; Accelerate reads from the environment which they are, if it was launched.
+    """The processes of a launch, joined; Accelerate reads from the environment which they are.
 
     Args:
         timeout_s: seconds after which a collective operation that does not end is an error.
@@ -43,7 +41,7 @@ class Processes:
         on_gpu = torch.cuda.is_available()
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count() if on_gpu else None)
         with meeting(timeout_s):
-            self._accelerator: Any = Alone() if is_alone() else _accelerator(timeout_s, on_gpu)
+            self._accelerator = _accelerator(timeout_s, on_gpu)
             self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
             self._side = SideChannel(timeout_s) if self._accelerator.num_processes > 1 else None
         self.timeout_s = timeout_s
@@ -126,13 +124,10 @@ class Processes:
     def close(self) -> None:
         """See `Engine`. Accelerate keeps its state in globals; clearing them lets one process run again."""
         self._accelerator.end_training()
-        if not isinstance(self._accelerator, Alone):
-            self._accelerator.state._reset_state(reset_partial_state=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _accelerator(timeout_s: float, on_gpu: bool) -> Accelerator:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
     is_launched = "LOCAL_RANK" in os.environ
     group = InitProcessGroupKwargs(
         backend="gloo" if is_launched and not on_gpu else None, timeout=timedelta(seconds=timeout_s)
