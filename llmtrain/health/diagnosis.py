@@ -73,7 +73,7 @@ class _Shape:
         return self.end - self.low
 
     def has_diverged(self) -> bool:
-        return self.lost() > max(0.2 * self.gain, 4 * self.noise, 0.05)
+        return self.lost() > max(0.2 * self.gain, 4 * self.noise / math.sqrt(len(self.losses) / 10), 0.05)
 
 
 def _shape(curves: Curves) -> _Shape | None:
@@ -92,18 +92,15 @@ def _shape(curves: Curves) -> _Shape | None:
 
 def diagnose(curves: Curves) -> list[Remark]:
     """All that is to be said of the losses; nothing where they are as they should be."""
-    remarks = list(_not_finite(curves))
     shape = _shape(curves)
+    remarks = [remark for rule in WITHOUT_SHAPE.values() for remark in rule(curves)]
     if shape is None:
         return remarks
-    found: list[Callable[[Curves, _Shape], Iterable[Remark]]] = [
-        _diverging, _not_decreasing, _oscillating, _warmup, _plateau, _overfitting, _underfitting,
-    ]  # fmt: skip
-    return remarks + [remark for rule in found for remark in rule(curves, shape)]
+    return remarks + [remark for rule in RULES.values() for remark in rule(curves, shape)]
 
 
 def _not_finite(curves: Curves) -> Iterator[Remark]:
-    """Any record without a finite loss, or any step that was not applied; a problem from 1 % of the steps on."""
+    """A record without a finite loss, or a step that was not applied because its loss or norm is not finite."""
     missing = ~np.isfinite(curves.train_loss)
     if curves.not_finite or missing.any():
         first = f", first by step {curves.step[missing][0]:,.0f}" if missing.any() else ""
@@ -115,6 +112,10 @@ def _not_finite(curves: Curves) -> Iterator[Remark]:
             "lower optimizer.lr or lengthen schedule.warmup_steps; if it comes with certain samples (skipped.jsonl has "
             "their ids), look at them; training.fp8: false or precision: fp32 shows whether it is the number format",
         )
+
+
+def _spikes(curves: Curves) -> Iterator[Remark]:
+    """Steps were not applied because they spiked; a problem where the run went back, or from 1 % of the steps on."""
     spikes = curves.skipped - curves.not_finite
     if spikes > 0 or curves.rollbacks:
         last = float(curves.step[-1]) if len(curves.step) else 1.0
@@ -130,7 +131,7 @@ def _not_finite(curves: Curves) -> Iterator[Remark]:
 
 
 def _diverging(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """The end lies above the lowest point by a fifth of the gain, 4 × the noise and 0.05 nats; or the run gave up."""
+    """The end lies above the lowest point by a fifth of the gain, 4 of its errors and 0.05 nats; or the run gave up."""
     if not shape.has_diverged():
         if curves.ended == "diverged":
             yield Remark(
@@ -174,13 +175,13 @@ def _not_decreasing(curves: Curves, shape: _Shape) -> Iterator[Remark]:
 
 
 def _oscillating(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """Second half: the loss swings around its trend by over 15 % of the gain, and gains less than it swings."""
+    """In the second half the loss swings by 12 % of the gain around its trend, and falls by less than half of that."""
     half = len(shape.losses) // 2
     rest = shape.losses[half:] - shape.trend[half:]
     low, high = np.percentile(rest, [5, 95])
     swing = float(high - low)
-    gained = float(shape.trend[half] - shape.trend[-1])
-    if shape.has_diverged() or shape.gain < 0.05 * shape.start or swing < 0.15 * shape.gain or gained > swing:
+    gained = float(np.median(shape.losses[half : half + half // 4 + 1])) - shape.end
+    if shape.has_diverged() or shape.gain < 0.05 * shape.start or swing < 0.12 * shape.gain or gained > swing / 2:
         return
     yield Remark(
         "oscillating",
@@ -192,14 +193,14 @@ def _oscillating(curves: Curves, shape: _Shape) -> Iterator[Remark]:
 
 
 def _warmup(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """In the first fifth the loss jumps up by a tenth of the gain and 5 × the noise, and comes down again later."""
+    """In the first fifth the loss jumps up by 15 % of the gain and 6 × the noise, and comes down again later."""
     early = shape.steps <= max(shape.steps[-1] / 5, 3 * curves.warmup_steps)
     if shape.has_diverged() or early.sum() < 3 or early.all():
         return
     losses = shape.losses[early]
     rises = losses[1:] - np.minimum.accumulate(losses)[:-1]
     worst = int(rises.argmax())
-    if rises[worst] < max(0.1 * shape.gain, 5 * shape.noise) or shape.end > losses[worst]:
+    if rises[worst] < max(0.15 * shape.gain, 6 * shape.noise) or shape.end > losses[worst]:
         return
     yield Remark(
         "warm-up too short",
@@ -211,7 +212,10 @@ def _warmup(curves: Curves, shape: _Shape) -> Iterator[Remark]:
 
 
 def _plateau(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """While the rate is at least half its peak: over a third of those records the trend gains no 1 %, nor 2 errors."""
+    """Over the last third of the records with at least half the peak rate it surely gains less than 3 % of the gain.
+
+    Surely: by the slope of a line through them, and two standard errors of it.
+    """
     rates = curves.learning_rate[np.isfinite(curves.train_loss)]
     high = np.flatnonzero(rates >= 0.5 * np.nanmax(rates))
     high = high[shape.steps[high] > curves.warmup_steps]
@@ -221,7 +225,7 @@ def _plateau(curves: Curves, shape: _Shape) -> Iterator[Remark]:
     steps, losses = shape.steps[last], shape.losses[last]
     slope, error = _slope(steps, losses)
     span = float(steps[-1] - steps[0])
-    if -slope * span > max(0.01 * shape.gain, 2 * error * span):
+    if (2 * error - slope) * span > 0.03 * shape.gain:
         return
     yield Remark(
         "plateau",
@@ -242,14 +246,14 @@ def _slope(steps: Floats, losses: Floats) -> tuple[float, float]:
 
 
 def _overfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """The validation loss ends 2 % and 0.02 nats above its lowest, and the training loss fell by as much meanwhile.
+    """Validation ends 2 %, 0.02 nats and 4 × its noise above its lowest, and training fell by 0.02 nats meanwhile.
 
     Or, at the end, it lies half a nat above the training loss.
     """
     if len(curves.val_loss) < 3 or shape.has_diverged():
         return
     best = int(curves.val_loss.argmin())
-    lowest, last = float(curves.val_loss[best]), float(curves.val_loss[-1])
+    lowest, last = float(curves.val_loss[best]), float(np.median(curves.val_loss[-3:]))
     at_best = float(np.interp(curves.val_step[best], shape.steps, shape.trend))
     rise, gap = last - lowest, last - shape.end
     times = f" after {curves.epochs:.1f} times through the data" if curves.epochs >= 2 else ""
@@ -257,7 +261,7 @@ def _overfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
         "use the best checkpoint (generate, evaluate and export do); training.early_stopping_patience stops there; "
         "train on more text for fewer epochs, or raise model.dropout or optimizer.weight_decay, or take a smaller model"
     )
-    if rise > max(0.02 * lowest, 0.02) and at_best - shape.end > 0.02:
+    if rise > max(0.02 * lowest, 0.02, 4 * noise_of(curves.val_loss)) and at_best - shape.end > 0.02:
         yield Remark(
             "overfitting",
             "problem",
@@ -275,7 +279,7 @@ def _overfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
 
 
 def _underfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
-    """The run is over, yet its last fifth brought a tenth of the gain, and validation is no 3 % above training."""
+    """The run is over, yet its last fifth brought 15 % of the gain, and validation is no 3 % above training."""
     if not curves.is_over or shape.has_diverged() or shape.gain < 0.05 * shape.start:
         return
     tail = shape.steps >= 0.8 * shape.steps[-1]
@@ -283,7 +287,7 @@ def _underfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
         return
     slope, error = _slope(shape.steps[tail], shape.losses[tail])
     fell = -slope * float(shape.steps[-1] - shape.steps[tail][0])
-    if fell < max(0.1 * shape.gain, 2 * error * float(shape.steps[-1] - shape.steps[tail][0])):
+    if fell < max(0.15 * shape.gain, 3 * error * float(shape.steps[-1] - shape.steps[tail][0])):
         return
     if len(curves.val_loss) and float(curves.val_loss[-1]) > 1.03 * shape.end:
         return
@@ -294,3 +298,15 @@ def _underfitting(curves: Curves, shape: _Shape) -> Iterator[Remark]:
         "train longer (training.max_steps, epochs or max_tokens), or raise optimizer.lr; more steps help more than a "
         "larger model here",
     )
+
+
+RULES: dict[str, Callable[[Curves, _Shape], Iterable[Remark]]] = {
+    "diverging": _diverging,
+    "not decreasing": _not_decreasing,
+    "oscillating": _oscillating,
+    "warm-up too short": _warmup,
+    "plateau": _plateau,
+    "overfitting": _overfitting,
+    "underfitting": _underfitting,
+}
+WITHOUT_SHAPE: dict[str, Callable[[Curves], Iterable[Remark]]] = {"NaN": _not_finite, "skipped steps": _spikes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +31,8 @@ def diagnose_pace(pace: PaceCurves) -> Iterator[Remark]:
     """All that is to be said of the speed; nothing where it is as it should be."""
     if len(pace.tokens_per_sec) < FEW:
         return
-    yield from _slower(pace)
-    yield from _low_mfu(pace)
-    yield from _data_bound(pace)
-    yield from _straggler(pace)
-    yield from _other_time(pace)
+    for rule in RULES.values():
+        yield from rule(pace)
 
 
 def _slower(pace: PaceCurves) -> Iterator[Remark]:
@@ -117,3 +114,12 @@ def _other_time(pace: PaceCurves) -> Iterator[Remark]:
         "evaluate less often (training.eval_every) or on less (eval_batches); raise checkpoint.save_every; keep "
         "checkpoint.async_save on",
     )
+
+
+RULES: dict[str, Callable[[PaceCurves], Iterable[Remark]]] = {
+    "too slow: speed": _slower,
+    "too slow: MFU": _low_mfu,
+    "too slow: beside the steps": _other_time,
+    "data-bound": _data_bound,
+    "straggler": _straggler,
+}

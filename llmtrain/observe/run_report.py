@@ -114,13 +114,12 @@ def _clipped(curve: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
     return xs, np.minimum(ys, max(float(ys[0]), float(np.percentile(ys, 99))))
 
 
-def _epochs(epochs: list[Facts]) -> Table:
+def _epochs(epochs: list[Facts]) -> Group:
     table = _numbers("epoch", "training, mean", "validation, last")
     for row in epochs if len(epochs) <= _SHOWN else [*epochs[: _SHOWN // 2], *epochs[-_SHOWN // 2 :]]:
         table.add_row(str(row["epoch"] + 1), _or_dash(row["train_loss"]), _or_dash(row["val_loss"]))
-    if len(epochs) > _SHOWN:
-        table.add_row(f"{len(epochs):,} in all, first and last shown")
-    return table
+    more = [Text(f"the first and the last of {len(epochs):,}", "dim")] if len(epochs) > _SHOWN else []
+    return Group(table, *more)
 
 
 def _diagnosis(facts: Facts) -> RenderableType:
