@@ -40,7 +40,6 @@ class Curves:
     learning_rate: Floats
     val_step: Floats = field(default_factory=lambda: _NONE)  # these two: as many as evaluations
     val_loss: Floats = field(default_factory=lambda: _NONE)
-    grad_norm: Floats = field(default_factory=lambda: _NONE)
     warmup_steps: int = 0
     is_over: bool = False  # the run has done all its steps
     chance: float | None = None  # loss of a model that knows nothing, ln(vocabulary)

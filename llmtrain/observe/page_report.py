@@ -29,7 +29,7 @@ from llmtrain.observe.series import Floats, thin
 
 _POINTS = 4000  # of one curve
 _SAMPLES = 400  # of one run
-_CHARTS = (
+_CHARTS: tuple[dict[str, Any], ...] = (
     {"title": "Loss, nats per token", "columns": ["train_loss", "val_loss"], "wide": True},
     {"title": "Learning rate", "columns": ["learning_rate"]},
     {"title": "Gradient norm, before clipping", "columns": ["grad_norm"]},
@@ -106,7 +106,7 @@ def _run(run: RunFolder, facts: Facts) -> dict[str, Any]:
         if facts["records"] < FEW
         else {"name": "healthy", "level": "healthy", "detail": "nothing stands out"}
     ]
-    columns = [name for chart in _CHARTS for name in chart["columns"] if isinstance(name, str)]  # type: ignore[attr-defined]
+    columns = [name for chart in _CHARTS for name in chart["columns"]]
     return {
         "name": run.name,
         "state": facts["state"],

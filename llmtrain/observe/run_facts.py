@@ -69,7 +69,6 @@ def diagnosis_of(run: RunFolder, seconds: Facts) -> list[Remark]:
         learning_rate=columns["learning_rate"],
         val_step=val_step,
         val_loss=val_loss,
-        grad_norm=columns["grad_norm"],
         warmup_steps=int(run.config.get("schedule.warmup_steps") or 0),
         is_over=run.state() == "done",
         chance=math.log(vocabulary) if isinstance(vocabulary, int) and vocabulary > 1 else None,
