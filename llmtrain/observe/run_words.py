@@ -32,7 +32,7 @@ def rows_of(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["seconds"]["whole"]:
         yield "time", _time(facts["seconds"])
     yield from _speed(facts)
-    if facts["interruptions"] or len(facts["launches"]) > 1:
+    if facts["interruptions"]:
         ends = [launch["how"] or "killed" for launch in facts["launches"][:-1]]
         kinds = ", ".join(f"{ends.count(kind)} {kind}" for kind in dict.fromkeys(ends))
         yield "interruptions", f"{facts['interruptions']:,} ({kinds})"
