@@ -25,7 +25,7 @@ TILE = 128
 # 512 tokens on (Dao 2023, figures 4 to 7).
 HALF_RATE_TOKENS = 512
 KERNEL_S = 6e-6  # for which the host is busy with one operator, about: PyTorch's dispatch and autograd, and the launch
-# Beside a forward pass: counted in blocks of this model, 1.6 to 1.75 of its bytes and 1.45 of its operators.
+# Beside a forward pass: counted in blocks of this model, 1.5 to 1.75 of its bytes and 1.45 of its operators.
 BACKWARD_BYTES, BACKWARD_KERNELS = 1.7, 1.45
 ROPE_BYTES = 37  # for each number of queries and keys: two products, a turned copy, a sum, and the cast of it
 
@@ -183,7 +183,8 @@ def _block_bytes(work: Work) -> float:
     residuals = 2 * dim * (2 * stream + product)
     # The norm of queries and keys is float32, and so is what is turned after it: 10 bytes more for each number.
     turning = (rotary * (work.rope_bytes + 10 * model.qk_norm) + 24 * model.qk_norm) * turned
-    return norms + residuals + turning + (5 if gated else 2) * product * ff_dim
+    passes = {"swiglu": 5, "relu2": 4, "gelu": 2}[model.activation]
+    return norms + residuals + turning + passes * product * ff_dim
 
 
 def _kernels(work: Work) -> int:
@@ -191,4 +192,9 @@ def _kernels(work: Work) -> int:
     model = work.model
     if work.compiled:
         return 2 * len(work.block_shapes()) + 1
-    return 22 + 4 * (model.activation == "swiglu") + 12 * (model.positions == "rope") + 7 * model.qk_norm
+    return (
+        22
+        + {"swiglu": 4, "relu2": 1, "gelu": 0}[model.activation]
+        + 12 * (model.positions == "rope")
+        + 7 * model.qk_norm
+    )
