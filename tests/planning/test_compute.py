@@ -14,7 +14,7 @@ from llmtrain.model.cost import block_matrix_parameters
 from llmtrain.model.transformer import Transformer
 from llmtrain.planning.compute import BACKWARD_BYTES, BACKWARD_KERNELS, Work, _block_bytes, _kernels
 
-SEQ_LEN, ROWS = 1024, 2
+SEQ_LEN, ROWS = 256, 2
 MOVES_NOTHING = (
     "view", "aten.t.", "transpose", "expand", "detach", "slice", "select", "split", "squeeze", "unbind", "alias",
     "empty",
