@@ -35,6 +35,7 @@ CALLS = {
     "deletion": "llmtrain.checkpoint.retention:_delete",
 }
 ONLY_RANK_0 = {"commit", "links", "deletion"}
+OF_A_RESUME = {"verification", "what was read takes effect"}
 
 
 class Moment(NamedTuple):
@@ -93,18 +94,22 @@ def assert_as_whole(run_dir: Path, whole: Path) -> None:
 
 def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_path: Path, whole: Path) -> None:
     """Each launch goes on where the one before was killed; one that gets to the end is followed by a new run."""
-    killed = finished = 0
+    met, finished = set[Moment](), 0
     config = two_ranks(data, tmp_path / "run-0")
     for moment in [*EVERY, *random_moments(60)] if LONG else SHORT:
-        run_dir = Path(config["run"]["dir"])
-        before = last_commit(run_dir)
-        ended = launcher.train_ranks(2, config, **moment.request())
-        codes = {"victim": ended[moment.rank].code, "other": ended[1 - moment.rank].code}
-        assert codes in ({"victim": DIED, "other": LOST}, {"victim": 0, "other": 0}), (moment, ended)
-        assert "Traceback" not in ended[1 - moment.rank].err, (moment, ended)
-        assert last_commit(run_dir) >= before, moment
-        killed += codes["victim"] == DIED
-        if codes["victim"] == 0:
+        for _ in range(2):  # what is left of a run may not have that moment; a whole one has
+            run_dir = Path(config["run"]["dir"])
+            if moment.name in OF_A_RESUME and not last_commit(run_dir):
+                assert [one.code for one in launcher.train_ranks(2, config, "training.stop_after=3")] == [75, 75]
+            before = last_commit(run_dir)
+            ended = launcher.train_ranks(2, config, **moment.request())
+            codes = {"victim": ended[moment.rank].code, "other": ended[1 - moment.rank].code}
+            assert codes in ({"victim": DIED, "other": LOST}, {"victim": 0, "other": 0}), (moment, ended)
+            assert "Traceback" not in ended[1 - moment.rank].err, (moment, ended)
+            assert last_commit(run_dir) >= before, moment
+            if codes["victim"] == DIED:
+                met.add(moment)
+                break
             assert_as_whole(run_dir, whole)
             finished += 1
             config = two_ranks(data, tmp_path / f"run-{finished}")
@@ -113,5 +118,5 @@ def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_pat
     assert [one.code for one in ended] == [0, 0], ended
     assert (f"after step {found}\n" in ended[0].out) == bool(found), ended[0]
     assert_as_whole(Path(config["run"]["dir"]), whole)
-    assert killed >= (70 if LONG else len(SHORT))
+    assert met >= set(EVERY if LONG else SHORT)
     assert committed_steps(whole) == [8]
