@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         goals = compare(rows)
         print("\n".join(f"{what}: {ratio:.2f}" for what, ratio in goals.items()))
         sizes = [row for tokens, shard in args.sizes for row in at_size(folder, tokens, shard, args)]
-        print_table([_printed(row) for row in sizes])
+        if sizes:
+            print_table([_printed(row) for row in sizes])
     facts = {"goals": goals, "left out": left_out, "arguments": {k: str(v) for k, v in vars(args).items()}}
     write_result("data", [*rows, *sizes, facts], ["llmtrain", "torch", "numpy"], args.out)
 

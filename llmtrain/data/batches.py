@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from llmtrain.data.order import Int64s, sample_ids
 from llmtrain.data.packing import PackedWindows
+from llmtrain.data.reading import Ids
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import LlmtrainError
 from llmtrain.health.signals import STOP_SIGNALS
@@ -29,6 +31,7 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
 _FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
+_TOKENS_AT_ONCE = 1 << 17  # read by one call: what stays in a processor's cache until it is used
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -59,7 +62,11 @@ class Windows:
 
     def gather(self, ids: Int64s) -> Tokens_BS:
         """Read windows by their ids, see `WindowSet`."""
-        return torch.from_numpy(self.stream.gather(ids * self.stride, self.seq_len + 1))
+        return torch.from_numpy(self.rows(ids))
+
+    def rows(self, ids: Int64s) -> Ids:
+        """The same as an array."""
+        return self.stream.gather(ids * self.stride, self.seq_len + 1)
 
 
 def plain_order(windows: int, seed: int) -> Order:
@@ -179,7 +186,7 @@ class ResumableDistributedSampler(DistributedSampler[Any]):
         raise TypeError("the sampler is endless; the loop decides when to stop")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # a frozen one takes four times as long to make, and there is one for each step
 class Batch:
     """One optimizer step's share of this rank."""
 
@@ -260,17 +267,43 @@ def batches(
             ),
         )
     else:
-        loader = map(windows.gather, sampler)
+        loader = _gathered(windows, sampler)
     loader = reading(loader)
+    counts, padding = None, None
+    if isinstance(windows, PackedWindows):
+        counts, padding = _target_counts(windows, layout, order, position), windows.padding
     while True:
         position = layout.begin_of_batch(position)
         end = layout.end_of_batch(position)
-        targets, padding = (end - position) * windows.seq_len, None
-        if isinstance(windows, PackedWindows):  # every rank counts those of all, so none has to ask
-            ids = order(np.arange(position, end, dtype=np.int64))
-            targets, padding = windows.count_targets(ids), windows.padding
+        targets = next(counts) if counts else (end - position) * windows.seq_len
         yield Batch(layout, position, end, targets, padding, order, loader)
         position = end
+
+
+def _gathered(windows: WindowSet, sampler: ResumableDistributedSampler) -> Iterator[Tokens_BS]:
+    """Every micro-batch; small ones are read several at a time, as a call costs as much for one, but not the first."""
+    ids, at_once = iter(sampler), 1
+    while True:
+        group = list(islice(ids, at_once))
+        yield from torch.split(windows.gather(np.concatenate(group)), [len(rows) for rows in group])
+        at_once = max(1, _TOKENS_AT_ONCE // (sampler.layout.micro_batch * (windows.seq_len + 1)))
+
+
+def _target_counts(windows: PackedWindows, layout: Layout, order: Order, position: int) -> Iterator[int]:
+    """Targets of each batch from `position` on: every rank counts those of all ranks, so none has to ask.
+
+    For many batches at once, as the order of few positions takes as long as that of a thousand.
+    """
+    while True:
+        parts: list[Int64s] = []
+        wanted = 0
+        while wanted < _FIRST_BLOCK:
+            begin = layout.begin_of_batch(position)
+            position = layout.end_of_batch(begin)
+            parts.append(np.arange(begin, position, dtype=np.int64))
+            wanted += position - begin
+        firsts = np.cumsum([0, *map(len, parts[:-1])])
+        yield from np.add.reduceat(windows.count_targets(order(np.concatenate(parts))), firsts).tolist()
 
 
 def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) -> Iterator[Tokens_BS]:
@@ -300,8 +333,12 @@ def inputs_and_targets(
     Returns:
         (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
     """
-    wide = tokens.to(device).long()
-    inputs, targets = wide[:, :-1], wide[:, 1:]
+    if device.type == "cpu":
+        values = tokens.numpy().astype(np.int64)  # numpy's calls take half the time of torch's
+        inputs, targets = torch.from_numpy(values[:, :-1]), torch.from_numpy(values[:, 1:])
+    else:
+        wide = tokens.to(device).long()
+        inputs, targets = wide[:, :-1], wide[:, 1:]
     if padding is not None:
         is_padding = (inputs == padding) & (targets == padding)
         is_run = is_padding.flip(1).cumprod(1).flip(1).bool()  # and all that follows is, too

@@ -53,9 +53,9 @@ class MixedWindows:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens; row[1:] are the targets."""
         rows = np.empty((len(ids), self.seq_len + 1), self._dtype)
         source_of = np.searchsorted(self._first, ids, "right") - 1
-        for source in np.unique(source_of).tolist():
-            here = source_of == source
-            rows[here] = self.sources[source].gather(ids[here] - self._first[source]).numpy()
+        for source in set(source_of.tolist()):
+            here = np.flatnonzero(source_of == source)
+            rows[here] = self.sources[source].rows(ids[here] - self._first[source])
         return torch.from_numpy(rows)
 
 

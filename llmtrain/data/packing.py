@@ -102,9 +102,9 @@ class PackedWindows:
             digest.update(np.ascontiguousarray(column).view(np.uint8).data)
         return digest.hexdigest()
 
-    def count_targets(self, ids: Int64s) -> int:
-        """Targets in windows `ids`; the rest is padding."""
-        return int(self._fills[ids].sum(dtype=np.int64))
+    def count_targets(self, ids: Int64s) -> Int64s:
+        """Targets in each of the windows `ids`, shape (n,); the rest is padding."""
+        return self._fills[ids].astype(np.int64)
 
     def gather(self, ids: Int64s) -> torch.Tensor:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens in the stored dtype.
