@@ -198,7 +198,7 @@ def _start(
 
 
 def _opening(delivery: Delivery, step: int, times: int) -> dict[str, float] | None:
-    found = [delivery.ask("first", step) for _ in range(times)]
+    found = [delivery.ask("first", step) for _ in range(times + 1)][1:]  # at the first Megatron builds its indices
     return None if None in found else spread(found)
 
 

@@ -306,7 +306,7 @@ PEERS = {
     "litdata": Contender(litdata_loader, make_litdata, "litdata"),
     "mosaicml-streaming": Contender(streaming_loader, make_streaming, "mosaicml-streaming", resumes=True),
     "megatron-core": Contender(megatron_loader, make_megatron, "megatron-core", resumes=True),
-    "megatron-core, documents": Contender(megatron_documents, None, "megatron-core", resumes=True),
+    "megatron-core, documents": Contender(megatron_documents, make_megatron, "megatron-core", resumes=True),
 }
 
 if __name__ == "__main__":
