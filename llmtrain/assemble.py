@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ class Assembly:
     data: TrainingData
     train: WindowSet
     val: dict[str, Windows]  # by source
+    sets: dict[str, Windows]  # of data.validation, by name
     layout: Layout
     engine: Engine
     warnings: list[str]  # differences between the ranks that do not make the run wrong
@@ -47,6 +49,16 @@ class Assembly:
     def order(self, stages: Sequence[Stage] | None = None) -> Order:
         """The order of the training windows; by default that of a new run."""
         return make_order(self.train, self.config.run.seed, self.stages() if stages is None else stages)
+
+    @property
+    def judges(self) -> dict[str, Windows]:
+        """What `val_loss` is of: the validation splits of the sources; where none has any, the first set."""
+        return self.val or dict(list(self.sets.items())[:1])
+
+    def measure(self, total_steps: int) -> list[Any]:
+        """What makes one `val_loss` comparable with another, as a checkpoint remembers it."""
+        only_sets = [] if self.val else list(self.judges)
+        return [self.last_weights(total_steps), self.config.data.document_mask, *only_sets]
 
     def last_weights(self, total_steps: int) -> dict[str, float]:
         """By source, those of the last of so many steps."""
@@ -99,8 +111,10 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
     """
     folders = patiently(engine, lambda: fetch_data(config.data))
     data, config, train, val = together(engine, lambda: _open(folders, config, engine))
+    sets = together(engine, lambda: data.set_windows(config.data.seq_len))
     packing = train.digest() if isinstance(train, PackedWindows) else ""
-    warnings = require_agreement(engine, config, data.fingerprint() + packing) + list(doubts(config, val))
+    fingerprint = data.fingerprint() + packing + data.fingerprint_of_sets()
+    warnings = require_agreement(engine, config, fingerprint) + list(doubts(config, val))
     end = together(engine, lambda: data.document_end(val)) if config.data.document_mask else None
     layout = Layout(
         windows=samples_per_epoch(train, config.training.global_batch_size),
@@ -115,7 +129,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
         config.training,
         config.optimizer,
     )
-    return Assembly(config, data, train, val, layout, engine, warnings)
+    return Assembly(config, data, train, val, sets, layout, engine, warnings)
 
 
 def _open(
@@ -131,7 +145,7 @@ def _open(
         train = data.packed_windows(seq_len)
     else:
         train = data.train_windows(seq_len, config.data.stride or seq_len)
-    if not val and config.training.early_stopping_patience:
+    if not val and not config.data.validation and config.training.early_stopping_patience:
         raise UserError(
             f"training.early_stopping_patience needs validation data, but the val split of {data.where} has no "
             f"window of {seq_len + 1} tokens; prepare with a larger --val-split"
@@ -162,7 +176,7 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
 
     config, layout = parts.config, parts.layout
     model, training, seq_len = config.model, config.training, config.data.seq_len
-    val = sum(map(len, parts.val.values()))
+    val = sum(map(len, [*parts.val.values(), *parts.sets.values()]))
     padding = f", {1 - parts.targets_of_a_window / seq_len:.1%} of them padding"
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
     peak = peak_memory(

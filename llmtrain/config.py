@@ -31,6 +31,7 @@ from llmtrain.sections import (
     Section,
     SourceSection,
     TrainingSection,
+    ValidationSection,
 )
 
 # Whoever uses a config finds all of it here.
@@ -47,6 +48,7 @@ __all__ = [
     "ScheduleSection",
     "SourceSection",
     "TrainingSection",
+    "ValidationSection",
     "default_ff_dim",
     "load_config",
     "make_config",
@@ -230,7 +232,8 @@ def _describe(error: ValidationError, where: str) -> str:
     problems: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"][: 4 if "sources" in problem["loc"] else 2])
+        in_a_list = bool({"sources", "validation"} & {*problem["loc"]})
+        key = ".".join(str(part) for part in problem["loc"][: 4 if in_a_list else 2])
         message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         problems.setdefault(key, []).append(message)
         given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"

@@ -73,7 +73,7 @@ def _built(parts: Assembly) -> Iterator[Finding]:
     if parts.engine.rank == 0 or parts.engine.world_size == 1:
         for name, detail in describe(parts, parts.total_steps()).items():
             yield ok(name, detail)
-        if not parts.val:
+        if not parts.judges:
             yield warn("validation", "no validation windows, so no best checkpoint; prepare with --val-split")
         for warning in parts.warnings:
             yield warn("ranks differ", warning)

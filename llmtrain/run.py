@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from llmtrain.checkpoint.store import (
     newest_good,
 )
 from llmtrain.data.ahead import ahead
-from llmtrain.data.batches import Batch, batches, validation_batches
+from llmtrain.data.batches import Batch, Windows, batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.engine import Outcome
@@ -57,7 +57,7 @@ from llmtrain.observe.record import finite
 from llmtrain.observe.samples import Samples
 from llmtrain.observe.sinks import require_sinks
 from llmtrain.observe.source_log import SourceLog
-from llmtrain.observe.validation import Validation, mixed, validate
+from llmtrain.observe.validation import Validation, judged, validate_each
 from llmtrain.optim.schedule import make_schedule
 
 _NFS_S = 40.0  # so long a host may take to see what another has made: nfs(5), acdirmin 30 s
@@ -83,7 +83,7 @@ class Run:
         self.guard.load_state(self.progress.guard)
         self._find_rollbacks()
         self._plan()
-        self.meter = Meter(self.engine, parts.flops_per_token())
+        self.meter = Meter(self.engine, parts.flops_per_token(), self.sources.names)
         self.meter.load_state(self.progress.meter)
         self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
         self.store = self._make_store(own_step(self.dir, self.resumed_from))
@@ -140,8 +140,7 @@ class Run:
         self.order = self.parts.order(stages)
         self.sources = SourceLog(self.config.data, self.order, position)
         self.total_steps = self.parts.total_steps(step, position)
-        measure = [self.parts.last_weights(self.total_steps), self.config.data.document_mask]
-        if self.progress.judge_by(measure):
+        if self.progress.judge_by(self.parts.measure(self.total_steps)):
             self._changes.append("what validation measures; the best checkpoint is chosen anew")
         self.schedule = make_schedule(self.config.schedule, self.config.optimizer.lr, self.total_steps)
 
@@ -185,7 +184,7 @@ class Run:
             self.observer.message(f"going on from {begun.folder} after step {self.progress.step:,}")
         for line in [*self._restorer.told, *(f"changed since then: {change}" for change in self._changes)]:
             self.observer.message(line)
-        if self.config.training.eval_every and not self.parts.val:
+        if self.config.training.eval_every and not self.parts.judges:
             self.observer.warn(
                 f"no validation: the val split of {self.parts.data.where} has not one window of "
                 f"{self.config.data.seq_len + 1} tokens; prepare with a larger --val-split"
@@ -242,7 +241,7 @@ class Run:
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.total_steps)
 
     def validate(self, epoch: int, grad_norm: torch.Tensor) -> Validation | None:
-        """Evaluate on the validation split.
+        """Evaluate on the validation split, and on the sets beside it.
 
         Args:
             epoch: of the last step; like the next, it is kept where a signal cuts the evaluation short.
@@ -251,20 +250,20 @@ class Run:
         Raises:
             Stopped: told to stop; saved. The resumed run evaluates first.
         """
-        if not self.parts.val:
+        if not self.parts.judges:
             return None
-        layout, limit, ids = self.parts.layout, self.config.training.eval_batches, self.parts.data.tokenizer.vocab_size
-        found = {}
+        parts, limit, ids = self.parts, self.config.training.eval_batches, self.parts.data.tokenizer.vocab_size
+
+        def validated(windows: Mapping[str, Windows]) -> dict[str, Validation]:
+            return validate_each(self.engine, windows, parts.layout, limit=limit, ids=ids, reading=self._arriving)
+
         try:
             with self.meter.paused():
-                for name, of_source in self.parts.val.items():
-                    windows = validation_batches(of_source, layout, limit and limit * layout.global_batch)
-                    arriving = self._until_told(ahead(windows, self.engine.device))
-                    found[name] = validate(self.engine, arriving, layout.micro_batch, ids)
+                found, sets = validated(parts.val), validated(parts.sets)
         except StopDuringEvaluation:
             self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
             raise self._stopped(str(self.stopping.reason)) from None
-        return mixed(found, self.parts.last_weights(self.total_steps))
+        return judged(found, sets, parts.last_weights(self.total_steps))
 
     def unfinished(self) -> tuple[int, float, torch.Tensor]:
         """Epoch, learning rate and gradient norm of the last step, which a signal kept from its evaluation."""
@@ -274,6 +273,9 @@ class Run:
             self.schedule(self.progress.step),
             torch.tensor(math.nan if kept["grad_norm"] is None else kept["grad_norm"], device=self.engine.device),
         )
+
+    def _arriving(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return self._until_told(ahead(windows, self.engine.device))
 
     def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         for tokens in self.peers.reading(windows, lambda: self.progress.step, ("validation data", "validation")):
@@ -299,7 +301,7 @@ class Run:
             grad_norm=grad_norm,
             val=val,
         )
-        record = self.sources.add(record, self.progress.position, val)
+        record = self.sources.add(record, self.progress.position, self.meter.source_losses, val)
         for line in self.sources.news():
             self.observer.message(line)
         self.observer.log(record)

@@ -86,6 +86,17 @@ class SourceSection(Section):
         return max(((at, weight) for at, weight in self.weight.items() if at <= steps), default=(0, 0.0))[1]
 
 
+class ValidationSection(Section):
+    """Prepared data that a run is evaluated on beside its own validation split."""
+
+    path: str
+    """Prepared data; also a URL."""
+    name: str | None = None
+    """In metrics; null: the last part of the path."""
+    split: str = "val"
+    """Which part of it."""
+
+
 class DataSection(Section):
     """Which prepared data, and how windows are cut from it."""
 
@@ -103,6 +114,8 @@ class DataSection(Section):
     """Processes that read, for storage that stalls; 0: the training process reads."""
     sources: tuple[SourceSection, ...] | None = None
     """In the place of `path`: several folders by weights, `[{path: data/code, weight: 2}, …]`."""
+    validation: tuple[ValidationSection, ...] = ()
+    """More data to evaluate beside its own validation split, each on its own, `[{path: data/books}, …]`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +125,13 @@ class DataSection(Section):
         if values.get("path") is not None:
             raise ValueError("path and sources contradict each other; leave one out")
         return {**values, "path": None}
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        for name in self.set_names:
+            if self.set_names.count(name) > 1:
+                raise ValueError(f"two sets of validation are called '{name}'; give each a name of its own")
+        return self
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
@@ -143,6 +163,11 @@ class DataSection(Section):
     def names(self) -> tuple[str, ...]:
         """Of all sources, as metrics call them."""
         return tuple(source.name or PurePath(source.path).name for source in self.sources or ()) or ("data",)
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """Of the sets in `validation`, as metrics call them."""
+        return tuple(one.name or PurePath(one.path).name for one in self.validation)
 
     @property
     def stage_steps(self) -> list[int]:

@@ -24,6 +24,7 @@ from llmtrain.health.agreement import leave, together
 from llmtrain.health.garbage import without_long_pauses
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
+from llmtrain.observe.loss_sums import LossSums
 from llmtrain.observe.meter import peak_memory_gb
 from llmtrain.run import Run
 
@@ -47,12 +48,12 @@ def train(run: Run) -> None:
         batch = next(stream)
         lr = run.schedule(progress.step + 1)
         seed_dropout(run.config, progress.step + 1, engine.rank)
-        loss_sum = accumulate(engine, batch, training.micro_batch_size)
+        loss = accumulate(engine, batch, training.micro_batch_size)
         run.ask()
         run.peers.progress(progress.step + 1, "update")
-        outcome = engine.step(lr, loss_sum / batch.target_count, run.guard.limits(batch))
+        outcome = engine.step(lr, loss.total / batch.target_count, run.guard.limits(batch))
         progress.advance(batch.end, batch.target_count)
-        run.meter.add(loss_sum, outcome, batch.target_count)
+        run.meter.add(loss, outcome, batch.target_count)
         if run.ledger:
             run.ledger.write(progress.step, batch)
         if run.rolled_back(batch, lr, outcome):
@@ -80,13 +81,13 @@ def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
         run.save()
 
 
-def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
-    """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss sum."""
-    loss_sum = torch.zeros((), device=engine.device)
+def accumulate(engine: Engine, batch: Batch, rows: int) -> LossSums:
+    """Add the gradient of the mean over all target tokens of the global batch; return this rank's loss."""
+    loss, count = LossSums(batch, engine.device), batch.target_count
     for tokens, is_last in batch.micro_batches():
         inputs_BS, targets_BS = inputs_and_targets(tokens, rows, engine.device, batch.padding)
-        loss_sum += engine.forward_backward(inputs_BS, targets_BS, global_targets=batch.target_count, sync=is_last)
-    return loss_sum
+        loss.add(engine.forward_backward(inputs_BS, targets_BS, global_targets=count, sync=is_last, by_row=loss.by_row))
+    return loss
 
 
 def seed_dropout(config: RunConfig, step: int, rank: int) -> None:
@@ -97,10 +98,9 @@ def seed_dropout(config: RunConfig, step: int, rank: int) -> None:
 
 def dry_run(run: Run) -> None:
     """Everything a run needs has been checked: take one step, print the plan, write nothing."""
-    config, engine = run.config, run.engine
-    batch = next(run.batches())
+    config, engine, batch = run.config, run.engine, next(run.batches())
     began = time.perf_counter()
-    loss = engine.sum(accumulate(engine, batch, config.training.micro_batch_size)).item() / batch.target_count
+    loss = engine.sum(accumulate(engine, batch, config.training.micro_batch_size).total).item() / batch.target_count
     grad_norm = engine.step(run.schedule(run.progress.step + 1)).grad_norm.item()
     seconds = time.perf_counter() - began
     start = f"after step {run.progress.step:,} of {run.resumed_from.folder}" if run.resumed_from else "the beginning"

@@ -19,8 +19,9 @@ from llmtrain.data.batches import Batch
 from llmtrain.engine import Engine, Outcome, Verdict
 from llmtrain.errors import run_main
 from llmtrain.health.guard import Guard
+from llmtrain.observe.loss_sums import LossSums
 
-Accumulate = Callable[[Engine, Batch, int], torch.Tensor]
+Accumulate = Callable[[Engine, Batch, int], LossSums]
 Faults = Mapping[int, str]  # where the batch begins → what goes wrong
 _FACTORS = {"nan gradient": math.nan, "large gradient": 1e8}
 _plain: Accumulate = llmtrain.train.accumulate
@@ -29,7 +30,7 @@ _plain: Accumulate = llmtrain.train.accumulate
 def faulty(faults: Faults, rank: int = 0) -> Accumulate:
     """`accumulate` as in the loop, but wrong on one rank for the batches that begin at these positions."""
 
-    def accumulate(engine: Engine, batch: Batch, rows: int) -> torch.Tensor:
+    def accumulate(engine: Engine, batch: Batch, rows: int) -> LossSums:
         kind = faults.get(batch.begin)
         if kind is None or (engine.rank != rank and kind != "left out"):
             return _plain(engine, batch, rows)
@@ -42,10 +43,11 @@ def faulty(faults: Faults, rank: int = 0) -> Accumulate:
             with engine.evaluating() as model:
                 weight = model.blocks[0].attention_norm.weight
             handle = weight.register_hook(lambda gradient: gradient * _FACTORS[kind])
-        loss_sum = _plain(engine, batch, rows)
+        loss = _plain(engine, batch, rows)
         if handle:
             handle.remove()
-        return loss_sum * {"large loss": 1e4, "nan loss": math.nan}.get(kind, 1.0)
+        loss.total *= {"large loss": 1e4, "nan loss": math.nan}.get(kind, 1.0)
+        return loss
 
     return accumulate
 

@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_documents_one_by_one(config: Config, pos
             plain = Transformer(model.config, model.seq_len)
             plain.load_state_dict(model.state_dict())
         batch = next(batches(parts.train, parts.layout, parts.order(), position=position))
-        loss = accumulate(parts.engine, batch, parts.layout.micro_batch)
+        loss = accumulate(parts.engine, batch, parts.layout.micro_batch).total
         again = next(batches(parts.train, parts.layout, parts.order(), position=position))
         alone, count = torch.zeros(()), 0
         for tokens, _ in again.micro_batches():

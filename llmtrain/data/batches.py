@@ -311,12 +311,17 @@ def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) ->
 
     Every rank yields equally many, empty ones included, so that collectives match.
     """
+    return map(windows.gather, validation_ids(windows, layout, limit))
+
+
+def validation_ids(windows: WindowSet, layout: Layout, limit: int | None) -> Iterator[Int64s]:
+    """Yield the ids of the windows in each of `validation_batches`."""
     count = len(windows) if limit is None else min(limit, len(windows))
     per_step = layout.micro_batch * layout.world_size
     for begin in range(0, count, per_step):
         first = min(count, begin + layout.rank * layout.micro_batch)
         rows = np.arange(first, min(count, first + layout.micro_batch), dtype=np.int64)
-        yield windows.gather(rows * len(windows) // max(1, count))
+        yield rows * len(windows) // max(1, count)
 
 
 def inputs_and_targets(

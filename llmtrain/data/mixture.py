@@ -105,6 +105,20 @@ class MixedOrder:
                 ids[here[of_source]] = windows + self._first[source]
         return ids
 
+    @property
+    def sources(self) -> int:
+        """How many there are."""
+        return len(self._windows)
+
+    def sources_of(self, positions: Int64s) -> Int64s:
+        """Map (n,) positions ≥ 0 to the (n,) sources that their samples are of."""
+        sources = np.empty_like(positions)
+        stage_of = np.searchsorted(self._begins, positions, "right") - 1
+        for stage in np.unique(stage_of).tolist():
+            here = stage_of == stage
+            sources[here], _ = self._cycles[stage].locate(positions[here] - self._begins[stage])
+        return sources
+
     def consumed(self, position: int) -> list[int]:
         """How many samples of each source come before `position`."""
         stage = int(np.searchsorted(self._begins, position, "right")) - 1

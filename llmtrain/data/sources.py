@@ -50,10 +50,34 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ValidationSet:
+    """A split of prepared data that is only evaluated, and what it is called in metrics."""
+
+    name: str
+    data: TokenDataset
+    split: str
+
+    def windows(self, seq_len: int) -> Windows:
+        """Its windows, which never overlap.
+
+        Raises:
+            UserError: there is no such split, or not one window.
+        """
+        windows = Windows(self.data.split(self.split), seq_len, seq_len)
+        if not len(windows):
+            raise UserError(
+                f"data.validation: the {self.split} split of {self.data.path} has {len(windows.stream)} tokens, and "
+                f"one window takes {seq_len + 1}; lower data.seq_len, prepare more text, or leave it out"
+            )
+        return windows
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """All sources, of one tokenizer, in the order of the config."""
+    """All sources, of one tokenizer, in the order of the config; and the sets beside them, of the same."""
 
     sources: tuple[Source, ...]
+    sets: tuple[ValidationSet, ...] = ()
 
     @property
     def where(self) -> str:
@@ -79,6 +103,10 @@ class TrainingData:
         """Equal exactly when the token streams are equal; that of one folder is its own."""
         prints = [source.data.manifest.fingerprint() for source in self.sources]
         return prints[0] if len(prints) == 1 else hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+    def fingerprint_of_sets(self) -> str:
+        """Equal exactly when the token streams of the sets are; no part of what a run trains on."""
+        return "".join(one.data.manifest.fingerprint() + one.split for one in self.sets)
 
     def check_tokenizer(self) -> None:
         """Raise CorruptError if the tokenizer's files are not those that the ids were made with."""
@@ -106,7 +134,7 @@ class TrainingData:
         return windows
 
     def document_end(self, evaluated: Container[str]) -> int:
-        """The id that closes documents, in every source, and in the validation data of those that are evaluated.
+        """The id that closes documents, in every source, the validation data of those that are evaluated, and all sets.
 
         Raises:
             UserError: in one they cannot be told apart.
@@ -115,6 +143,8 @@ class TrainingData:
         for source in self.sources:
             if source.name in evaluated:
                 document_end(source.data, "val")
+        for one in self.sets:
+            document_end(one.data, one.split)
         return ends[0]
 
     def mean_piece(self, seq_len: int) -> float:
@@ -127,6 +157,14 @@ class TrainingData:
         found = {source.name: source.val_windows(seq_len) for source in self.sources}
         return {name: windows for name, windows in found.items() if windows is not None}
 
+    def set_windows(self, seq_len: int) -> dict[str, Windows]:
+        """The windows of each set of `data.validation`, by its name.
+
+        Raises:
+            UserError: one has none.
+        """
+        return {one.name: one.windows(seq_len) for one in self.sets}
+
 
 def make_order(windows: WindowSet, seed: int, stages: Sequence[Stage]) -> Order:
     """The order of training windows; `stages` are of no account where there is only one source."""
@@ -136,8 +174,8 @@ def make_order(windows: WindowSet, seed: int, stages: Sequence[Stage]) -> Order:
 
 
 def fetch_data(section: DataSection) -> list[Path]:
-    """The folders of this machine where the data lies; what a URL names is fetched."""
-    return [local_data(path) for path in section.paths]
+    """The folders of this machine where the data lies, sources first, then sets; what a URL names is fetched."""
+    return [local_data(path) for path in (*section.paths, *(one.path for one in section.validation))]
 
 
 def open_data(section: DataSection, folders: Sequence[Path]) -> TrainingData:
@@ -148,14 +186,19 @@ def open_data(section: DataSection, folders: Sequence[Path]) -> TrainingData:
         CorruptError: a manifest is damaged.
     """
     opened = [TokenDataset(folder) for folder in folders]
-    first = opened[0]
-    for other in opened[1:]:
+    first, count = opened[0], len(section.paths)
+    for number, other in enumerate(opened):
         if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
             raise UserError(
-                f"data.sources: {other.path} was prepared with another tokenizer ({_told(other)}) than {first.path} "
-                f"({_told(first)}); prepare it with --tokenizer {first.path / TOKENIZER_FOLDER}"
+                f"data.{'sources' if number < count else 'validation'}: {other.path} was prepared with another "
+                f"tokenizer ({_told(other)}) than {first.path} ({_told(first)}); prepare it with --tokenizer "
+                f"{first.path / TOKENIZER_FOLDER}"
             )
-    return TrainingData(tuple(map(Source, section.names, opened)))
+    splits = [one.split for one in section.validation]
+    return TrainingData(
+        tuple(map(Source, section.names, opened[:count])),
+        tuple(map(ValidationSet, section.set_names, opened[count:], splits)),
+    )
 
 
 def weights_from(section: DataSection) -> dict[int, Weights]:

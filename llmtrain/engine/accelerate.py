@@ -48,16 +48,19 @@ class AccelerateEngine(Processes):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         require_float32(self._parameters)
 
-    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
+    def forward_backward(
+        self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool, by_row: bool = False
+    ) -> Tensor:
         """See `Engine`. DDP averages over ranks, so the sum over ranks needs the factor world_size.
 
         DDP decides in the forward pass whether the backward pass will exchange gradients, so both are inside `no_sync`.
         """
         quiet = nullcontext() if sync else self._accelerator.no_sync(self._model)
         with quiet:
-            loss_sum: Tensor = self._model(inputs_BS, targets_BS)
+            losses: Tensor = self._model(inputs_BS, targets_BS, by_row=by_row)
+            loss_sum = losses[0] if by_row else losses
             (loss_sum * (self.world_size / global_targets)).backward()  # type: ignore[no-untyped-call]
-        return loss_sum.detach()
+        return losses.detach()
 
     def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
         """See `Engine`. On a GPU the flag goes to the optimizer's kernels, and the host never sees it."""

@@ -96,15 +96,18 @@ class DeepSpeedEngine(Processes):
             flat.bind(self._layout)
         require_float32(self._layout.flats)
 
-    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
+    def forward_backward(
+        self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool, by_row: bool = False
+    ) -> Tensor:
         """See `Engine`. DeepSpeed averages over ranks, so the sum over ranks needs the factor world_size.
 
         Stages 2 and 3 keep only their part of each gradient, and so must exchange after every micro-batch.
         """
         self._model.set_gradient_accumulation_boundary(sync)
-        loss_sum: Tensor = self._model(inputs_BS, targets_BS)
+        losses: Tensor = self._model(inputs_BS, targets_BS, by_row=by_row)
+        loss_sum = losses[0] if by_row else losses
         self._model.backward(loss_sum * (self.world_size / global_targets), scale_wrt_gas=False)
-        return loss_sum.detach()
+        return losses.detach()
 
     def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:
         """See `Engine`. A gradient that is not finite has an infinite norm here."""

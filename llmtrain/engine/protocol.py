@@ -93,7 +93,9 @@ class Engine(Protocol):
     def evaluating(self) -> AbstractContextManager[Transformer]:
         """Dropout off, gradients off, the run's precision on; gives the bare model."""
 
-    def forward_backward(self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool) -> Tensor:
+    def forward_backward(
+        self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool, by_row: bool = False
+    ) -> Tensor:
         """Add the gradient of this micro-batch's share of the mean over `global_targets` targets.
 
         Args:
@@ -101,9 +103,11 @@ class Engine(Protocol):
             targets_BS: int64 ids, -100 where there is no target.
             global_targets: targets of the global batch, over all ranks and micro-batches.
             sync: the last micro-batch of a step; before it ranks exchange nothing where the engine allows it.
+            by_row: see below; changes no gradient.
 
         Returns:
-            the loss summed over these targets (float32 scalar, without a graph), computed in the run's precision.
+            the loss summed over these targets (float32 scalar, without a graph), computed in the run's precision;
+            `by_row`: the same number, then the loss summed over each row's targets (float32 (1 + B,)).
         """
 
     def step(self, lr: float, loss: Tensor | None = None, limits: Limits = NO_LIMITS) -> Outcome:

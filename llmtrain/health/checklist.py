@@ -66,7 +66,7 @@ def _ids(parts: Assembly, tokenizer: Tokenizer) -> Finding:
     """Read windows from all over the data; an id outside the vocabulary raises CorruptError on the way."""
     name, seen = "token ids", set[int]()
     unknown = total = 0
-    for windows in (parts.train, *parts.val.values()):
+    for windows in (parts.train, *parts.val.values(), *parts.sets.values()):
         ids = _spread(windows)
         values, counts = np.unique(ids, return_counts=True)
         seen.update(values.tolist())

@@ -26,19 +26,34 @@ def cross_entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     )
 
 
-def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, by_row: bool = False) -> Tensor:
     """The same for the logits `hidden @ weightᵀ`, in memory that does not grow with the vocabulary.
 
     Args:
         hidden_BSD: in any floating type; multiplied in autocast's where that is on.
         weight_VD: of the head.
         targets_BS: int64.
+        by_row: also give the sum over each row's targets, without a gradient.
+
+    Returns:
+        float32 scalar; `by_row`: float32 (1 + B,), the very same sum, then each row's.
     """
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
+    of_each_N = torch.zeros_like(targets_N, dtype=torch.float32) if by_row else None
     if len(targets_N) <= tokens_at_once(len(weight_VD), MOST_LOGITS):
-        return cross_entropy_sum(F.linear(hidden_ND, weight_VD), targets_N)
-    loss: Tensor = _InParts.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
-    return loss
+        # What `cross_entropy_sum` does in one call; its own sum stays, for one over rows would take another order.
+        log_p_NV = F.linear(hidden_ND, weight_VD).float().log_softmax(dim=-1)
+        loss = F.nll_loss(log_p_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+        if of_each_N is not None:
+            _look_up(log_p_NV.detach(), targets_N, of_each_N)
+    else:
+        loss = _InParts.apply(hidden_ND, weight_VD, targets_N, of_each_N)  # type: ignore[no-untyped-call]
+    return loss if of_each_N is None else torch.cat([loss[None], of_each_N.view(targets_BS.shape).sum(-1)])
+
+
+def _look_up(log_p_NV: Tensor, targets_N: Tensor, into_N: Tensor) -> None:
+    """Write -log p(target), 0 where there is none."""
+    into_N.copy_(F.nll_loss(log_p_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none"))
 
 
 def loss_and_correct(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, ids: int) -> Tensor:
@@ -56,7 +71,7 @@ class _InParts(torch.autograd.Function):
     """For as many tokens at a time as the limit lets; the gradients of the sum are made on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, of_each_N: Tensor | None) -> Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wants_gradient = any(ctx.needs_input_grad)
@@ -69,6 +84,8 @@ class _InParts(torch.autograd.Function):
                 hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
                 log_p_NV = (hidden @ weight.T).float().log_softmax(dim=-1)
                 loss += F.nll_loss(log_p_NV, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+                if of_each_N is not None:
+                    _look_up(log_p_NV, targets, of_each_N[part])
                 if wants_gradient:
                     gradient_NV = _logits_gradient(log_p_NV, targets).to(dtype)
                     hidden_gradient_ND[part] = gradient_NV @ weight
@@ -82,10 +99,10 @@ class _InParts(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient_ND, weight_gradient_VD = ctx.gradients
         ctx.gradients = None  # scaled where they lie, for they may be large: once
-        return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None
+        return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None, None
 
 
 def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:

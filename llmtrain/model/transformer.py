@@ -162,12 +162,18 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Logits, or what is made of them; one module, so that whatever gathers a module's weights has them for both."""
 
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, count_among: int | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        targets_BS: Tensor | None = None,
+        count_among: int | None = None,
+        by_row: bool = False,
+    ) -> Tensor:
         """See `Transformer.forward`."""
         if targets_BS is None:
             return super().forward(hidden_BSD)
         if count_among is None:
-            return linear_cross_entropy_sum(hidden_BSD, self.weight, targets_BS)
+            return linear_cross_entropy_sum(hidden_BSD, self.weight, targets_BS, by_row)
         return loss_and_correct(hidden_BSD, self.weight, targets_BS, count_among)
 
 
@@ -215,8 +221,10 @@ class Transformer(nn.Module):
         ids_BS: Tensor,
         targets_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
         last_only: bool = False,
         count_among: int | None = None,
+        by_row: bool = False,
     ) -> Tensor:
         """Predict the next token at every position.
 
@@ -226,16 +234,17 @@ class Transformer(nn.Module):
             cache: positions already seen; extended in place.
             last_only: logits of the last position only, (B, 1, V).
             count_among: see below; how many ids the tokenizer has, as those after them only pad the vocabulary.
+            by_row: see below.
 
         Returns:
-            the logits (B, S, V); with targets the loss summed over them, in nats (float32 scalar), and with
-            `count_among` also the number of targets that have the highest logit of the first so many ids (float32 (2,),
-            without a gradient).
+            the logits (B, S, V); with targets the loss summed over them, in nats (float32 scalar); `by_row` also over
+            those of each row (float32 (1 + B,), of which only the first has a gradient); with `count_among` also the
+            number of targets that have the highest logit of the first so many ids (float32 (2,), without a gradient).
         """
         hidden_BSD = self.hidden(ids_BS, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
-        out: Tensor = self.head(hidden_BSD, targets_BS, count_among)
+        out: Tensor = self.head(hidden_BSD, targets_BS, count_among, by_row)
         return out
 
     def hidden(self, ids_BS: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -83,11 +83,12 @@ class _Panel:
         ("step", "percent", "epoch", "eta"),
         ("loss", "loss curve", "val", "val curve", "best", "lr"),
         ("speed", "mfu", "memory", "slowest", "skipped", "saved"),
+        ("sources", "sets"),
         ("warnings",),
     )
     _FIRST_TO_GO = (
-        "best", "val curve", "loss curve", "memory", "slowest", "mfu", "lr", "epoch", "skipped", "percent", "saved",
-        "eta", "val",
+        "sets", "best", "val curve", "loss curve", "memory", "slowest", "mfu", "lr", "epoch", "skipped", "percent",
+        "saved", "eta", "val", "sources",
     )  # fmt: skip
     _LOW = 8  # rows of a terminal in which two are enough for us
     _GAP = 2
@@ -103,8 +104,8 @@ class _Panel:
         self._warnings, self._last_warning = 0, ""
 
     def take(self, record: Record, pieces: Mapping[str, str], share: float) -> None:
-        """Show these from now on; the last validation loss stays until there is a newer one."""
-        kept = {name: text for name, text in self._pieces.items() if name == "val"}
+        """Show these from now on; the last validation losses stay until there are newer ones."""
+        kept = {name: text for name, text in self._pieces.items() if name in ("val", "sets")}
         self._pieces, self._share = {**kept, **pieces}, share
         self._curves["loss"].add(record.train_loss)
         self._skipped += record.skipped

@@ -34,6 +34,12 @@ class Pace:
         }
         if record.val_loss is not None:
             pieces["val"] = f"val {formats.loss(record.val_loss)}"
+        if record.validation:
+            sets = record.validation.items()
+            pieces["sets"] = " ".join(f"val/{name} {formats.loss(one.loss)}" for name, one in sets)
+        losses = {name: of.train_loss for name, of in (record.sources or {}).items() if of.train_loss is not None}
+        if losses:
+            pieces["sources"] = " ".join(f"{name} {formats.loss(loss)}" for name, loss in losses.items())
         pieces["lr"] = f"lr {formats.rate(record.learning_rate)}"
         pieces["speed"] = f"{formats.compact(record.tokens_per_sec)} tok/s"
         if record.mfu is not None:

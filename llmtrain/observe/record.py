@@ -17,12 +17,31 @@ class SourceRecord:
 
     epochs: Annotated[float, "how often it was gone through, from 0"]
     tokens: Annotated[int, "target tokens from it, those of skipped steps and left-out stretches too"]
-    val_loss: Annotated[float | None, "on its validation split, nats per target token; null where not evaluated"]
-    val_accuracy: Annotated[float | None, "share of its target tokens predicted right"]
+    train_loss: Annotated[float | None, "nats per target token, the mean since the last record; null: none"] = None
+    val_loss: Annotated[float | None, "on its validation split, nats per target token; null where not evaluated"] = None
+    val_accuracy: Annotated[float | None, "share of its target tokens predicted right"] = None
 
     def row(self) -> dict[str, Number]:
         """Every field by name, holding only what strict JSON can hold."""
         return {field.name: finite(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Read what `row` gave, here or in another version."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
+
+
+@dataclass(frozen=True, slots=True)
+class SetRecord:
+    """How the model did on one set of `data.validation`."""
+
+    loss: float  # nats per target token
+    accuracy: float  # share of target tokens predicted right
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,9 @@ class Record:
         float | None, "seconds of step_time_s spent waiting for data, on the first rank; null: not measured"
     ] = None
     sources: Annotated[Mapping[str, SourceRecord] | None, "of a mixture, by name; null: there is but one"] = None
+    validation: Annotated[
+        Mapping[str, SetRecord] | None, "of data.validation, by name, where evaluated: loss and accuracy"
+    ] = None
 
     @property
     def perplexity(self) -> float:
@@ -67,6 +89,10 @@ class Record:
         row: dict[str, Any] = dict(self.row())
         if self.sources:
             row["sources"] = {name: source.row() for name, source in self.sources.items()}
+        if self.validation:
+            row["validation"] = {
+                name: {"loss": finite(one.loss), "accuracy": one.accuracy} for name, one in self.validation.items()
+            }
         return json.dumps(row, allow_nan=False)
 
     @classmethod
@@ -81,11 +107,18 @@ class Record:
             raise ValueError(f"not a record: {line!r}")
         sources = values.get("sources")
         if sources is not None:
-            sources = {name: SourceRecord(**of_source) for name, of_source in sources.items()}
-        return cls(**{name: _or_nan(name, values.get(name)) for name in _FIELDS}, sources=sources)
+            sources = {name: SourceRecord.from_row(row) for name, row in sources.items()}
+        validation = values.get("validation")
+        if validation is not None:
+            validation = {
+                name: SetRecord(math.nan if one["loss"] is None else one["loss"], one["accuracy"])
+                for name, one in validation.items()
+            }
+        numbers = {name: _or_nan(name, values.get(name)) for name in _FIELDS}
+        return cls(**numbers, sources=sources, validation=validation)
 
 
-_FIELDS = tuple(field.name for field in fields(Record) if field.name != "sources")
+_FIELDS = tuple(field.name for field in fields(Record) if field.name not in ("sources", "validation"))
 _COUNTS = ("step", "epoch", "tokens")
 _OPTIONAL = ("val_loss", "val_accuracy", "mfu", "step_time_spread_s", "slowest_rank", "data_time_s")
 COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.index("tokens") :])

@@ -125,6 +125,8 @@ def scalars(record: Record) -> dict[str, float]:
     }
     for name, source in (record.sources or {}).items():
         groups[f"source/{name}"] = source.row()
+    for name, one in (record.validation or {}).items():
+        groups[f"val/{name}"] = {"loss": one.loss, "perplexity": one.perplexity, "accuracy": one.accuracy}
     named = {f"{group}/{name}": finite(value) for group, values in groups.items() for name, value in values.items()}
     return {name: value for name, value in named.items() if value is not None}
 

@@ -1,9 +1,9 @@
-"""What the sources of a mixture do, each on its own: how often it was gone through, and its validation loss."""
+"""What the sources of a mixture do, each on its own: how often it was gone through, and its losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from llmtrain.config import DataSection
@@ -18,26 +18,38 @@ class SourceLog:
 
     def __init__(self, section: DataSection, order: Order, position: int):
         """`position`: where the run is; a source that had begun anew before is no news."""
-        self._names, self._order, self._seq_len = section.names, order, section.seq_len
+        self._order, self._seq_len = order, section.seq_len
+        self.names: Sequence[str] = section.names if isinstance(order, MixedOrder) else ()  # where there are several
         self._before = self._now = order.epochs(position) if isinstance(order, MixedOrder) else []
 
-    def add(self, record: Record, position: int, val: Validation | None) -> Record:
-        """Return the record of a run that has come to `position`, with its sources; of a single one, as it is."""
+    def add(self, record: Record, position: int, train: Mapping[str, float], val: Validation | None) -> Record:
+        """Return the record of a run that has come to `position`, with its sources; of a single one, as it is.
+
+        Args:
+            record: since the last one.
+            position: in the data.
+            train: the training loss of each source that was trained on since then.
+            val: where it was evaluated.
+        """
         if not isinstance(self._order, MixedOrder):
             return record
         self._now = self._order.epochs(position)
         sources = {}
         consumed = self._order.consumed(position)
-        for name, epochs, samples in zip(self._names, self._now, consumed, strict=True):
+        for name, epochs, samples in zip(self.names, self._now, consumed, strict=True):
             own = val.by_source.get(name) if val else None
             sources[name] = SourceRecord(
-                epochs, samples * self._seq_len, own.loss if own else None, own.accuracy if own else None
+                epochs=epochs,
+                tokens=samples * self._seq_len,
+                train_loss=train.get(name),
+                val_loss=own.loss if own else None,
+                val_accuracy=own.accuracy if own else None,
             )
         return replace(record, sources=sources)
 
     def news(self) -> Iterator[str]:
         """Say which sources have begun anew since this was last asked."""
-        for name, before, now in zip(self._names, self._before, self._now, strict=False):
+        for name, before, now in zip(self.names, self._before, self._now, strict=True):
             times = math.ceil(now)
             if times > max(1, math.ceil(before)):
                 yield f"source {name}: all of it was seen, and it comes in a new order for the {_ordinal(times)} time"

@@ -49,6 +49,27 @@ def test_below_the_limit_it_is_the_plain_loss_bit_for_bit() -> None:
     assert torch.equal(linear_cross_entropy_sum(hidden, weight, targets), cross_entropy_sum(hidden @ weight.T, targets))
 
 
+@pytest.mark.parametrize("tokens", [7, 1000])
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_the_loss_of_each_row_comes_beside_the_very_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, is_bf16: bool
+) -> None:
+    monkeypatch.setattr(loss_module, "MOST_LOGITS", tokens * VOCABULARY)
+    found = []
+    for by_row in (False, True):
+        hidden, weight, targets = inputs()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            losses = linear_cross_entropy_sum(hidden, weight, targets, by_row)
+            rows = [linear_cross_entropy_sum(hidden[row, None], weight, targets[row]).item() for row in range(2)]
+        loss = losses[0] if by_row else losses
+        (loss * 0.37).backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    assert losses.shape == (3,) and losses.dtype == torch.float32
+    assert losses[1:].tolist() == pytest.approx(rows, rel=2**-9 if is_bf16 else 1e-6)
+    for plain, ours in zip(*found, strict=True):
+        assert plain is not None and ours is not None and torch.equal(plain, ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_products_are_in_its_type_and_gradients_in_the_weights(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from llmtrain.observe.record import COLUMNS, Record
+from llmtrain.observe.record import COLUMNS, Record, SourceRecord
 
 
 def test_json_gives_the_record_back(make_record):
@@ -42,6 +42,15 @@ def test_a_record_of_a_newer_or_older_version_is_read(make_record):
     older = record.to_json().replace('"memory_gb": 1.25, ', "")
     assert math.isnan(Record.from_json(older).memory_gb)
     assert replace(Record.from_json(older), memory_gb=1.25) == record
+
+
+def test_sources_come_back_also_those_of_another_version(make_record):
+    record = make_record(7, sources={"web": SourceRecord(1.5, 960, 3.25, None, None)})
+    line = record.to_json()
+    assert Record.from_json(line) == record
+    assert Record.from_json(line.replace('"train_loss": 3.25', '"colour": 1')).sources == {
+        "web": SourceRecord(1.5, 960)
+    }
 
 
 @pytest.mark.parametrize("line", ["", "[1]", "{}", '{"step": 1', '{"step": null, "epoch": 0, "tokens": 1}'])
