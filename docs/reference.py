@@ -18,11 +18,11 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel
 
 from llmtrain.cli import VERBS
-from llmtrain.config import ProfileSection, RunConfig, SourceSection, make_config
+from llmtrain.config import ProfileSection, RunConfig, SourceSection, ValidationSection, make_config
 from llmtrain.errors import DEBUG, LlmtrainError
 from llmtrain.model.cost import parameter_count
 from llmtrain.observe.metrics import ARRAY_SOURCES
-from llmtrain.observe.record import COLUMNS, Record, SourceRecord
+from llmtrain.observe.record import COLUMNS, Record, SetRecord, SourceRecord
 from llmtrain.observe.sinks import scalars
 from llmtrain.presets import PRESETS
 from llmtrain.resolve import resolve
@@ -30,6 +30,7 @@ from llmtrain.resolve import resolve
 REFERENCE = Path(__file__).with_name("reference.md")
 SCHEMA = Path(__file__).with_name("config.schema.json")
 VOCAB_SIZE, SEQ_LEN = 50_304, 2048
+NESTED = ("sources", "validation")  # fields of a record that have fields of their own
 
 
 def schema() -> dict[str, Any]:
@@ -92,6 +93,7 @@ def _config() -> Iterator[str]:
         yield from _section(f"### `{name}:`", field.annotation)
     yield from _section("### `training.profile`", ProfileSection)
     yield from _section("### Each of `data.sources`", SourceSection)
+    yield from _section("### Each of `data.validation`", ValidationSection)
 
 
 def _section(heading: str, section: type[BaseModel]) -> Iterator[str]:
@@ -194,20 +196,19 @@ def _invocation(action: argparse.Action) -> str:
 def _metrics() -> Iterator[str]:
     yield "## Metrics"
     yield (
-        "Each line of `metrics.jsonl` is a record with these fields, and each row of `training_log.csv` all but the "
-        "sources. A number that is not finite is null. On dashboards (TensorBoard, W&B) they have the names on the "
+        "Each line of `metrics.jsonl` is a record with these fields, and each row of `training_log.csv` all but "
+        "sources and validation. A number that is not finite is null. On dashboards (TensorBoard, W&B) they have the names on the "
         "right."
     )
     meanings = {name: hint.__metadata__[0] for name, hint in _hints(Record).items()}
     meanings["perplexity"] = str(Record.perplexity.__doc__).rstrip(".")
     dashboards = _dashboard_names()
-    rows = [(f"`{name}`", meanings[name], dashboards.get(name, "")) for name in (*COLUMNS, "sources")]
+    rows = [(f"`{name}`", meanings[name], dashboards.get(name, "")) for name in (*COLUMNS, *NESTED)]
     yield _table(("field", "meaning", "on dashboards"), rows)
-    yield "Of each of the `sources`:"
-    of_source = [
-        (f"`{name}`", hint.__metadata__[0], f"`source/NAME/{name}`") for name, hint in _hints(SourceRecord).items()
-    ]
-    yield _table(("field", "meaning", "on dashboards"), of_source)
+    for nested, kind, tag in (("sources", SourceRecord, "source"), ("validation", SetRecord, "val")):
+        yield f"Of each of the `{nested}`:"
+        fields = [(f"`{name}`", hint.__metadata__[0], f"`{tag}/NAME/{name}`") for name, hint in _hints(kind).items()]
+        yield _table(("field", "meaning", "on dashboards"), fields)
     arrays = ", ".join(
         f"`{name}`" + (f" (`{source}`)" if name != source else "") for name, source in ARRAY_SOURCES.items()
     )
@@ -220,7 +221,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _dashboard_names() -> dict[str, str]:
     """By field, found by telling each a number of its own."""
-    names = [name for name in _hints(Record) if name != "sources"]
+    names = [name for name in _hints(Record) if name not in NESTED]
     told = {name: float(place + 2) for place, name in enumerate(names)}
     shown = scalars(Record(**told))  # type: ignore[arg-type]  # numbers that tell where they came from
     found = {field: [tag for tag, value in shown.items() if value == number] for field, number in told.items()}

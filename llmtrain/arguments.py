@@ -76,6 +76,13 @@ def train_parser() -> VerbParser:
     return made
 
 
+def count(text: str) -> int:
+    """Argparse type: a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not '{text}'")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """Argparse type: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

@@ -4,49 +4,49 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.arguments import VerbParser, positive_int
+from llmtrain.arguments import VerbParser, count, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
 from llmtrain.data.ahead import ahead
-from llmtrain.data.batches import Layout, Windows, validation_batches
+from llmtrain.data.batches import Layout, Windows, validation_ids
 from llmtrain.data.documents import document_end
 from llmtrain.data.fetch import local_data
 from llmtrain.data.shards import TokenDataset
+from llmtrain.data.sliding import SlidingWindows
 from llmtrain.errors import UserError, run_main
-from llmtrain.observe.record import finite
-from llmtrain.observe.validation import validate
+from llmtrain.harness.tasks import run_tasks
+from llmtrain.observe.record import Number, finite
+from llmtrain.observe.validation import Validation, mixed, validate, weighted_mean
 from llmtrain.storage.remote import path_or_url
 
 
-def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int | None) -> dict[str, Any]:
-    """Evaluate just as the trainer does: the same windows, micro-batches and precision.
+@dataclass(frozen=True)
+class Part:
+    """What of prepared data is evaluated."""
 
-    Args:
-        trained: the model.
-        data: prepared with the model's tokenizer.
-        split: which part of it.
-        batches: only so many global batches of windows, spread evenly over the split; None: all.
+    split: str
+    batches: int | None  # only so many global batches of windows, spread evenly over the split; None: all
+    stride: int | None  # of overlapping windows; None: they do not overlap
 
-    Returns:
-        what `--json` prints; `bits_per_byte` is None where the data does not know its size as text.
+
+def evaluate(trained: TrainedModel, data: TokenDataset, part: Part) -> Validation:
+    """Evaluate just as the trainer does: the same windows, unless they overlap, micro-batches and precision.
 
     Raises:
-        UserError: another tokenizer, no such split, or a split without a single window.
+        UserError: another tokenizer, no such split, a split without a single window, or too long a stride.
     """
     engine, config = trained.engine, trained.config
     check_tokenizer(trained.reader, data.manifest)
-    seq_len, training = config.data.seq_len, config.training
-    windows = Windows(data.split(split), seq_len, seq_len)
+    training = config.training
+    windows = _windows(config.data.seq_len, data, part)
     if config.data.document_mask:
-        document_end(data, split)
-    if not len(windows):
-        raise UserError(
-            f"{data.path}: the {split} split has {len(windows.stream):,} tokens, and one window of this model takes "
-            f"{seq_len + 1}; prepare more text"
-        )
+        document_end(data, part.split)
     layout = Layout(
         windows=len(windows),
         global_batch=training.global_batch_size,
@@ -54,16 +54,31 @@ def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int
         rank=engine.rank,
         world_size=engine.world_size,
     )
-    limit = batches and batches * layout.global_batch
-    arriving = ahead(validation_batches(windows, layout, limit), engine.device)
-    result = validate(engine, arriving, layout.micro_batch, trained.tokenizer.vocab_size)
-    info = data.manifest.splits[split]
-    bits = result.bits_per_byte(info.text_bytes / info.tokens) if info.text_bytes else None
+    ids = list(validation_ids(windows, layout, part.batches and part.batches * layout.global_batch))
+    counted = map(windows.counted, ids) if isinstance(windows, SlidingWindows) else None
+    arriving = ahead(map(windows.gather, ids), engine.device)
+    return validate(engine, arriving, layout.micro_batch, trained.tokenizer.vocab_size, counted)
+
+
+def _windows(seq_len: int, data: TokenDataset, part: Part) -> Windows | SlidingWindows:
+    stream = data.split(part.split)
+    if part.stride and part.stride > seq_len:
+        raise UserError(
+            f"--stride {part.stride}: is above the {seq_len} tokens that this model sees at once, so it would leave "
+            f"tokens out; give at most {seq_len}"
+        )
+    if len(stream) <= (1 if part.stride else seq_len):
+        raise UserError(
+            f"{data.path}: the {part.split} split has {len(stream):,} tokens, and one window of this model takes "
+            f"{2 if part.stride else seq_len + 1}; prepare more text"
+        )
+    return SlidingWindows(stream, seq_len, part.stride) if part.stride else Windows(stream, seq_len, seq_len)
+
+
+def numbers(result: Validation, bytes_per_token: float | None) -> dict[str, Number]:
+    """What the verb says of each; `bits_per_byte` is None where the data does not know its size as text."""
+    bits = result.bits_per_byte(bytes_per_token) if bytes_per_token else None
     return {
-        "checkpoint": str(trained.reader.folder),
-        "step": trained.reader.manifest.step,
-        "data": str(data.path),
-        "split": split,
         "loss": finite(result.loss),
         "perplexity": finite(result.perplexity),
         "accuracy": result.accuracy,
@@ -72,33 +87,128 @@ def evaluate(trained: TrainedModel, data: TokenDataset, split: str, batches: int
     }
 
 
-def _as_text(result: dict[str, Any]) -> str:
+def _bytes_per_token(data: TokenDataset, split: str) -> float | None:
+    info = data.manifest.splits[split]
+    return info.text_bytes / info.tokens if info.text_bytes else None
+
+
+def report_one(trained: TrainedModel, data: TokenDataset, part: Part) -> dict[str, Any]:
+    """What `--json` prints of one prepared folder."""
+    result = numbers(evaluate(trained, data, part), _bytes_per_token(data, part.split))
+    return {**_head(trained, str(data.path), part), **result}
+
+
+def report_sources(trained: TrainedModel, sources: Mapping[str, TokenDataset], part: Part) -> dict[str, Any]:
+    """The same of a mixture: the mean of its sources by the weights that its validation loss has, and each alone.
+
+    A source without that split, or without a window in it, is None.
+    """
+    seq_len = trained.config.data.seq_len
+    weights: dict[str, float] = trained.reader.state()["judged_by"][0]
+    able = {name: data for name, data in sources.items() if _has(data, part, seq_len)}
+    if not able:
+        raise UserError(
+            f"{trained.reader.folder}: none of its sources has a window of {seq_len + 1} tokens in a {part.split} "
+            "split; name another by --split, or data by --data"
+        )
+    found = {name: evaluate(trained, data, part) for name, data in able.items()}
+    sizes = {name: _bytes_per_token(data, part.split) for name, data in able.items()}
+    known = {name: size for name, size in sizes.items() if size}
+    size = weighted_mean(known, weights) if len(known) == len(sizes) else None
+    each = {
+        name: {"data": str(data.path), "weight": weights[name], **numbers(found[name], sizes[name])}
+        if name in found
+        else None
+        for name, data in sources.items()
+    }
+    where = ", ".join(str(data.path) for data in able.values())
+    return {**_head(trained, where, part), **numbers(mixed(found, weights), size), "sources": each}
+
+
+def _has(data: TokenDataset, part: Part, seq_len: int) -> bool:
+    split = data.manifest.splits.get(part.split)
+    return split is not None and split.tokens > (1 if part.stride else seq_len)
+
+
+def _checkpoint(trained: TrainedModel) -> dict[str, Any]:
+    return {"checkpoint": str(trained.reader.folder), "step": trained.reader.manifest.step}
+
+
+def _head(trained: TrainedModel, data: str, part: Part) -> dict[str, Any]:
+    stride = {"stride": part.stride} if part.stride else {}
+    return {**_checkpoint(trained), "data": data, "split": part.split, **stride}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """For people."""
+    if "tasks" in result:
+        return "\n".join([f"{'checkpoint':>13}  {result['checkpoint']}", *_of_tasks(result["tasks"])])
+
     def number(name: str, unit: str) -> str:
         value = result[name]
         return "unknown" if value is None else f"{value:.6g} {unit}".rstrip()
 
+    stride = f", windows {result['stride']} tokens apart" if "stride" in result else ""
     lines = {
         "checkpoint": result["checkpoint"],
-        "data": f"{result['data']}, {result['split']} split, {result['tokens']:,} tokens",
+        "data": f"{result['data']}, {result['split']} split, {result['tokens']:,} tokens{stride}",
         "loss": number("loss", "nats per token"),
         "perplexity": number("perplexity", ""),
         "accuracy": f"{100 * result['accuracy']:.2f} %",
         "bits per byte": number("bits_per_byte", ""),
     }
-    return "\n".join(f"{name:>13}  {value}" for name, value in lines.items())
+    return "\n".join([*(f"{name:>13}  {value}" for name, value in lines.items()), *_of_sources(result)])
 
 
-def _open_data(trained: TrainedModel, path: Path | str | None) -> TokenDataset:
-    """Open the data asked for, or the run's own."""
-    paths = trained.config.data.paths
-    if path is None and len(paths) > 1:
-        raise UserError(
-            f"{trained.reader.folder}: was trained on several sources; name one by --data: {' or '.join(paths)}"
+def _of_tasks(scores: Mapping[str, Mapping[str, Number]]) -> Iterator[str]:
+    """A line for each metric of each task."""
+    for task, values in scores.items():
+        for name, value in values.items():
+            metric, comma, by = name.partition(",")
+            if name == "samples" or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr{comma}{by}")
+            told = "unknown" if value is None else f"{value:.4g}"
+            told += "" if error is None else f" ± {error:.2g}"
+            yield f"{task:>13}  {name} {told}, {values.get('samples', '?')} samples"
+
+
+def _of_sources(result: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each source of a mixture, under a line of titles."""
+    sources: Mapping[str, Mapping[str, Any] | None] = result.get("sources", {})
+    if not sources:
+        return
+    width = max(13, *map(len, sources))
+    titles = f"{'weight':>8}  {'loss':>8}  {'perplexity':>10}  {'accuracy':>8}  {'bits/byte':>9}  tokens"
+    yield f"\n{'source':>{width}}  {titles}"
+    for name, one in sources.items():
+        if one is None:
+            yield f"{name:>{width}}  no window of that split"
+            continue
+        loss, perplexity, bits = (
+            "unknown" if one[key] is None else f"{one[key]:.6g}" for key in ("loss", "perplexity", "bits_per_byte")
         )
-    own = local_data(path or trained.config.data.where)
-    if path is None and not own.is_dir():
+        yield (
+            f"{name:>{width}}  {one['weight']:>8g}  {loss:>8}  {perplexity:>10}  {100 * one['accuracy']:>6.2f} %  "
+            f"{bits:>9}  {one['tokens']:,}"
+        )
+
+
+def _open(trained: TrainedModel, path: Path | str) -> TokenDataset:
+    """Open prepared data, the run's own or what was asked for."""
+    own = local_data(path)
+    if path in trained.config.data.paths and not own.is_dir():
         raise UserError(f"{own}: the data that {trained.reader.folder} was trained on is not here; name it by --data")
     return TokenDataset(own)
+
+
+def report(trained: TrainedModel, path: Path | str | None, part: Part) -> dict[str, Any]:
+    """What `--json` prints: of the data at `path`, or else of the run's own."""
+    section = trained.config.data
+    if path is None and len(section.paths) > 1:
+        opened = {name: _open(trained, own) for name, own in zip(section.names, section.paths, strict=True)}
+        return report_sources(trained, opened, part)
+    return report_one(trained, _open(trained, path or section.where), part)
 
 
 def parser() -> VerbParser:
@@ -112,8 +222,12 @@ def parser() -> VerbParser:
         help="a run folder (its best checkpoint, else its latest) or a checkpoint",
     )
     add("--data", type=path_or_url, metavar="DIR", help="prepared data (default: what the run was trained on)")
-    add("--split", default="val", help="which part of it (default: %(default)s)")
+    add("--split", help="which part of it (default: val)")
     add("--batches", type=positive_int, metavar="N", help="only N global batches, as training.eval_batches=N does")
+    add("--stride", type=positive_int, metavar="N", help="windows begin N tokens apart; of each only the new count")
+    add("--tasks", metavar="A,B", help="instead of data: tasks of lm-evaluation-harness, by name or as YAML files")
+    add("--shots", type=count, metavar="N", help="examples before each question of --tasks (default: as each says)")
+    add("--limit", type=positive_int, metavar="N", help="only N questions of each of --tasks")
     add("--json", action="store_true", help="print the result as JSON")
     return made
 
@@ -121,10 +235,23 @@ def parser() -> VerbParser:
 def main(argv: list[str]) -> None:
     """`llmtrain evaluate`."""
     args = parser().parse_args(argv)
+    _refuse_contradictions(args)
     with load_model(args.path, compiled=True) as trained:
-        result = evaluate(trained, _open_data(trained, args.data), args.split, args.batches)
+        if args.tasks:
+            scores = run_tasks(trained, args.tasks.split(","), args.shots, args.limit)
+            result = {**_checkpoint(trained), "tasks": scores}
+        else:
+            result = report(trained, args.data, Part(args.split or "val", args.batches, args.stride))
         if trained.engine.rank == 0:
-            print(json.dumps(result, allow_nan=False) if args.json else _as_text(result))
+            print(json.dumps(result, allow_nan=False) if args.json else as_text(result))
+
+
+def _refuse_contradictions(args: Namespace) -> None:
+    of_data, of_tasks = ("data", "split", "batches", "stride"), ("shots", "limit")
+    for name in of_data if args.tasks else of_tasks:
+        if getattr(args, name) is not None:
+            why = "is of data, and --tasks have their own" if args.tasks else "is for --tasks"
+            raise UserError(f"--{name} {why}; leave one out")
 
 
 if __name__ == "__main__":

@@ -8,74 +8,22 @@ import json
 import secrets
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 
 from llmtrain.arguments import VerbParser, positive_int, probability, seed_int, temperature
 from llmtrain.checkpoint.load import TrainedModel, load_model
-from llmtrain.data.decode import IncrementalDecoder, StopStrings
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import UserError, run_main
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
+from llmtrain.model.writer import Sample, Writer
 from llmtrain.observe.formats import printable
 from llmtrain.storage.remote import path_or_url
 
 # Samples written side by side: more would need the memory of as many key-value caches.
 ROWS_AT_ONCE = 32
 QUIT = "/quit"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model wrote after the prompt."""
-
-    text: str  # without the stop string
-    tokens: int  # that it chose, the end-of-document id not counted
-    ended: Literal["length", "stop", "eos"]
-    seed: int  # with which it comes alone, too
-
-
-class Writer:
-    """One sample while it is written."""
-
-    def __init__(self, tokenizer: Tokenizer, start: Sequence[int], stops: Sequence[str], seed: int):
-        self._decoder = IncrementalDecoder(tokenizer, start)
-        self._stops = StopStrings(stops)
-        self._eos_id = tokenizer.eos_id
-        self._seed = seed
-        self._pieces: list[str] = []
-        self._tokens = 0
-        self.ended: Literal["length", "stop", "eos"] | None = None
-
-    def add(self, token: int) -> str:
-        """Take the next id; return the text that is certain now."""
-        if token == self._eos_id:
-            return self._end("eos")
-        self._tokens += 1
-        text = self._stops.add(self._decoder.add(token))
-        if self._stops.found:
-            self.ended = "stop"
-        self._pieces.append(text)
-        return text
-
-    def out_of_length(self) -> str:
-        """End the sample, unless it has ended; return the text that was held back."""
-        return "" if self.ended else self._end("length")
-
-    def _end(self, reason: Literal["length", "eos"]) -> str:
-        text = self._stops.add(self._decoder.finish())
-        self.ended = "stop" if self._stops.found else reason
-        text += self._stops.finish()
-        self._pieces.append(text)
-        return text
-
-    def sample(self) -> Sample:
-        """The finished sample."""
-        assert self.ended is not None
-        return Sample("".join(self._pieces), self._tokens, self.ended, self._seed)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class SourceRecord:
 class SetRecord:
     """How the model did on one set of `data.validation`."""
 
-    loss: float  # nats per target token
-    accuracy: float  # share of target tokens predicted right
+    loss: Annotated[float, "nats per target token"]
+    accuracy: Annotated[float, "share of target tokens predicted right"]
 
     @property
     def perplexity(self) -> float:
@@ -71,9 +71,9 @@ class Record:
         float | None, "seconds of step_time_s spent waiting for data, on the first rank; null: not measured"
     ] = None
     sources: Annotated[Mapping[str, SourceRecord] | None, "of a mixture, by name; null: there is but one"] = None
-    validation: Annotated[
-        Mapping[str, SetRecord] | None, "of data.validation, by name, where evaluated: loss and accuracy"
-    ] = None
+    validation: Annotated[Mapping[str, SetRecord] | None, "of data.validation, by name; null where not evaluated"] = (
+        None
+    )
 
     @property
     def perplexity(self) -> float:
