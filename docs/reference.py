@@ -197,8 +197,8 @@ def _metrics() -> Iterator[str]:
     yield "## Metrics"
     yield (
         "Each line of `metrics.jsonl` is a record with these fields, and each row of `training_log.csv` all but "
-        "sources and validation. A number that is not finite is null. On dashboards (TensorBoard, W&B) they have the names on the "
-        "right."
+        "sources and validation. A number that is not finite is null. On dashboards (TensorBoard, W&B) they have the "
+        "names on the right."
     )
     meanings = {name: hint.__metadata__[0] for name, hint in _hints(Record).items()}
     meanings["perplexity"] = str(Record.perplexity.__doc__).rstrip(".")

@@ -37,6 +37,7 @@ class Assembly:
     layout: Layout
     engine: Engine
     warnings: list[str]  # differences between the ranks that do not make the run wrong
+    packing: str  # digest of what packed windows are made of; empty: they are not packed
 
     def stages(self, past: Sequence[Stage] = (), step: int = 0, position: int = 0) -> list[Stage]:
         """Of a mixture: those past, and those to come seen from `step` steps that consumed `position` samples."""
@@ -129,7 +130,7 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
         config.training,
         config.optimizer,
     )
-    return Assembly(config, data, train, val, sets, layout, engine, warnings)
+    return Assembly(config, data, train, val, sets, layout, engine, warnings, packing)
 
 
 def _open(

@@ -101,7 +101,7 @@ class Run:
         return reader
 
     def _progress_of(self, reader: CheckpointReader) -> Progress:
-        return progress_of(reader, self.config, self.parts.data)
+        return progress_of(reader, self.config, self.parts.data, self.parts.packing)
 
     def _start_or_go_on(self, resume: str, lock: RunLock | None) -> CheckpointReader | None:
         """Fill the engine from a checkpoint of the run, or from the weights that it is to start with."""
@@ -135,6 +135,7 @@ class Run:
         left_out = tuple(self.guard.policy.left_out)
         self.parts = replace(self.parts, layout=replace(self.parts.layout, left_out=left_out))
         step, position = self.progress.step, self.progress.position
+        self.progress.packing = self.parts.packing
         stages = self.parts.stages([Stage(begin, tuple(w)) for begin, w in self.progress.stages], step, position)
         self.progress.stages = [[stage.begin, list(stage.weights)] for stage in stages]
         self.order = self.parts.order(stages)

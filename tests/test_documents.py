@@ -191,6 +191,26 @@ def test_another_packing_is_another_run(config_dict: Config, documents: Path, ca
     assert code == 2 and is_one_clear_line(err) and "data.packing=best_fit, this run has windows" in err
 
 
+def test_windows_that_would_be_packed_otherwise_are_refused_and_another_mask_is_told(
+    config_dict: Config, documents: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids are the same, so the fingerprint of the data is; which documents are packed together is not."""
+    training = {"max_steps": 5, "eval_every": None}
+    config = merged(config_dict, data={"path": str(documents), "packing": "best_fit"}, training=training)
+    folder = run(config, "checkpoint.save_every=5")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtrain.data.sources.GROUP", 7)
+        code, _, err = call(train, "--config", folder / "config.yaml", "training.max_steps=9")
+    assert code == 2 and is_one_clear_line(err) and "its windows were packed otherwise than these would be" in err
+    assert call(train, "--config", folder / "config.yaml", "training.max_steps=9")[0] == 0
+    plain = merged(config, run={"dir": str(folder.with_name("plain"))}, data={"packing": "windows"})
+    folder = run(plain, "checkpoint.save_every=5")
+    code, out, _ = call(
+        train, "--config", folder / "config.yaml", "training.max_steps=9", "data.document_mask=true"
+    )  # fmt: skip
+    assert code == 0 and "changed since then: data.document_mask: False → True" in out
+
+
 def test_the_waste_is_told(config_dict: Config, documents: Path, call: Call, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(merged(config_dict, data={"path": str(documents), "packing": "best_fit"})))

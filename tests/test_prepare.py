@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from llmtrain.data.corpus import CHUNK_BYTES, cut_into_chunks
 from llmtrain.data.encode import Division
@@ -219,6 +221,10 @@ def test_the_same_command_twice_says_so_and_another_is_refused(texts, tmp_path):
         (["--input", "blank.jsonl"], "no text in it (2 empty documents)"),
         (["--input", "binary.dat"], "binary.dat: a binary file"),
         (["--input", "tokens.bin"], "tokens.bin: token ids belong to a tokenizer; name it"),
+        (
+            ["--input", "table.parquet"],
+            "table.parquet: no column 'text' (it has: body, size; --text-field names another)",
+        ),
         (["--input", "latin.txt"], "latin.txt: not UTF-8 (byte 0xe9 at offset 3)"),
         (["--input", "broken.jsonl"], "broken.jsonl: line 2: not JSON"),
         (["--input", "late.jsonl", "--workers", "2"], "late.jsonl: line 30: no field 'text'"),
@@ -248,6 +254,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(tmp_path, arguments, mes
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
+    parquet.write_table(pa.table({"body": ["some text"], "size": [9]}), tmp_path / "table.parquet")
     assert message in refused(*arguments, cwd=tmp_path)
 
 

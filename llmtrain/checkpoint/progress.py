@@ -21,6 +21,7 @@ class Progress:
     launches: int = 0  # how often the run was started or resumed
     started_from: str | None = None  # what `--resume PATH` named, where the run branched off or was rewound
     stages: list[Any] = field(default_factory=list)  # of a mixture: [position from which they hold, weights]
+    packing: str | None = None  # digest of what packed windows are made of; empty: they are not packed
     meter: dict[str, Any] = field(default_factory=dict)  # sums since the last record
     unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember

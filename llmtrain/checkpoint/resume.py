@@ -83,8 +83,14 @@ def own_step(run_dir: Path, reader: CheckpointReader | None) -> int | None:
     return step if reader.folder.resolve() == step_folder(run_dir, step).resolve() else None
 
 
-def progress_of(reader: CheckpointReader, config: RunConfig, data: DataIdentity) -> Progress:
+def progress_of(reader: CheckpointReader, config: RunConfig, data: DataIdentity, packing: str = "") -> Progress:
     """Check that the checkpoint belongs to this run; return how far it had come.
+
+    Args:
+        reader: of the checkpoint.
+        config: of this run.
+        data: that this run is to go on with.
+        packing: digest of what its packed windows are made of.
 
     Raises:
         UserError: other data, another tokenizer, a changed model: the difference is shown, nothing is touched.
@@ -106,12 +112,21 @@ def progress_of(reader: CheckpointReader, config: RunConfig, data: DataIdentity)
                     "choose another run.dir"
                 )
     try:
-        return Progress(**reader.state())
+        progress = Progress(**reader.state())
     except TypeError as error:
         raise UserError(
             f"{reader.folder}: its state is of another version of llmtrain ({reader.manifest.llmtrain_version}: "
             f"{error}); go on with that version, or start a new run.dir with model.init_from"
         ) from error
+    # The ids are the same; where documents end may not be, and what is made of both depends on the code as well.
+    if progress.packing not in (None, packing):
+        raise UserError(
+            f"{reader.folder}: its windows were packed otherwise than these would be (digest "
+            f"{(progress.packing or 'none')[:12]}, now {(packing or 'none')[:12]}): documents of {config.data.where} "
+            "end elsewhere, or another version of llmtrain packs in another way; go on with what it was, or start a "
+            "new run.dir with model.init_from"
+        )
+    return progress
 
 
 def check_tokenizer(reader: CheckpointReader, data: DataIdentity) -> None:

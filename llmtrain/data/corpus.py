@@ -28,6 +28,7 @@ import zstandard
 
 from llmtrain.data.files import SourceFile
 from llmtrain.data.hub import DatasetShard
+from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
 from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
@@ -36,6 +37,7 @@ CHUNK_BYTES = 4 << 20
 MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
+_LOOKED_AFTER = 64 << 20  # bytes of one document after which it is asked whether there is memory for it
 Skipped = Counter[str]
 
 
@@ -287,12 +289,24 @@ def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[
         done = raw.tell()
         while data := stream.read(chunk_bytes):
             if not data.endswith(b"\n"):
-                data += stream.readline()
+                data += _rest_of_line(stream, file, here.record + data.count(b"\n") + 1, len(data))
             consumed = raw.tell() - done
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             yield LinesChunk(here, file, data, consumed), lines
             here = Position(here.file, here.place + len(data), here.record + lines, here.ordinal + lines)
             done += consumed
+
+
+def _rest_of_line(stream: IO[bytes], file: SourceFile, number: int, begun: int) -> bytes:
+    """Read up to the end of a line; `begun` bytes with the beginning of it, and maybe lines before it, are read."""
+    parts, size = list[bytes](), begun
+    while part := stream.readline(_LOOKED_AFTER):
+        parts.append(part)
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+        require_room(f"{file.path}: line {number}", size, "")
+    return b"".join(parts)
 
 
 def _skip(stream: IO[bytes], count: int, file: SourceFile) -> None:
@@ -350,8 +364,10 @@ def _decoded(
 
 def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str | None:
     """Return a file's text; None if it was skipped."""
+    if file.bytes > _LOOKED_AFTER:
+        require_room(str(file.path), file.bytes, ", or leave it out by --max-file-bytes")
     with _open_bytes(file) as (stream, _):
-        data = stream.read()
+        data = _read_whole(stream, file) if file.compression else stream.read()
     if b"\0" in data[:BINARY_PROBE_BYTES]:
         if file.named:
             raise UserError(f"{file.path}: a binary file (NUL byte at offset {data.index(0)}), not UTF-8 text")
@@ -364,6 +380,17 @@ def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str 
         place = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         options.bad("files", f"{file.path}: not UTF-8 ({place})", skipped)
         return None
+
+
+def _read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
+    """Read what no size tells of: a small file may be a large one that is compressed."""
+    parts, size = list[bytes](), 0
+    while part := stream.read(_LOOKED_AFTER):
+        parts.append(part)
+        size += len(part)
+        if size > _LOOKED_AFTER:
+            require_room(str(file.path), size, "")
+    return b"".join(parts)
 
 
 def _parse_line(line: bytes, field: str) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import socket
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from llmtrain.data.memory import free_host_memory
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
@@ -81,23 +80,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a new process can take: of the GPU, else of the machine and of the limit it runs under."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        free = int(match[1]) * 1024 if match else sys.maxsize
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no system tells more everywhere
-    return min(free, _container_limit())
-
-
-def _container_limit() -> int:
-    """What a container (cgroup v2) still allows; a huge number where there is none."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return sys.maxsize
-    return int(limit) - used if limit.isdecimal() else sys.maxsize
+    return free_host_memory()
 
 
 def _device() -> Finding:

@@ -105,6 +105,37 @@ def test_parquet_streams_the_text_column_by_row_group(tmp_path):
         read(path, text_field="other")
 
 
+def test_a_document_that_does_not_fit_into_memory_is_named_and_those_that_do_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtrain.data.corpus._LOOKED_AFTER", 100)
+    long = "x" * 999
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["short", long, "last"]))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(jsonl(["one", "two", long])))
+    assert read(tmp_path, chunk_bytes=30) == [long, long, "short", long, "last", "one", "two", long]
+    monkeypatch.setattr("llmtrain.data.memory.free_host_memory", lambda: 2000)
+    for name, said in {
+        "a.txt": "a.txt: a document of 9.99e-07 GB or more does not fit into memory .*--max-file-bytes",
+        "b.txt.gz": "b.txt.gz: a document of",
+        "c.jsonl": "c.jsonl: line 2: a document of",
+        "d.jsonl.gz": "d.jsonl.gz: line 3: a document of",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            read(tmp_path / name, chunk_bytes=30)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])
+def test_an_empty_file_among_others_gives_nothing(tmp_path, suffix):
+    full, empty = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    if suffix == ".parquet":
+        write_parquet(full, ["text"])
+        parquet.write_table(pa.table({"text": pa.array([], pa.string())}), empty)
+    else:
+        full.write_bytes(jsonl(["text"]) if suffix == ".jsonl" else b"text")
+        empty.touch()
+    assert read(tmp_path) == ["text"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=30), data=st.data())
 def test_documents_and_ordinals_do_not_depend_on_where_chunks_are_cut(texts, data, tmp_path_factory):

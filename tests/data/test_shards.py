@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -124,6 +125,30 @@ def test_a_shard_that_is_cut_off_or_goes_away_while_it_is_read_is_named(tmp_path
     shard.unlink()
     with pytest.raises(CorruptError, match=rf"{shard.name}: is gone while it is read \(No such file"):
         stream.gather(begin, 3)
+
+
+def test_an_empty_shard_is_passed_over_and_one_that_was_emptied_is_named(tmp_path):
+    whole = write(tmp_path / "whole", [[1, 2], [3, 4, 5], [6]], shard_tokens=4)
+    stream = TokenDataset(whole).split("train")
+    expected = stream.gather(np.array([0]), len(stream)).tolist()
+    content = json.loads((whole / MANIFEST).read_text())
+    shards = content["splits"]["train"]["shards"]
+    for name in ("empty.bin", "empty.ends"):
+        (whole / name).touch()
+    nothing = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    empty = {
+        "tokens": 0,
+        "documents": 0,
+        "ids": {"path": "empty.bin", **nothing},
+        "ends": {"path": "empty.ends", **nothing},
+    }
+    content["splits"]["train"]["shards"] = [empty, shards[0], empty, *shards[1:], empty]
+    (whole / MANIFEST).write_text(json.dumps(content))
+    stream = TokenDataset(whole).split("train")
+    assert stream.gather(np.array([0]), len(stream)).tolist() == expected
+    (whole / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(CorruptError, match=r"train-00000.bin: has 0 bytes where the manifest says 8; truncated\?"):
+        TokenDataset(whole).split("train")
 
 
 def test_a_shard_with_other_content_is_named_when_it_is_opened(prepared):

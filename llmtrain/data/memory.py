@@ -1,0 +1,48 @@
+"""How much memory there is, and documents that are larger."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from llmtrain.errors import UserError
+
+# A document is there as bytes, as text and as ids of two bytes each, of which there may be as many as bytes.
+_COPIES = 4
+
+
+def free_host_memory() -> int:
+    """Bytes that a new process can take, of the machine and of the limit it runs under."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match[1]) * 1024 if match else sys.maxsize
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # no system tells more everywhere
+    return min(free, _container_limit())
+
+
+def _container_limit() -> int:
+    """What a container (cgroup v2) still allows; a huge number where there is none."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return int(limit) - used if limit.isdecimal() else sys.maxsize
+
+
+def require_room(document: str, size: int, where_to: str) -> None:
+    """Refuse a document of so many bytes, or of more, if it does not fit into memory: better than to be killed.
+
+    Raises:
+        UserError: names it; `where_to` says how such a one can be left out.
+    """
+    free = free_host_memory()
+    if _COPIES * size > free:
+        raise UserError(
+            f"{document}: a document of {size / 1e9:.3g} GB or more does not fit into memory ({free / 1e9:.3g} GB are "
+            f"free, and it takes {_COPIES} times its size); split it into several documents{where_to}"
+        )
