@@ -114,7 +114,6 @@ class PackedWindows:
         Raises:
             CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
-        self.stream.require_whole()
         rows = np.full((len(ids), self.seq_len + 1), self.padding, self.stream.dtype)
         read = self.stream.read_into
         for row, first, after in zip(rows, self._first[ids].tolist(), self._first[ids + 1].tolist(), strict=True):

@@ -1,15 +1,15 @@
 """Rows of ids out of the files of a stream: one of a megabyte, or thousands that hold twenty terabytes.
 
-One file of up to `MAPPED_BYTES` is memory-mapped, and all rows of a micro-batch are gathered from it in one call. Of
-anything larger, and of several files, every row is one `pread` into its place. For a mapping
+A stream of up to `MAPPED_BYTES` in up to `OPEN_FILES` files is memory-mapped; from one file all rows of a micro-batch are
+gathered in one call. Of anything larger every row is one `pread` into its place. For a mapping
 
 - takes a page of page tables (4 KB of each process) for every 2 MB that a row was ever read from: over an epoch of
   20 TB they grow to 40 GB; and the kernel allows 65,530 of them;
 - reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row;
-- ends the process by SIGBUS where a file was cut off.
+- ends the process by SIGBUS where a file was cut off, so its size is asked for before each use.
 
-So memory does not grow with the stream, nor with what was read of it: a few numbers for each file, and at most
-`OPEN_FILES` of them open.
+So memory does not grow with the stream, nor with what was read of it, beyond 128 MB: a few numbers for each file, and at
+most `OPEN_FILES` of them open.
 """
 
 from __future__ import annotations
@@ -56,19 +56,20 @@ class RowReader:
         self.files, self.dtype = list(files), dtype
         self.bounds: list[int] = np.cumsum([0, *(file.tokens for file in files)]).tolist()  # token each begins at
         is_plain = all(file.stored == dtype for file in files)  # ids of another width are widened, row by row
-        self.is_mapped = len(files) == 1 and is_plain and files[0].end <= MAPPED_BYTES
+        size = self.bounds[-1] * dtype.itemsize
+        self.is_mapped = is_plain and len(files) <= OPEN_FILES and size <= MAPPED_BYTES
         # Of each file the token and the byte it begins at, and the token after it.
         table = [self.bounds[:-1], [file.begin for file in files], self.bounds[1:]]
         self._plain = np.array(table, np.int64) if is_plain else None
         self._let_go()
 
     def _let_go(self) -> None:
-        self._map: Ids | None = None
+        self._maps: dict[int, Ids] = {}  # by number of the file
         self._views: dict[int, Ids] = {}  # of all rows of a length, by that
         self._open: dict[int, _OpenFile] = {}  # by number, the one opened first is first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None, "_views": {}, "_open": {}}
+        return {**self.__dict__, "_maps": {}, "_views": {}, "_open": {}}
 
     def rows(self, starts: Int64s, length: int) -> Ids:
         """(len(starts), length) ids in a fresh buffer, the rows from each start on.
@@ -76,16 +77,16 @@ class RowReader:
         Raises:
             CorruptError: a file is gone, was cut off or cannot be read.
         """
-        if self.is_mapped and len(starts):
-            self.require_whole()  # reading on would end the process
+        if self.is_mapped and len(self.files) == 1 and len(starts):
+            whole = self._mapped(0)
             if length not in self._views:
-                self._views[length] = np.lib.stride_tricks.sliding_window_view(self._mapped(), length)
+                self._views[length] = np.lib.stride_tricks.sliding_window_view(whole, length)
             return self._views[length][starts]  # half the time of a call for each row; the view copies nothing
         rows = np.empty((len(starts), length), self.dtype)
         for row, start, number, place in zip(rows, starts.tolist(), *self._places(starts, length), strict=True):
-            if (opened := self._open.get(number)) and _is_read(opened.descriptor, row, place):
-                continue
-            self.read_into(row, start)
+            opened = None if self.is_mapped else self._open.get(number)
+            if opened is None or not _is_read(opened.descriptor, row, place):
+                self.read_into(row, start)
         return rows
 
     def _places(self, starts: Int64s, length: int) -> tuple[list[int], list[int]]:
@@ -98,48 +99,42 @@ class RowReader:
         numbers[starts + length > after[numbers]] = -1
         return numbers.tolist(), places.tolist()
 
-    def require_whole(self) -> None:
-        """Raise CorruptError where a mapped file was cut off or is gone. To be asked before each use."""
-        if self.is_mapped and not self._is_whole() and (problem := _cut_off(self.files[0].path, self.files[0].end)):
-            raise CorruptError(problem)
-
-    def _is_whole(self) -> bool:
-        """Whether the mapped file is as long as it was, and there: asked of what is open, half the time of by name."""
-        if opened := self._open.get(0):
-            status = os.fstat(opened.descriptor)
-            return status.st_size >= self.files[0].end and status.st_nlink > 0
-        return False
-
     def read_into(self, row: Ids, start: int) -> None:
-        """Fill a row with the ids from `start` on, across files; after `require_whole`.
+        """Fill a row with the ids from `start` on, across files.
 
         Raises:
-            CorruptError: a file that is not mapped is gone, was cut off or cannot be read.
+            CorruptError: a file is gone, was cut off or cannot be read.
         """
-        if self.is_mapped:
-            row[:] = self._mapped()[start : start + len(row)]
-            return
         number = bisect_right(self.bounds, start) - 1
         while True:
             file, skipped = self.files[number], start - self.bounds[number]
             here = row[: file.tokens - skipped]
-            # Ids of another width are widened on the way.
-            target = here if file.stored == self.dtype else np.empty(len(here), file.stored)
-            self._read(number, target, file.begin + skipped * file.stored.itemsize)
-            if target is not here:
-                here[:] = target
+            if self.is_mapped:
+                here[:] = self._mapped(number)[skipped : skipped + len(here)]
+            else:
+                # Ids of another width are widened on the way.
+                target = here if file.stored == self.dtype else np.empty(len(here), file.stored)
+                self._read(number, target, file.begin + skipped * file.stored.itemsize)
+                if target is not here:
+                    here[:] = target
             if len(here) == len(row):
                 return
             row, number = row[len(here) :], number + 1  # what is read goes on in the next file
             start = self.bounds[number]
 
-    def _mapped(self) -> Ids:
-        if self._map is None:
-            file = self.files[0]
-            self._open_file(0)
+    def _mapped(self, number: int) -> Ids:
+        """All ids of a file that is still as long as it was, and there.
+
+        That is asked of what is open, in half the time of asking by name.
+        """
+        file, opened = self.files[number], self._open.get(number) or self._open_file(number)
+        status = os.fstat(opened.descriptor)
+        if (status.st_size < file.end or not status.st_nlink) and (problem := _cut_off(file.path, file.end)):
+            raise CorruptError(problem)
+        if number not in self._maps:
             # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
-            self._map = np.asarray(np.memmap(file.path, file.stored, "r", file.begin, file.tokens))
-        return self._map
+            self._maps[number] = np.asarray(np.memmap(file.path, file.stored, "r", file.begin, file.tokens))
+        return self._maps[number]
 
     def _read(self, number: int, target: Ids, at: int) -> None:
         open_file = self._open.get(number) or self._open_file(number)

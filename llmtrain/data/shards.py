@@ -281,12 +281,8 @@ class TokenStream:
             self._name_bad_id(starts, rows)
         return rows
 
-    def require_whole(self) -> None:
-        """Raise CorruptError where a shard that `read_into` would end the process on was cut off."""
-        self._reader.require_whole()
-
     def read_into(self, row: Ids, start: int) -> None:
-        """Fill a row with the tokens from `start` on, across shard boundaries, after `require_whole`; ids not checked.
+        """Fill a row with the tokens from `start` on, across shard boundaries; ids not checked.
 
         Raises:
             CorruptError: a shard is gone or was cut off.

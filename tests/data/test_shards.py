@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.data import reading
 from llmtrain.data.shards import MANIFEST, FileInfo, Manifest, ShardWriter, TokenDataset, TokenizerInfo, verify_files
 from llmtrain.errors import CorruptError, UserError
 
@@ -110,9 +111,15 @@ def test_a_truncated_or_missing_shard_is_named(prepared):
         TokenDataset(prepared).split("train")
 
 
-@pytest.mark.parametrize(("shard_tokens", "number", "left"), [(100, 0, 2), (4, 1, 0), (2, 2, 0)])
-def test_a_shard_that_is_cut_off_or_goes_away_while_it_is_read_is_named(tmp_path, shard_tokens, number, left):
-    """One shard is mapped, and reading on would end the process by SIGBUS; of several, what is still there is read."""
+@pytest.mark.parametrize(("shard_tokens", "number"), [(100, 0), (4, 1), (2, 2)])
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_a_shard_that_is_cut_off_or_goes_away_while_it_is_read_is_named(
+    tmp_path, monkeypatch, shard_tokens, number, is_mapped
+):
+    """Of what is mapped, reading on would end the process by SIGBUS; of what is not, what is still there is read."""
+    left = 2 if is_mapped else 0
+    if not is_mapped:
+        monkeypatch.setattr(reading, "MAPPED_BYTES", 0)
     folder = write(tmp_path / "data", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], shard_tokens)
     shard = folder / f"train-{number:05d}.bin"
     stream = TokenDataset(folder).split("train")
