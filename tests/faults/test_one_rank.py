@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from llmtrain.checkpoint.folders import committed_steps
-from tests.faults.conftest import Config, Launcher, config_of, contents, last_commit, numbers
+from tests.faults.conftest import STEPS, Config, Launcher, config_of, contents, last_commit, numbers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
@@ -104,7 +104,9 @@ def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_pat
             before = last_commit(run_dir)
             ended = launcher.train_ranks(2, config, **moment.request())
             codes = {"victim": ended[moment.rank].code, "other": ended[1 - moment.rank].code}
-            assert codes in ({"victim": DIED, "other": LOST}, {"victim": 0, "other": 0}), (moment, ended)
+            # Who is killed on its way out, with all saved, is not missed any more.
+            alone = [{"victim": DIED, "other": 0}] if moment.delay_s and last_commit(run_dir) == STEPS else []
+            assert codes in ({"victim": DIED, "other": LOST}, {"victim": 0, "other": 0}, *alone), (moment, ended)
             assert "Traceback" not in ended[1 - moment.rank].err, (moment, ended)
             assert last_commit(run_dir) >= before, moment
             if codes["victim"] == DIED:
