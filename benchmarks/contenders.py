@@ -94,7 +94,7 @@ def llmtrain() -> Contender:
     def command(launch: Launch) -> Command:
         return Command([sys.executable, "-m", "llmtrain", "train", "--config", _llmtrain_config(launch)], ROOT)
 
-    return Contender("llmtrain", "llmtrain", sys.executable, command, re.compile(r"\bstep [\d,]+/"))
+    return Contender("llmtrain", "llmtrain", sys.executable, command, re.compile(r"^record of step \d+/"))
 
 
 def nanogpt(folder: Path) -> Contender:
@@ -202,7 +202,12 @@ def _llmtrain_config(launch: Launch) -> Path:
             **chosen,
         },
         "checkpoint": {"save_every": None},
-        "logging": {"every": size.every, "plots": False},
+        "logging": {
+            "every": size.every,
+            "plots": False,
+            "console": "quiet",
+            "sinks": ["benchmarks.peer_drivers.record_lines:RecordLines"],
+        },
     }
     return _write_json(launch.out / "llmtrain.yaml", config)
 

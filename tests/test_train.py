@@ -514,7 +514,7 @@ def test_a_validation_loss_that_is_no_number_is_divergence(
     config_dict: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Validation(math.nan, 0.0, 1)
-    monkeypatch.setattr("llmtrain.run.validate", lambda *_: broken)
+    monkeypatch.setattr("llmtrain.observe.validation.validate", lambda *_: broken)
     with pytest.raises(DivergedError, match="validation loss nan"):
         run(config_dict)
 

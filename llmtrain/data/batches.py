@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +30,6 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
 _FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
-_TOKENS_AT_ONCE = 1 << 17  # read by one call: what stays in a processor's cache until it is used
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -267,7 +265,7 @@ def batches(
             ),
         )
     else:
-        loader = _gathered(windows, sampler)
+        loader = map(windows.gather, sampler)
     loader = reading(loader)
     counts, padding = None, None
     if isinstance(windows, PackedWindows):
@@ -278,15 +276,6 @@ def batches(
         targets = next(counts) if counts else (end - position) * windows.seq_len
         yield Batch(layout, position, end, targets, padding, order, loader)
         position = end
-
-
-def _gathered(windows: WindowSet, sampler: ResumableDistributedSampler) -> Iterator[Tokens_BS]:
-    """Every micro-batch; small ones are read several at a time, as a call costs as much for one, but not the first."""
-    ids, at_once = iter(sampler), 1
-    while True:
-        group = list(islice(ids, at_once))
-        yield from torch.split(windows.gather(np.concatenate(group)), [len(rows) for rows in group])
-        at_once = max(1, _TOKENS_AT_ONCE // (sampler.layout.micro_batch * (windows.seq_len + 1)))
 
 
 def _target_counts(windows: PackedWindows, layout: Layout, order: Order, position: int) -> Iterator[int]:

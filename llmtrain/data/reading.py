@@ -1,15 +1,15 @@
 """Rows of ids out of the files of a stream: one of a megabyte, or thousands that hold twenty terabytes.
 
-A stream of up to `MAPPED_BYTES` in up to `OPEN_FILES` files is memory-mapped; from one file all rows of a micro-batch are
-gathered in one call. Of anything larger every row is one `pread` into its place. For a mapping
+A stream of up to `MAPPED_BYTES` in up to `OPEN_FILES` files is memory-mapped; from one file all rows of a micro-batch
+are gathered in one call. Of anything larger every row is one `pread` into its place. For a mapping
 
 - takes a page of page tables (4 KB of each process) for every 2 MB that a row was ever read from: over an epoch of
   20 TB they grow to 40 GB; and the kernel allows 65,530 of them;
 - reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row;
 - ends the process by SIGBUS where a file was cut off, so its size is asked for before each use.
 
-So memory does not grow with the stream, nor with what was read of it, beyond 128 MB: a few numbers for each file, and at
-most `OPEN_FILES` of them open.
+So memory does not grow with the stream, nor with what was read of it, beyond 128 MB: a few numbers for each file, and
+at most `OPEN_FILES` of them open.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 from llmtrain.assemble import Assembly
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, committed_steps, step_folder
+from llmtrain.checkpoint.folders import BEST, committed_steps, is_committed, step_folder
 from llmtrain.checkpoint.store import clear_way
 from llmtrain.config import make_config
 from llmtrain.errors import UserError
@@ -180,7 +180,7 @@ def test_an_interrupted_deletion_is_no_checkpoint_and_is_cleared_away_with_a_lin
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", lambda *_, **__: None)
         save(store, parts, 2)
-    assert not fmt.is_committed(step_folder(tmp_path, 1)) and (step_folder(tmp_path, 1) / fmt.MANIFEST).exists()
+    assert not is_committed(step_folder(tmp_path, 1)) and (step_folder(tmp_path, 1) / fmt.MANIFEST).exists()
     said: list[str] = []
     clear_way(tmp_path, 2, None, said.append)
     assert said == [f"{step_folder(tmp_path, 1)}: an unfinished checkpoint; removed"]

@@ -44,9 +44,10 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     """The processes that train, rank 0 first."""
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
-        rank = child.environ().get("RANK") if "llmtrain.train" in child.cmdline() else None
-        if rank is not None:
-            found[int(rank)] = child.pid
+        with contextlib.suppress(psutil.NoSuchProcess):  # a helper of the launcher's that ended just now
+            rank = child.environ().get("RANK") if "llmtrain.train" in child.cmdline() else None
+            if rank is not None:
+                found[int(rank)] = child.pid
     return [found[rank] for rank in sorted(found)]
 
 

@@ -55,10 +55,10 @@ def test_what_a_run_goes_back_from_is_not_uploaded_once_more(
     config = diverging({**config_dict, "health": {}}, tmp_path, f"file://{store}")
     plain_close = llmtrain.run.Observer.close
 
-    def slow_close(observer: llmtrain.run.Observer, outcome: str, draws: bool = True) -> None:
+    def slow_close(observer: llmtrain.run.Observer, outcome: str, *arguments: Any) -> None:
         if outcome.startswith("rolled back"):  # curves are drawn and W&B is waited for
             time.sleep(1.5)
-        plain_close(observer, outcome, draws)
+        plain_close(observer, outcome, *arguments)
 
     monkeypatch.setattr(llmtrain.run.Observer, "close", slow_close)
     monkeypatch.setattr(llmtrain.train, "accumulate", faulty(_BAD))
