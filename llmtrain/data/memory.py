@@ -11,6 +11,7 @@ from llmtrain.errors import UserError
 
 # A document is there as bytes, as text and as ids of two bytes each, of which there may be as many as bytes.
 _COPIES = 4
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_host_memory() -> int:
@@ -25,13 +26,17 @@ def free_host_memory() -> int:
 
 
 def _container_limit() -> int:
-    """What a container (cgroup v2) still allows; a huge number where there is none."""
+    """What a container (cgroup v2) still allows; a huge number where there is none.
+
+    Pages of files count as used there, but the kernel takes them back when something else needs them.
+    """
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        of_files = re.findall(r"^(?:active|inactive)_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M)
     except (OSError, ValueError):
         return sys.maxsize
-    return int(limit) - used if limit.isdecimal() else sys.maxsize
+    return int(limit) - used + sum(map(int, of_files)) if limit.isdecimal() else sys.maxsize
 
 
 def require_room(document: str, size: int, where_to: str) -> None:

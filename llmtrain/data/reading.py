@@ -14,7 +14,10 @@ at most `OPEN_FILES` of them open.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.errors import CorruptError
+from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
 MAPPED_BYTES = 1 << 36  # 128 MB of page tables, were all of it read
-OPEN_FILES = 256  # of each stream; a process may often have 1,024, and a mixture has several streams
+OPEN_FILES = 256  # of each stream; a mixture has several
+_WANTED_FILES = 1 << 16
 Ids = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
 
@@ -54,6 +58,7 @@ class RowReader:
 
     def __init__(self, files: Sequence[IdFile], dtype: np.dtype[Any]):
         self.files, self.dtype = list(files), dtype
+        allow_open_files()
         self.bounds: list[int] = np.cumsum([0, *(file.tokens for file in files)]).tolist()  # token each begins at
         is_plain = all(file.stored == dtype for file in files)  # ids of another width are widened, row by row
         size = self.bounds[-1] * dtype.itemsize
@@ -123,17 +128,17 @@ class RowReader:
             start = self.bounds[number]
 
     def _mapped(self, number: int) -> Ids:
-        """All ids of a file that is still as long as it was, and there.
-
-        That is asked of what is open, in half the time of asking by name.
-        """
-        file, opened = self.files[number], self._open.get(number) or self._open_file(number)
-        status = os.fstat(opened.descriptor)
-        if (status.st_size < file.end or not status.st_nlink) and (problem := _cut_off(file.path, file.end)):
+        """All ids of a file that is still as long as it was, and there: asked by name, as a host asks a server."""
+        file = self.files[number]
+        if problem := _cut_off(file.path, file.end):
             raise CorruptError(problem)
         if number not in self._maps:
+            try:
+                mapped = np.memmap(file.path, file.stored, "r", file.begin, file.tokens)
+            except OSError as error:
+                raise _unreadable(file.path, error) from error
             # A plain array over the mapping: slicing np.memmap itself costs microseconds more each time.
-            self._maps[number] = np.asarray(np.memmap(file.path, file.stored, "r", file.begin, file.tokens))
+            self._maps[number] = np.asarray(mapped)
         return self._maps[number]
 
     def _read(self, number: int, target: Ids, at: int) -> None:
@@ -144,7 +149,7 @@ class RowReader:
             self._read_on(open_file, target, at)
         except OSError as error:
             self._open.pop(number, None)
-            raise CorruptError(_cannot_be_read(self.files[number].path, error)) from error
+            raise _unreadable(self.files[number].path, error) from error
         except EOFError:
             self._open.pop(number, None)
             path = self.files[number].path
@@ -164,7 +169,7 @@ class RowReader:
         try:
             opened = _OpenFile(path)
         except OSError as error:
-            raise CorruptError(_cannot_be_read(path, error)) from error
+            raise _unreadable(path, error) from error
         while len(self._open) >= OPEN_FILES:
             self._open.pop(next(iter(self._open)), None)
         self._open[number] = opened
@@ -202,6 +207,28 @@ def _cut_off(path: str, expected: int) -> str | None:
     return (
         None if size >= expected else f"{path}: was cut off to {size} bytes while it was read; prepare the data again"
     )
+
+
+def _unreadable(path: str, error: OSError) -> LlmtrainError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        problem = f"{path}: cannot be opened: {error.strerror}"
+        return UserError(f"{problem}; raise the limit on open files (ulimit -n), or use larger shards")
+            f"{path}: cannot be opened: {error.strerror}; raise the limit (ulimit -n), or use larger shards"
+        )
+    return CorruptError(_cannot_be_read(path, error))
+
+
+def allow_open_files(wanted: int = _WANTED_FILES) -> None:
+    """Raise this process's own limit on open files, as far as it may by itself.
+
+    Systems set it to 1,024 for the sake of select(2), which nothing here uses; a mixture of several sources needs more.
+    """
+    if sys.platform != "linux":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _cannot_be_read(path: str, error: OSError) -> str:

@@ -18,7 +18,7 @@ SHARED = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 # NCCL and data workers exchange through shared memory; a container has 64 MiB of it unless told otherwise.
 LITTLE_SHARED_BYTES = 1 << 30
-FEW_FILES = 1024  # shards are mapped one by one, and each process, worker and connection takes some
+FEW_FILES = 1024  # up to 256 shards of each source are open, and each worker and connection takes some
 _PROBE_BYTES = 16 * PIECE_BYTES
 _PROBE_S = 2.0
 SLOW_DISK = 50e6  # bytes a second: a checkpoint of 124M parameters takes half a minute

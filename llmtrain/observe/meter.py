@@ -81,10 +81,12 @@ class Meter:
         """Leave the time inside out of tokens per second and MFU: evaluation, samples, saving. One may hold others."""
         began = time.perf_counter()
         self._pauses += 1
-        yield
-        self._pauses -= 1
-        if not self._pauses:
-            self._since += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if not self._pauses:
+                self._since += time.perf_counter() - began
 
     def record(
         self, *, step: int, epoch: int, tokens: int, lr: float, grad_norm: torch.Tensor, val: Validation | None

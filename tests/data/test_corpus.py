@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks, survey
 from llmtrain.data.files import find_files
+from llmtrain.data.memory import free_host_memory
 from llmtrain.errors import UserError
 
 
@@ -263,3 +264,15 @@ def test_a_survey_tells_where_every_chunk_begins(mixed, workers):
     assert sum(chunk.start.file == len(files) - 1 for chunk in chunks) == 3
     outlines = list(survey(files, reading, workers))
     assert [(o.start, o.source_bytes) for o in outlines] == [(c.start, c.source_bytes) for c in chunks]
+
+
+def test_pages_of_files_are_free_memory_in_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtrain.data.memory._CGROUP", tmp_path)
+    for name, text in {
+        "memory.max": "32000\n", "memory.current": "31900\n",
+        "memory.stat": "anon 900\nfile 31000\ninactive_file 20000\nactive_file 9000\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    assert free_host_memory() == 32000 - 31900 + 20000 + 9000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_host_memory() > 32000

@@ -137,6 +137,35 @@ def test_no_more_files_are_open_than_allowed_and_each_is_read_again(
     assert opened() == 0
 
 
+MANY_FILES = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from llmtrain.data.shards import TokenDataset
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+streams = [TokenDataset(Path(sys.argv[1])).split("train") for _ in range(2)]
+for stream in streams:
+    print(stream.gather(np.arange(0, 480, 10), 20).sum())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is raised on Linux only")
+def test_several_sources_of_many_shards_raise_the_limit_on_open_files_or_say_so(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", "uint16", 10)
+    writer.append(np.arange(500), np.array([500]), 500)
+    write_manifest(tmp_path, 500, {"train": writer.close()})
+
+    def read(hard: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", MANY_FILES, str(tmp_path), str(hard)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    raised = read(1024)
+    assert raised.returncode == 0 and len(set(raised.stdout.split())) == 1, raised.stderr
+    refused = read(64)
+    assert "UserError: " in refused.stderr and "raise the limit on open files (ulimit -n)" in refused.stderr
+
+
 def test_a_stream_that_was_sent_to_another_process_opens_its_files_there(tmp_path: Path) -> None:
     for shard_tokens in (30, 1000):
         folder = tmp_path / str(shard_tokens)
