@@ -213,8 +213,6 @@ def _unreadable(path: str, error: OSError) -> LlmtrainError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         problem = f"{path}: cannot be opened: {error.strerror}"
         return UserError(f"{problem}; raise the limit on open files (ulimit -n), or use larger shards")
-            f"{path}: cannot be opened: {error.strerror}; raise the limit (ulimit -n), or use larger shards"
-        )
     return CorruptError(_cannot_be_read(path, error))
 
 
