@@ -58,7 +58,7 @@ class Assembly:
 
     def measure(self, total_steps: int) -> list[Any]:
         """What makes one `val_loss` comparable with another, as a checkpoint remembers it."""
-        only_sets = [] if self.val else list(self.judges)
+        only_sets = [] if self.val else [*self.judges, *(one.fingerprint() for one in self.data.sets[:1])]
         return [self.last_weights(total_steps), self.config.data.document_mask, *only_sets]
 
     def last_weights(self, total_steps: int) -> dict[str, float]:

@@ -34,6 +34,7 @@ from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.memory import RankMemory, rank_memory
 from llmtrain.observe.formats import compact
+from llmtrain.planning.budget import checkpoints_kept, planned_tokens
 
 _TIMEOUT_S = 120.0  # of an exchange: who asks the doctor wants an answer
 
@@ -62,11 +63,11 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
 def _before_it_is_built(config: RunConfig, path: Path, engine: Engine | None = None) -> Iterator[Finding]:
     """What is known without the other ranks, of which there are none where there is no engine yet."""
     yield ok("config", f"{path} is valid")
-    needed = _needed(config, engine)
+    needed, steps = _needed(config, engine)
     if engine is None or engine.name == "accelerate":  # which ZeRO stage shares the model only the engine knows
         yield _memory(needed)
     if engine is None or engine.rank == 0:
-        yield from _run_folder(config, (needed.weights + needed.optimizer))
+        yield from _run_folder(config, (needed.weights + needed.optimizer), steps)
 
 
 def _built(parts: Assembly) -> Iterator[Finding]:
@@ -93,12 +94,12 @@ def _assembled(config: RunConfig) -> Iterator[Assembly]:
         engine.close()
 
 
-def _needed(config: RunConfig, engine: Engine | None) -> RankMemory:
-    """What training takes on one device, known before anything of that size is built."""
+def _needed(config: RunConfig, engine: Engine | None) -> tuple[RankMemory, int]:
+    """What training takes on one device, and steps: known before anything of that size is built."""
     data = open_data(config.data, fetch_data(config.data))
     ranks = engine.world_size if engine else 1
     resolved = resolve_here(config, data.tokenizer.vocab_size, ranks)
-    return rank_memory(
+    memory = rank_memory(
         "single" if ranks == 1 else "ddp",
         resolved.model,
         resolved.data.seq_len,
@@ -106,6 +107,8 @@ def _needed(config: RunConfig, engine: Engine | None) -> RankMemory:
         optimizer=resolved.optimizer.name,
         precision=resolved.training.precision,
     )
+    tokens, _ = planned_tokens(resolved, data.train_tokens)
+    return memory, -(-tokens // (resolved.training.global_batch_size * resolved.data.seq_len))
 
 
 def _memory(memory: RankMemory) -> Finding:
@@ -118,12 +121,12 @@ def _memory(memory: RankMemory) -> Finding:
     return ok("model memory", detail)
 
 
-def _run_folder(config: RunConfig, checkpoint_bytes: float) -> Iterator[Finding]:
+def _run_folder(config: RunConfig, checkpoint_bytes: float, steps: int) -> Iterator[Finding]:
     """Look at where the run will be written; what is written to measure is gone at once."""
     folder = Path(config.run.dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    needed = checkpoint_bytes * (config.checkpoint.keep_last + 3)  # also the best, the final, and the one under way
+    needed = checkpoint_bytes * checkpoints_kept(config, steps)
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         yield fail("run folder", f"{existing}: cannot be written; choose another run.dir")
         return
@@ -131,10 +134,10 @@ def _run_folder(config: RunConfig, checkpoint_bytes: float) -> Iterator[Finding]
         yield fail(
             "run folder",
             f"{folder}: checkpoints take up to {compact(needed)}B, {compact(free)}B are free; lower "
-            "checkpoint.keep_last or choose another run.dir",
+            "checkpoint.keep_last, raise keep_every or choose another run.dir",
         )
-    elif steps := committed_steps(folder):
-        yield warn("run folder", f"{folder}: holds a run, which train would go on with after step {steps[-1]:,}")
+    elif saved := committed_steps(folder):
+        yield warn("run folder", f"{folder}: holds a run, which train would go on with after step {saved[-1]:,}")
     else:
         yield ok("run folder", f"{folder}: checkpoints take up to {compact(needed)}B, {compact(free)}B are free")
     yield disk_finding(existing, checkpoint_bytes, config.health.grace_s)

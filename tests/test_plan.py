@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config import load_config
+from llmtrain.config import CheckpointSection, load_config
 from llmtrain.data.shards import read_manifest
 from llmtrain.errors import UserError
 from llmtrain.model.peak import peak_memory
 from llmtrain.model.transformer import Transformer
 from llmtrain.optim.optimizers import make_optimizer, make_state
 from llmtrain.plan import main
+from llmtrain.planning.budget import checkpoints_kept
 from llmtrain.planning.layout import ENGINES
 from llmtrain.resolve import resolve
 
@@ -106,3 +107,11 @@ def test_it_needs_neither_torch_nor_a_gpu(tmp_path: Path) -> None:
     code = f"{run}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "\x1b" not in done.stdout, "plain where it is piped"
+
+
+def test_checkpoints_kept_for_good_take_room_too() -> None:
+    config = load_config(ROOT / "configs/7b.yaml", [])
+    saving = config.checkpoint
+    assert (saving.save_every, saving.keep_last, saving.keep_every) == (1000, 3, 10_000)
+    assert checkpoints_kept(config, 30_500) == 3 + 2 + 3
+    assert checkpoints_kept(config.model_copy(update={"checkpoint": CheckpointSection(keep_last=1)}), 30_500) == 1 + 2

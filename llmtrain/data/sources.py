@@ -57,6 +57,10 @@ class ValidationSet:
     data: TokenDataset
     split: str
 
+    def fingerprint(self) -> str:
+        """Equal exactly when its tokens are."""
+        return self.data.manifest.fingerprint() + self.split
+
     def windows(self, seq_len: int) -> Windows:
         """Its windows, which never overlap.
 
@@ -106,7 +110,7 @@ class TrainingData:
 
     def fingerprint_of_sets(self) -> str:
         """Equal exactly when the token streams of the sets are; no part of what a run trains on."""
-        return "".join(one.data.manifest.fingerprint() + one.split for one in self.sets)
+        return "".join(one.fingerprint() for one in self.sets)
 
     def check_tokenizer(self) -> None:
         """Raise CorruptError if the tokenizer's files are not those that the ids were made with."""

@@ -32,7 +32,11 @@ def gpu_findings() -> Iterator[Finding]:
         yield ok("nccl", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
     else:
         yield warn("nccl", "this build of torch has none: several GPUs cannot train together")
-    problems = list(gpu_problems(smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits") or ""))
+    state = smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
+    if state is None:
+        yield warn("gpu state", "not known: nvidia-smi does not answer; look at it by hand")
+        return
+    problems = list(gpu_problems(state))
     yield (
         warn("gpu state", "; ".join(problems))
         if problems

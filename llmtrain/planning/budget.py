@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llmtrain.config import RunConfig
@@ -69,3 +70,13 @@ def checkpoint_cost(config: RunConfig, disk: float, host_link: float, gpus: int)
     values = parameter_count(config.model, seq_len) + optimizer_values(config.optimizer.name, config.model, seq_len)
     size = 4.0 * values
     return CheckpointCost(size, size / disk, size / gpus / host_link)
+
+
+def checkpoints_kept(config: RunConfig, steps: int) -> int:
+    """How many checkpoints lie on the disk at most: the newest, the best, those for good, and the one under way.
+
+    `checkpoint.max_bytes` may leave fewer.
+    """
+    saving = config.checkpoint
+    for_good = steps // math.lcm(saving.save_every, saving.keep_every) if saving.save_every and saving.keep_every else 0
+    return saving.keep_last + 2 + for_good

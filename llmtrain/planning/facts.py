@@ -9,7 +9,7 @@ from typing import Any
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError, nearest
 from llmtrain.model.cost import block_matrix_parameters, flops_per_token, norm_parameters, parameter_count
-from llmtrain.planning.budget import checkpoint_cost, compute_optimal, planned_tokens
+from llmtrain.planning.budget import checkpoint_cost, checkpoints_kept, compute_optimal, planned_tokens
 from llmtrain.planning.hardware import Gpu
 from llmtrain.planning.layout import (
     ENGINES,
@@ -64,6 +64,7 @@ def plan(config: RunConfig, asked: Asked) -> Facts:
     tokens, source = (asked.tokens, "--tokens") if asked.tokens else planned_tokens(config, data_tokens)
     chosen, best = _choose(config, run, asked, notes)
     # The fastest layout may have other micro-batches and checkpointing than the config.
+    length = _length(config, chosen, tokens, source, asked)
     return {
         "config": _config_facts(config),
         "gpu": _gpu_facts(asked),
@@ -72,8 +73,8 @@ def plan(config: RunConfig, asked: Asked) -> Facts:
         "memory": _memory(config, run, asked),
         "layout": _layout_facts(chosen),
         "engine_why": why(run, best) if best else _nothing_fits(run),
-        "run": _length(config, chosen, tokens, source, asked),
-        "checkpoint": _checkpoint(config, chosen, asked),
+        "run": length,
+        "checkpoint": _checkpoint(config, chosen, asked, length["steps"]),
         "optimal": _optimal(config, tokens),
         "fastest": _layout_facts(best) | _length(config, best, tokens, source, asked) if best else None,
         "search": _search(config, run, asked, tokens, _counts_up_to(asked.gpus)) if asked.search else None,
@@ -113,10 +114,11 @@ def _resolved(config: RunConfig, notes: list[str]) -> tuple[RunConfig, int | Non
 def _check(config: RunConfig, asked: Asked) -> None:
     batch = config.training.global_batch_size
     if batch % asked.gpus:
+        together = asked.gpus * config.training.micro_batch_size
         fitting = [count for count in range(1, asked.gpus) if batch % count == 0]
         raise UserError(
             f"training.global_batch_size {batch} is not divisible by {asked.gpus} GPUs; --gpus {fitting[-1]} fits, or "
-            f"training.global_batch_size={-(-batch // asked.gpus) * asked.gpus}"
+            f"training.global_batch_size={-(-batch // together) * together}"
         )
     if asked.engine is None:
         return
@@ -245,7 +247,7 @@ def _length(config: RunConfig, outcome: Outcome, tokens: int, source: str, asked
     }
 
 
-def _checkpoint(config: RunConfig, outcome: Outcome, asked: Asked) -> Facts:
+def _checkpoint(config: RunConfig, outcome: Outcome, asked: Asked, steps: int) -> Facts:
     cost = checkpoint_cost(config, asked.disk, asked.gpu.host_link, outcome.layout.gpus)
     every = config.checkpoint.save_every
     return {
@@ -253,7 +255,7 @@ def _checkpoint(config: RunConfig, outcome: Outcome, asked: Asked) -> Facts:
         "disk_bytes_per_second": asked.disk,
         "save_every": every,
         "seconds_between": None if every is None else every * outcome.step.total,
-        "kept_bytes": cost.bytes * (config.checkpoint.keep_last + 1),  # and the best
+        "kept_bytes": cost.bytes * checkpoints_kept(config, steps),
     }
 
 
