@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -116,3 +117,12 @@ def _cpu_model() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def arguments_without_places(args: argparse.Namespace) -> dict[str, str]:
+    """What a benchmark was called with, without where things lie on this machine."""
+    return {
+        name: str(value)
+        for name, value in vars(args).items()
+        if name not in ("nanogpt", "peers_python", "scratch", "out")
+    }

@@ -35,7 +35,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from benchmarks.common import ROOT, alternate, print_table, spread, write_result
+from benchmarks.common import ROOT, alternate, arguments_without_places, print_table, spread, write_result
 from benchmarks.delivery import OURS
 from benchmarks.peer_drivers.delivery import PEERS, Spec
 from benchmarks.synthetic import write_random_data, write_virtual_data
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = [row for tokens, shard in args.sizes for row in at_size(folder, tokens, shard, args)]
         if sizes:
             print_table([_printed(row) for row in sizes])
-    facts = {"goals": goals, "left out": left_out, "arguments": {k: str(v) for k, v in vars(args).items()}}
+    facts = {"goals": goals, "left out": left_out, "arguments": arguments_without_places(args)}
     write_result("data", [*rows, *sizes, facts], ["llmtrain", "torch", "numpy"], args.out)
 
 

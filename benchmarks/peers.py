@@ -50,7 +50,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import alternate, print_table, spread, write_result
+from benchmarks.common import alternate, arguments_without_places, print_table, spread, write_result
 from benchmarks.contenders import (
     BARE_LINE,
     SIZES,
@@ -74,7 +74,7 @@ class ProcessFailedError(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
+    facts: dict[str, Any] = {"arguments": arguments_without_places(args)}
     contenders, facts["left out"] = _given(args)
     _say_left_out(facts["left out"])
     facts["nanoGPT commit"] = commit_of(args.nanogpt) if args.nanogpt else None
