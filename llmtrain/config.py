@@ -116,7 +116,8 @@ def make_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items() if value is not None}
     _expand_preset(raw, where)
     if raw.get("model"):
-        raw["model"] = sizes_from_folder(raw["model"], where)
+        run_dir = (raw.get("run") or {}).get("dir") or RunSection().dir
+        raw["model"] = sizes_from_folder(raw["model"], str(run_dir), where)
     _expand_lr(raw, where)
     try:
         return RunConfig.model_validate(raw)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llmtrain.errors import UserError
 
 HF_CONFIG = "config.json"
@@ -177,18 +179,19 @@ def folder_config(start: Any) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def sizes_from_folder(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+def sizes_from_folder(model: Mapping[str, Any], run_dir: str, where: str) -> dict[str, Any]:
     """Fill in the keys of `model:` that a Hugging Face folder in its `init_from` says.
 
-    Any other `init_from`, and a folder that is not there, leave them as they are: what then is wrong is told where the
-    weights are read, for a run that goes on does not need them.
+    Any other `init_from` leaves them as they are. So does a folder that is not there: what then is wrong is told where
+    the weights are read. But a run that goes on does not need them; it has kept the sizes in its own `config.yaml`.
 
     Raises:
         UserError: a key contradicts the folder, or the folder cannot be started from.
     """
     start = model.get("init_from")
     if (path := folder_config(start)) is None:
-        return dict(model)
+        given = {key: value for key, value in model.items() if value is not None}
+        return {**_kept_sizes(start, Path(run_dir)), **given}
     found = model_keys(read_json(path), str(path))
     for key, theirs in found.items():
         ours = model.get(key)
@@ -198,6 +201,22 @@ def sizes_from_folder(model: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "it, too), and it is taken from there"
             )
     return {**model, **found}
+
+
+def _kept_sizes(start: Any, run_dir: Path) -> dict[str, Any]:
+    """What a run that began with a folder that is gone took from it; nothing where this is no such run."""
+    kept = run_dir / "config.yaml"
+    if not isinstance(start, str) or Path(start).exists() or not kept.is_file():
+        return {}
+    try:
+        resolved = yaml.safe_load(kept.read_text(encoding="utf-8"))
+        model = resolved["model"]
+        return {key: model[key] for key in FOLDER_KEYS} if model["init_from"] == start else {}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"model.init_from {start} is not here, and {kept}, which has the sizes that the run took from it, cannot "
+            "be read; put one of them back"
+        ) from error
 
 
 def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

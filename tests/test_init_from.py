@@ -123,6 +123,18 @@ def test_the_resolved_config_goes_on_without_the_folder(data: Path, llama: Path,
     assert records(tmp_path / "run")[-1]["step"] == 4
 
 
+def test_the_same_command_goes_on_when_the_folder_is_gone(data: Path, llama: Path, tmp_path: Path, call: Call) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "folder"))
+    config = start(tmp_path / "run", data, folder)
+    assert call(train, "--config", config)[0] == 0
+    shutil.rmtree(folder)
+    assert call(train, "--config", config, "training.max_steps=2")[0] == 0
+    assert len(records(tmp_path / "run")) == 2
+    (tmp_path / "run" / "config.yaml").write_text("model: [")
+    code, _, err = call(train, "--config", config, "training.max_steps=3")
+    assert code == 2 and is_one_clear_line(err) and "put one of them back" in err
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types_are_trained_as_float32(
     dtype: torch.dtype, data: Path, llama: Path, tmp_path: Path, call: Call
