@@ -10,7 +10,8 @@ have another cache behind it); then the folder is deleted.
   only DCP flushes by itself; llmtrain always does, and it alone hashes what it writes and checks that when it loads.
 - `load s`: until the state is back in the model and an optimizer that has none yet; llmtrain's parts stand beside it.
 - `stall s`: how long an asynchronous save keeps the loop. A turn makes two; the one before stands apart, for it finds
-  its memory as the others left it, and the very first has to get it. (`save s` of that row is of both.)
+  its memory as the others left it. The very first has memory that was got before, as a run does behind its first steps.
+  (`save s` of that row is of both.)
 - `CPU save s`, `CPU load s`: processor seconds of this process, which hardly move when others use the machine.
 - `extra`: highest anonymous memory of the process during the turn beyond what it had before, as a share of the state.
 
@@ -158,6 +159,9 @@ def llmtrain_contenders(bench: Bench) -> dict[str, tuple[Action, Action | None]]
         section = CheckpointSection(async_save=asynchronous)
         runs = bench.folder / f"run-{asynchronous}"
         store = CheckpointStore(runs, section, parts.config.to_yaml(), parts.data)
+        store.expect_saves(bench.engine)
+        if getting := store._snapshot._getting:
+            getting.join()
 
         def save_one(step: int) -> float:
             began = time.perf_counter()

@@ -306,6 +306,7 @@ class Run:
         for line in self.sources.news():
             self.observer.message(line)
         self.observer.log(record)
+        self.store.expect_saves(self.engine)
         if record.val_loss is not None and not math.isfinite(record.val_loss):
             raise DivergedError(self.guard.diagnosis(f"validation loss {record.val_loss} at step {record.step:,}"))
 

@@ -184,6 +184,11 @@ class CheckpointStore:
         self._began, self._is_told_late = 0.0, False
         self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
 
+    def expect_saves(self, engine: Engine) -> None:
+        """Once the optimizer has its state: get the memory to copy everything to, if it is needed; no exchange."""
+        if self._is_async:
+            self._snapshot.expect(engine.fragments())
+
     def save(
         self, engine: Engine, state: dict[str, Any], links: tuple[str, ...], needed_before: int | None = None
     ) -> None:

@@ -8,6 +8,20 @@ from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.engine import Fragment
 
 
+def test_the_first_copy_goes_to_memory_that_was_there_before() -> None:
+    state, snapshot = torch.arange(5000.0), Snapshot()
+    fragments = [Fragment("model/w", (5000,), 0, state)]
+    snapshot.expect(fragments)
+    getting = snapshot._getting
+    snapshot.expect(fragments)
+    assert getting is not None and snapshot._getting is getting
+    getting.join()
+    begin = snapshot._memory.data_ptr()
+    (copy,) = snapshot.take(fragments)
+    assert copy.values.data_ptr() == begin
+    assert torch.equal(copy.values, state)
+
+
 def test_what_the_loop_changes_afterwards_is_not_in_it_and_the_memory_is_used_again() -> None:
     state = torch.arange(6.0)
     halves = [Fragment("model/w", (6,), start, state[start : start + 3]) for start in (0, 3)]
