@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -49,6 +49,7 @@ class Processes:
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.compiles_well: bool = self.device.type == "cuda"
+        self.before_gather: Callable[[], object] = lambda: None
         self._asked: tuple[bool, ...] = ()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -103,6 +104,7 @@ class Processes:
         """See `Engine`."""
         if self.world_size == 1:
             return [value]
+        self.before_gather()
         values: list[Value | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every place is filled now

@@ -75,6 +75,7 @@ class Engine(Protocol):
     device: torch.device
     exchanges_in_forward: bool  # between ranks, in the model's forward pass
     compiles_well: bool  # what `training.compile: auto` means here
+    before_gather: Callable[[], object]  # called by `gather` where there are other ranks
 
     def build(
         self,

@@ -102,6 +102,7 @@ class Peers:
         if engine.world_size > 1:
             self._port = StatusPort(engine.rank, own_address(), self._answer)
             self._others = [place for place in engine.gather(self._port.place) if place.rank != self.rank]
+            engine.before_gather = self._prepared
 
     def __enter__(self) -> Self:
         return self
@@ -116,6 +117,12 @@ class Peers:
         self.here = Here(self.here.number + 1, step, phase)
         if self.listener:
             self.listener(step, phase)
+
+    def _prepared(self) -> None:
+        """Before the first step, the exchanges are the places that all ranks come by."""
+        if self.here.phase == _START.phase:
+            self._moved_at = time.monotonic()  # how long that took is no measure for what is left to prepare
+            self.here = Here(self.here.number + 1, *_START[1:])
 
     def alive(self) -> None:
         """Note that this rank moves on within its phase."""

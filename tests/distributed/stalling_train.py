@@ -1,7 +1,8 @@
 """`llmtrain train` over storage that stalls.
 
 STALL holds RANK, SECONDS and CALL: what reads the data on that rank takes so many seconds more, and from that call on
-for ever. STALL_SAVE holds RANK and CALL: what writes checkpoints on that rank takes for ever from that call on.
+for ever. STALL_START holds a RANK that never comes to read. STALL_SAVE holds RANK and CALL: what writes checkpoints on
+that rank takes for ever from that call on.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import threading
 import time
 from typing import Any
 
+from llmtrain import assemble
 from llmtrain.checkpoint import format as fmt
 from llmtrain.data.batches import Windows
 from llmtrain.errors import run_main
 from llmtrain.train import main
 
-read, write = Windows.gather, fmt.write_rank
+read, write, open_data = Windows.gather, fmt.write_rank, assemble.open_data
 own_rank = int(os.environ.get("RANK", "0"))
 rank, seconds, last_read = (float(word) for word in os.environ["STALL"].split())
 rank_of_saves, last_save = (float(word) for word in os.environ.get("STALL_SAVE", "-1 0").split())
+rank_of_start = int(os.environ.get("STALL_START", "-1"))
 reads, saves = itertools.count(1), itertools.count(1)
 
 
@@ -46,6 +49,14 @@ def write_rank(*arguments: Any) -> None:
     write(*arguments)
 
 
+def open_late(*arguments: Any) -> Any:
+    """Open the data as ever, or never."""
+    if own_rank == rank_of_start:
+        stuck_in_storage()
+    return open_data(*arguments)
+
+
+assemble.open_data = open_late  # type: ignore[assignment]
 Windows.gather = gather  # type: ignore[method-assign]
 fmt.write_rank = write_rank
 sys.exit(run_main(main))

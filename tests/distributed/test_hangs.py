@@ -25,9 +25,11 @@ LONG_S = 150.0  # more than anything here takes on a busy machine, less than the
 HOST = socket.gethostname()
 
 
-def write_config(config: dict[str, Any], folder: Path, save_every: int | None = None, **training: Any) -> Path:
+def write_config(
+    config: dict[str, Any], folder: Path, save_every: int | None = None, timeout_s: float = 300.0, **training: Any
+) -> Path:
     """An endless run with a watchdog that is quick to bite."""
-    health = {"timeout_s": 300.0, "hang_after_s": HANG_S}
+    health = {"timeout_s": timeout_s, "hang_after_s": HANG_S}
     config["checkpoint"] = {**config["checkpoint"], "save_every": save_every}
     config["training"] = {**config["training"], "max_steps": 10_000_000, "eval_every": None, **training}
     config.update(health=health, logging={"every": 1, "plots": False})
@@ -41,8 +43,10 @@ def two(config_dict: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., l
     """Start two ranks; whatever becomes of them, they are gone afterwards."""
     ranks: list[subprocess.Popen[str]] = []
 
-    def start(*entry: str, save_every: int | None = None, **variables: str) -> list[subprocess.Popen[str]]:
-        path = write_config(config_dict, tmp_path, save_every)
+    def start(
+        *entry: str, save_every: int | None = None, timeout_s: float = 300.0, **variables: str
+    ) -> list[subprocess.Popen[str]]:
+        path = write_config(config_dict, tmp_path, save_every, timeout_s)
         variables["LLMTRAIN_EXIT_CODE_FILE"] = str(tmp_path / "exit-code")
         ranks.extend(start_ranks([path, path], [tmp_path, tmp_path], entry, **variables))
         return ranks
@@ -135,6 +139,18 @@ def test_a_rank_that_hangs_behind_the_loop_in_a_save_is_named_and_the_save_befor
     latest = (run_dir / "latest").resolve()
     assert latest.name == "step-00000004"
     assert CheckpointReader(latest).verify() == []
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_named(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    """The watchdog has nothing to go by yet; the exchange in which the others wait ends after health.timeout_s."""
+    ranks = two(STALLING, timeout_s=15.0, STALL="-1 0 0", STALL_START="1")
+    code, error, stderr = end_of(ranks[0])
+    assert code == 5, stderr
+    assert f"rank 0 on {HOST} cannot go on before the first step: rank 1 on {HOST} (127.0.0.1): is behind, for" in error
+    assert ranks[1].poll() is None
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_survives_a_slow_evaluation_and_ends_where_one_hangs(

@@ -43,6 +43,8 @@ KINDS = [
     Kind("cpu-zero3", 2, 3), Kind("zero3", 4, 3),
 ]  # fmt: skip
 THREE = Kind("ddp", 3, 4)
+# What a rank drops is a function of (seed, step, rank): the same ranks draw it again after a resume.
+DROPPING = {KINDS[1], KINDS[4]}
 # 1 → 2 → 4 → 3 processes in one run: until which step each trains. What it did after its last save is done again.
 ON_THE_WAY = {KINDS[0]: 6, KINDS[2]: 14, KINDS[5]: 22, THREE: UNTIL}
 
@@ -65,6 +67,10 @@ def folder(trained: Trained, data: Path, tmp_path_factory: pytest.TempPathFactor
                     job(data, copy_folder(folder, index), kind, 3 * index, "--resume", before, optimizer="muon")
                 )
             jobs.append(job(data, chain, kind, 3 * (index + 1), optimizer="muon"))
+        if kind in DROPPING:
+            whole, broken = dropout_folders(folder, kind)
+            for run_dir, stop_after in ((whole, 8), (broken, 5), (broken, 8)):
+                jobs.append(job(data, run_dir, kind, stop_after, "model.dropout=0.2"))
         if kind in ON_THE_WAY:
             mixed = folder / "mixed"
             if index:  # as if it had been killed before its last save
@@ -91,6 +97,10 @@ def pair_folder(folder: Path, saved: Kind, resumed: Kind) -> Path:
 
 def copy_folder(folder: Path, index: int) -> Path:
     return folder / f"again-{index}"
+
+
+def dropout_folders(folder: Path, kind: Kind) -> tuple[Path, Path]:
+    return folder / f"dropout-{kind.name}-whole", folder / f"dropout-{kind.name}-broken"
 
 
 def assert_goes_on(run_dir: Path, reference: Path, after: int, until: int, rel: float) -> None:
@@ -130,6 +140,14 @@ def test_a_run_on_1_then_2_then_4_then_3_processes_is_the_run_on_one(trained: Tr
     launches = json.loads((folder / "mixed" / "run.json").read_text())["launches"]
     assert [launch["launch"]["world_size"] for launch in launches] == [1, 2, 4, 3]
     assert_goes_on(folder / "mixed", trained(*KINDS[0]), 0, UNTIL, FLOAT32)
+
+
+@pytest.mark.parametrize("kind", DROPPING, ids=lambda kind: kind.name)
+def test_every_rank_drops_what_it_would_have_dropped(trained: Trained, folder: Path, kind: Kind) -> None:
+    whole, broken = dropout_folders(folder, kind)
+    assert_goes_on(broken, whole, 0, 8, rel=0.0)
+    without = [record["train_loss"] for record in metrics(trained(*KINDS[0]))[:8]]
+    assert all(a["train_loss"] != b for a, b in zip(metrics(whole), without, strict=True))
 
 
 def test_muon_goes_on_from_engine_to_engine(trained: Trained, folder: Path) -> None:
