@@ -9,7 +9,9 @@ change and no rank is left out of a collective.
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -234,6 +236,16 @@ def _leave_stopping_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of loaders that an error still holds: what multiprocessing does next is to wait for them after such a signal."""
+    for loader in _loaders:
+        loader._shutdown_workers()
+
+
 def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
     if isinstance(item, LlmtrainError):
         raise item
@@ -253,8 +265,7 @@ def batches(
     if workers:
         # batch_size=None: the sampler's items are whole micro-batches already.
         pinned = torch.cuda.is_available()
-        loader = map(
-            _raise_error,
+        items = iter(
             DataLoader(
                 _MapStyle(windows),
                 sampler=sampler,
@@ -262,8 +273,10 @@ def batches(
                 num_workers=workers,
                 pin_memory=pinned,
                 worker_init_fn=_leave_stopping_to_the_parent,
-            ),
+            )
         )
+        _loaders.add(items)
+        loader = map(_raise_error, items)
     else:
         loader = map(windows.gather, sampler)
     loader = reading(loader)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,26 @@ def test_workers_deliver_the_same(tmp_path: Path) -> None:
     windows = Windows(stream_of(tmp_path, 1000), 10, 10)
     layout = Layout(len(windows), 8, 4)
     assert consumed(windows, layout, 16, 20, workers=2) == consumed(windows, layout, 16, 20)
+
+
+ENDS_WITH_WORKERS = """
+import pathlib, sys
+from tests.data.test_batches import *
+windows = Windows(stream_of(pathlib.Path(sys.argv[1]), 1000), 10, 10)
+stream = batches(windows, Layout(len(windows), 8, 4), plain_order(len(windows), 5), position=0, workers=2)
+for batch in stream:
+    next(batch.micro_batches())
+    raise RuntimeError("a bug of ours")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_by_an_error_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    """They do not obey the signal by which they are ended at the exit, and what has failed still holds them."""
+    command = [sys.executable, "-c", ENDS_WITH_WORKERS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: a bug of ours\n")
 
 
 @pytest.mark.slow
