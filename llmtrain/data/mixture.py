@@ -44,18 +44,23 @@ class MixedWindows:
         self.sources = tuple(sources)
         self.seq_len = sources[0].seq_len
         self._first = np.cumsum([0, *map(len, sources)])
-        self._dtype = np.result_type(*(windows.stream.dtype for windows in sources))
+        self._widest = max((windows.stream for windows in sources), key=lambda stream: stream.dtype.itemsize)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def gather(self, ids: Int64s) -> torch.Tensor:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens; row[1:] are the targets."""
-        rows = np.empty((len(ids), self.seq_len + 1), self._dtype)
-        source_of = np.searchsorted(self._first, ids, "right") - 1
-        for source in set(source_of.tolist()):
-            here = np.flatnonzero(source_of == source)
-            rows[here] = self.sources[source].rows(ids[here] - self._first[source])
+        rows = np.empty((len(ids), self.seq_len + 1), self._widest.dtype)
+        source_of = (np.searchsorted(self._first, ids, "right") - 1).tolist()
+        own_ids = ids - self._first[source_of]
+        for source in set(source_of):
+            here = [row for row, of in enumerate(source_of) if of == source]
+            windows = self.sources[source]
+            windows.stream.fill([rows[row] for row in here], own_ids[here] * windows.stride)
+        if self._widest.has_wrong_id(rows):  # all have the same vocabulary
+            for source, own in zip(source_of, own_ids, strict=True):
+                self.sources[source].rows(own[None])  # which says what is wrong
         return torch.from_numpy(rows)
 
 

@@ -88,11 +88,40 @@ class RowReader:
                 self._views[length] = np.lib.stride_tricks.sliding_window_view(whole, length)
             return self._views[length][starts]  # half the time of a call for each row; the view copies nothing
         rows = np.empty((len(starts), length), self.dtype)
-        for row, start, number, place in zip(rows, starts.tolist(), *self._places(starts, length), strict=True):
-            opened = None if self.is_mapped else self._open.get(number)
+        self.fill(list(rows), starts)
+        return rows
+
+    def fill(self, rows: Sequence[Ids], starts: Int64s) -> None:
+        """Fill rows of equal length with the ids from each start on.
+
+        Raises:
+            CorruptError: a file is gone, was cut off or cannot be read.
+        """
+        if self.is_mapped:
+            self._copy(rows, starts.tolist())
+            return
+        if len(rows) and rows[0].dtype != self.dtype:  # beside a source of wider ids
+            for row, ids in zip(rows, self.rows(starts, len(rows[0])), strict=True):
+                row[:] = ids
+            return
+        numbers, places = self._places(starts, len(rows[0]) if len(rows) else 0)
+        for row, start, number, place in zip(rows, starts.tolist(), numbers, places, strict=True):
+            opened = self._open.get(number)
             if opened is None or not _is_read(opened.descriptor, row, place):
                 self.read_into(row, start)
-        return rows
+
+    def _copy(self, rows: Sequence[Ids], starts: list[int]) -> None:
+        seen: dict[int, Ids] = {}  # files whose size has been asked for
+        for row, start in zip(rows, starts, strict=True):
+            number = bisect_right(self.bounds, start) - 1
+            if number not in seen:
+                seen[number] = self._mapped(number)
+            begin = start - self.bounds[number]
+            ids = seen[number][begin : begin + len(row)]
+            if len(ids) == len(row):
+                row[:] = ids
+            else:
+                self.read_into(row, start)
 
     def _places(self, starts: Int64s, length: int) -> tuple[list[int], list[int]]:
         """For each start the number of the file that has all of its row, or -1, and the byte in it."""

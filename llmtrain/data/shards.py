@@ -20,7 +20,7 @@ import json
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -280,6 +280,14 @@ class TokenStream:
         if self.has_wrong_id(rows):
             self._name_bad_id(starts, rows)
         return rows
+
+    def fill(self, rows: Sequence[Ids], starts: npt.NDArray[np.int64]) -> None:
+        """Fill rows of equal length with the tokens from each start on; ids not checked.
+
+        Raises:
+            CorruptError: a shard is gone or was cut off.
+        """
+        self._reader.fill(rows, starts)
 
     def read_into(self, row: Ids, start: int) -> None:
         """Fill a row with the tokens from `start` on, across shard boundaries; ids not checked.

@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrain.data import reading
 from llmtrain.data.batches import Layout, Windows, batches, plain_order
 from llmtrain.data.mixture import LONGEST_CYCLE, MixedOrder, MixedWindows, Stage, plan_stages, whole_numbers
+from llmtrain.data.shards import ShardWriter, TokenStream
+from llmtrain.errors import CorruptError
 from tests.data.test_batches import stream_of
 
 EVERY = 10**6
@@ -123,6 +126,27 @@ def test_windows_of_several_sources_are_read_from_each(tmp_path: Path) -> None:
     rows = mixed.gather(np.array([14, 0, 10, 9]))
     assert rows.tolist() == [[16, 17, 18, 19, 20], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [36, 37, 38, 39, 40]]
     assert mixed.gather(np.empty(0, np.int64)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_sources_of_other_widths_are_read_as_wide_as_the_widest_and_a_wrong_id_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mapped: bool
+) -> None:
+    if not is_mapped:
+        monkeypatch.setattr(reading, "MAPPED_BYTES", 0)
+    parts = []
+    for dtype, wrong in (("uint16", 0), ("uint32", 1)):
+        folder = tmp_path / dtype
+        folder.mkdir()
+        writer = ShardWriter(folder, "train", dtype, shard_tokens=7)
+        writer.append(np.arange(41) + 50 * wrong, np.array([41]), 41)
+        parts.append(Windows(TokenStream(folder, writer.close(), dtype, 90), 4, 4))
+    mixed = MixedWindows(parts)
+    rows = mixed.gather(np.array([11, 0, 1]))
+    assert rows.tolist() == [[54, 55, 56, 57, 58], [0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    assert rows.dtype == torch.uint32
+    with pytest.raises(CorruptError, match=r"uint32/train-00005\.bin: .*90"):
+        mixed.gather(np.array([3, 19]))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
