@@ -78,23 +78,37 @@ class Contender:
     command: Callable[[Launch], Command]
     line: re.Pattern[str]
     folder: Path | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)  # where llmtrain trains the model of another
 
     def bare(self, launch: Launch) -> Command:
         """The bare loop over this trainer's model, in float32 and eager."""
-        more = {"llmtrain_config": str(_llmtrain_config(launch)), "nanogpt": str(self.folder)}
+        more = {"llmtrain_config": str(_llmtrain_config(launch, self.architecture)), "nanogpt": str(self.folder)}
         spec = _spec(launch, **more, litgpt_config=_litgpt_config(launch.size))
         # Found as `python -m llmtrain` finds it; the peers' python shall not see this repository.
         path = {"PYTHONPATH": str(ROOT)} if self.model == "llmtrain" else {}
         return Command([self.python, DRIVERS / "bare.py", self.model, spec], launch.out, path)
 
 
-def llmtrain() -> Contender:
-    """This repository."""
+def llmtrain(name: str = "llmtrain", **architecture: Any) -> Contender:
+    """This repository, over its own model, or with the keys of the `model` section that make it another's."""
 
     def command(launch: Launch) -> Command:
-        return Command([sys.executable, "-m", "llmtrain", "train", "--config", _llmtrain_config(launch)], ROOT)
+        config = _llmtrain_config(launch, architecture)
+        return Command([sys.executable, "-m", "llmtrain", "train", "--config", config], ROOT)
 
-    return Contender("llmtrain", "llmtrain", sys.executable, command, re.compile(r"^record of step \d+/"))
+    line = re.compile(r"^record of step \d+/")
+    return Contender(name, "llmtrain", sys.executable, command, line, architecture=architecture)
+
+
+def llmtrain_as_gpt2() -> Contender:
+    """llmtrain over nanoGPT's model, operator for operator."""
+    gpt2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "qk_norm": False}
+    return llmtrain("llmtrain, GPT-2", **gpt2)
+
+
+def llmtrain_as_llama() -> Contender:
+    """llmtrain over the model of litgpt and transformers."""
+    return llmtrain("llmtrain, Llama", qk_norm=False)
 
 
 def nanogpt(folder: Path) -> Contender:
@@ -183,7 +197,7 @@ def commit_of(folder: Path) -> str | None:
     return answer.stdout.strip() or None
 
 
-def _llmtrain_config(launch: Launch) -> Path:
+def _llmtrain_config(launch: Launch, architecture: dict[str, Any]) -> Path:
     size = launch.size
     chosen = {"precision": "fp32", "compile": False} if launch.is_fp32 else {}
     config = {
@@ -192,7 +206,8 @@ def _llmtrain_config(launch: Launch) -> Path:
         "model": {
             **{key: getattr(size, key) for key in ("dim", "layers", "heads", "vocab_size")},
             "kv_heads": size.heads,
-            "ff_dim": default_ff_dim(size.dim, "swiglu"),
+            "ff_dim": default_ff_dim(size.dim, architecture.get("activation", "swiglu")),
+            **architecture,
         },
         "training": {
             "micro_batch_size": size.batch,

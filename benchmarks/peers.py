@@ -14,9 +14,10 @@ recorded. Each contender has run once before, turns alternate, and the table has
 
 All have the same width, depth, heads, vocabulary, length, batch without accumulation, tied embeddings, AdamW, clipping
 at 1, the same random tokens, and write no checkpoint while they are timed. The models are their own: GPT-2 in nanoGPT,
-a Llama in litgpt and transformers, a Llama with normed queries and keys here. So each has its own bare loop
-(peer_drivers/bare.py): its model and optimizer in float32 and eager, one batch over and over, nothing else. The fixed
-cost of a trainer is its time less that of its bare loop, round by round.
+a Llama in litgpt and transformers, a Llama with normed queries and keys here; in float32 llmtrain trains the other two
+as well, so that the same arithmetic stands beside itself. Each has its own bare loop (peer_drivers/bare.py): its model
+and optimizer in float32 and eager, one batch over and over, nothing else. The fixed cost of a trainer is its time less
+that of its bare loop, round by round.
 
 fp32: float32 and eager in all (litgpt always compiles; torch's TORCH_COMPILE_DISABLE keeps it from that). as-shipped:
 nothing is said about precision and compilation. Then nanoGPT compiles, in float32 on a CPU and bf16 on a GPU that has
@@ -60,6 +61,8 @@ from benchmarks.contenders import (
     commit_of,
     litgpt,
     llmtrain,
+    llmtrain_as_gpt2,
+    llmtrain_as_llama,
     nanogpt,
     trainer,
     write_data,
@@ -91,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             facts.setdefault("found", {})[name] = about
             contenders = [contender for contender in contenders if contender.name in about]
             for precision in args.precision:
-                measured = _measure(contenders, replace(launch, precision=precision), args.repeats)
+                # Another's model is the same arithmetic only where nothing is left to the trainers' choice.
+                fitting = [one for one in contenders if precision == "fp32" or not one.architecture]
+                measured = _measure(fitting, replace(launch, precision=precision), args.repeats)
                 for row in measured:
                     row |= {"size": name, "parameters": about[row["trainer"]]["parameters"]}
                 rows += measured
@@ -142,11 +147,11 @@ def _given(args: argparse.Namespace) -> tuple[list[Contender], dict[str, str]]:
     """The contenders that were asked for, and why the others are left out."""
     contenders, left_out = [llmtrain()], {}
     if args.nanogpt:
-        contenders.append(nanogpt(args.nanogpt))
+        contenders += [nanogpt(args.nanogpt), llmtrain_as_gpt2()]
     else:
         left_out["nanoGPT"] = "no --nanogpt"
     if args.peers_python:
-        contenders += [litgpt(args.peers_python), trainer(args.peers_python)]
+        contenders += [litgpt(args.peers_python), trainer(args.peers_python), llmtrain_as_llama()]
     else:
         left_out |= dict.fromkeys(("litgpt", "transformers Trainer"), "no --peers-python")
     return contenders, left_out
