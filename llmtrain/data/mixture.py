@@ -23,6 +23,7 @@ import torch
 
 from llmtrain.data.batches import Windows, WindowSet
 from llmtrain.data.order import Int64s, sample_ids, seed_of_source
+from llmtrain.data.reading import Ids
 
 LONGEST_CYCLE = 100_000  # positions; finer weights are rounded to this many parts
 
@@ -44,6 +45,7 @@ class MixedWindows:
         self.sources = tuple(sources)
         self.seq_len = sources[0].seq_len
         self._first = np.cumsum([0, *map(len, sources)])
+        self._strides = np.array([windows.stride for windows in sources])
         self._widest = max((windows.stream for windows in sources), key=lambda stream: stream.dtype.itemsize)
 
     def __len__(self) -> int:
@@ -52,15 +54,18 @@ class MixedWindows:
     def gather(self, ids: Int64s) -> torch.Tensor:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens; row[1:] are the targets."""
         rows = np.empty((len(ids), self.seq_len + 1), self._widest.dtype)
-        source_of = (np.searchsorted(self._first, ids, "right") - 1).tolist()
-        own_ids = ids - self._first[source_of]
-        for source in set(source_of):
-            here = [row for row, of in enumerate(source_of) if of == source]
-            windows = self.sources[source]
-            windows.stream.fill([rows[row] for row in here], own_ids[here] * windows.stride)
+        source_of = np.searchsorted(self._first, ids, "right") - 1
+        starts = (ids - self._first[source_of]) * self._strides[source_of]
+        wanted: dict[int, tuple[list[Ids], list[int]]] = {}
+        for source, row, start in zip(source_of.tolist(), rows, starts.tolist(), strict=True):
+            of_source = wanted.setdefault(source, ([], []))
+            of_source[0].append(row)
+            of_source[1].append(start)
+        for source, (its_rows, its_starts) in wanted.items():
+            self.sources[source].stream.fill(its_rows, its_starts)
         if self._widest.has_wrong_id(rows):  # all have the same vocabulary
-            for source, own in zip(source_of, own_ids, strict=True):
-                self.sources[source].rows(own[None])  # which says what is wrong
+            for source, (_, its_starts) in wanted.items():
+                self.sources[source].stream.gather(np.array(its_starts), self.seq_len + 1)  # says what is wrong
         return torch.from_numpy(rows)
 
 

@@ -88,29 +88,32 @@ class RowReader:
                 self._views[length] = np.lib.stride_tricks.sliding_window_view(whole, length)
             return self._views[length][starts]  # half the time of a call for each row; the view copies nothing
         rows = np.empty((len(starts), length), self.dtype)
-        self.fill(list(rows), starts)
+        self.fill(list(rows), starts.tolist())
         return rows
 
-    def fill(self, rows: Sequence[Ids], starts: Int64s) -> None:
+    def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
         """Fill rows of equal length with the ids from each start on.
 
         Raises:
             CorruptError: a file is gone, was cut off or cannot be read.
         """
         if self.is_mapped:
-            self._copy(rows, starts.tolist())
+            self._copy(rows, starts)
             return
-        if len(rows) and rows[0].dtype != self.dtype:  # beside a source of wider ids
-            for row, ids in zip(rows, self.rows(starts, len(rows[0])), strict=True):
+        if not rows:
+            return
+        length = len(rows[0])
+        if rows[0].dtype != self.dtype:  # beside a source of wider ids
+            for row, ids in zip(rows, self.rows(np.array(starts), length), strict=True):
                 row[:] = ids
             return
-        numbers, places = self._places(starts, len(rows[0]) if len(rows) else 0)
-        for row, start, number, place in zip(rows, starts.tolist(), numbers, places, strict=True):
+        numbers, places = self._places(np.array(starts), length)
+        for row, start, number, place in zip(rows, starts, numbers, places, strict=True):
             opened = self._open.get(number)
             if opened is None or not _is_read(opened.descriptor, row, place):
                 self.read_into(row, start)
 
-    def _copy(self, rows: Sequence[Ids], starts: list[int]) -> None:
+    def _copy(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
         seen: dict[int, Ids] = {}  # files whose size has been asked for
         for row, start in zip(rows, starts, strict=True):
             number = bisect_right(self.bounds, start) - 1

@@ -281,7 +281,7 @@ class TokenStream:
             self._name_bad_id(starts, rows)
         return rows
 
-    def fill(self, rows: Sequence[Ids], starts: npt.NDArray[np.int64]) -> None:
+    def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
         """Fill rows of equal length with the tokens from each start on; ids not checked.
 
         Raises:

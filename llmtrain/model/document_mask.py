@@ -58,7 +58,7 @@ def within_documents(ids_BT: Tensor, new: int, document_end: int, dtype: torch.d
 def document_begins(ids_BT: Tensor, document_end: int) -> Tensor:
     """(B, T) int64: the index at which the document of each input begins. It never falls along T."""
     index_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    return torch.where(ids_BT == document_end, index_T, 0).cummax(-1).values
+    return (index_T * (ids_BT == document_end)).cummax(-1).values
 
 
 def flex_suits(device: torch.device, head_dim: int, dropout: float) -> bool:
