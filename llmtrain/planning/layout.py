@@ -18,6 +18,7 @@ from llmtrain.planning.step_time import Step, step_seconds
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload")
 CHECKPOINTING = ("none", "selective", "full")  # from the one that computes least to the one that holds least
 MOST_MICRO_BATCH = 1 << 16  # sequences; more are not looked for
+TIE = 0.1  # speeds that are closer than this, relatively, are within the error of the formulas
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def fastest(run: Run, gpus: int, engines: tuple[str, ...] | None = None) -> Outc
 
 
 def why(run: Run, chosen: Outcome) -> str:
-    """In words, why this engine: what those that exchange less would need, or that there are none."""
+    """In words, why this engine: what those that exchange less would need, or how much slower they are."""
     layout, gigabytes = chosen.layout, 1e9
     total = run.gpu.memory / gigabytes
     reasons = []
@@ -199,8 +200,10 @@ def why(run: Run, chosen: Outcome) -> str:
         need = memory_of(run, least).peak / gigabytes
         if need > total:
             reasons.append(f"{engine} needs {need:,.0f} GB even with micro-batches of 1 and all recomputed")
-        else:
-            reasons.append(f"{engine} fits, but is slower")
+        elif other := fastest(run, layout.gpus, (engine,)):
+            slower = 1 - other.tokens_per_second / chosen.tokens_per_second
+            error = ", less than the formulas' error" if slower < TIE else ""
+            reasons.append(f"{engine} fits, and is {slower:.0%} slower{error}")
     held = f"it holds {chosen.memory.peak / gigabytes:,.1f} of {total:,.0f} GB"
     virtue = {
         "single": "one GPU holds all and exchanges nothing",

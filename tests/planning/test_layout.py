@@ -18,6 +18,7 @@ from llmtrain.planning.hardware import GPUS, find_gpu
 from llmtrain.planning.layout import (
     CHECKPOINTING,
     ENGINES,
+    TIE,
     Layout,
     Run,
     engines_for,
@@ -122,6 +123,16 @@ def test_a_model_too_large_for_ddp_is_cut_and_the_reason_is_said() -> None:
     assert best.layout.engine == "zero3"
     assert "ddp needs 1," in why(run, best)
     assert fastest(run, 1) is None or fastest(run, 1).layout.engine == "zero3-offload"  # type: ignore[union-attr]
+
+
+def test_an_engine_that_is_slower_by_less_than_the_error_is_not_called_worse() -> None:
+    model = make_config({"model": {"preset": "7b", "vocab_size": 50_304}}).model
+    run = replace(RUN, model=model, global_batch=1024, seq_len=4096)
+    best, other = fastest(run, 64), fastest(run, 64, ("zero1",))
+    assert best is not None and other is not None and best.layout.engine == "zero2"
+    slower = 1 - other.tokens_per_second / best.tokens_per_second
+    assert 0 < slower < TIE
+    assert f"zero1 fits, and is {slower:.0%} slower, less than the formulas' error" in why(run, best)
 
 
 def test_compute_optimal_is_chinchilla() -> None:
