@@ -1,7 +1,8 @@
-"""Make the pictures and the table of report.md: `python docs/report_pictures.py WORK_FOLDER`.
+"""Make the pictures of runs, and the table of report.md: `python docs/report_pictures.py WORK_FOLDER`.
 
-The pictures are of real runs, each trained from one recipe with one thing wrong: a minute on two cores. Without a
-folder only the table is written. Tests hold what `report` says of runs like these (tests/health/test_diagnosis.py).
+diagnosis.png and report.png are of real runs, each trained from one recipe with one thing wrong: a minute on two
+cores, and a Chromium for the second. Without a folder only the table is written. Tests hold what `report` says of runs
+like these (tests/health/test_diagnosis.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import email
 import inspect
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ import yaml
 from llmtrain.health import diagnosis, pace_diagnosis
 
 GUIDE = Path(__file__).with_name("report.md")
-PICTURE = GUIDE.with_name("diagnosis.png")
+PICTURE, PAGE = GUIDE.with_name("diagnosis.png"), GUIDE.with_name("report.png")
 BEGIN, END = "<!-- rules: python docs/report_pictures.py -->\n", "<!-- end of rules -->\n"
 VAL_BYTES = 20_000
 Config = dict[str, Any]
@@ -88,24 +90,47 @@ def train_recipe(work: Path, name: str) -> Path:
 
 
 def draw(folders: Mapping[str, Path], picture: Path) -> None:
-    """The losses of each run, under what `report` says of it."""
+    """The losses of each run on the same axes, the healthy one's behind the others, under what `report` says of it."""
     from matplotlib.figure import Figure
 
     from llmtrain.observe.run_facts import facts_of
     from llmtrain.observe.run_folder import read_run
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (name, folder) in zip(figure.subplots(2, 2).flat, folders.items(), strict=True):
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    healthy = read_run(folders["healthy"]).points("train_loss")
+    for axes, (name, folder) in zip(panels.flat, folders.items(), strict=True):
         run = read_run(folder)
+        if name != "healthy":
+            axes.plot(*healthy, color="0.7", linewidth=1.2, label="training, healthy run")
         axes.plot(*run.points("train_loss"), color="tab:blue", linewidth=1.2, label="training")
         axes.plot(*run.points("val_loss"), color="tab:red", linewidth=1.2, marker="o", markersize=3, label="validation")
         said = [remark["name"] for remark in facts_of(run)["diagnosis"] if remark["name"] in diagnosis.RULES]
-        axes.set_title(f"{name}\nreport: {', '.join(said) or 'healthy'}", fontsize=10)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss, nats per byte")
+        axes.set_title(f"{name}\nreport: {', '.join(said) or 'nothing'}", fontsize=10)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False)
+        axes.label_outer()
+    figure.supxlabel("optimizer step", fontsize=10)
+    figure.supylabel("loss, nats per byte", fontsize=10)
+    panels[1, 1].legend(frameon=False, fontsize=9)
     figure.savefig(picture, dpi=80)
+
+
+def photograph(folders: Mapping[str, Path], work: Path, picture: Path) -> None:
+    """The page of `report --html` of three of the runs, with the pointer on a curve."""
+    from playwright.sync_api import sync_playwright
+
+    from llmtrain.report import main as report
+
+    page = work / "report.html"
+    shown = ("healthy", "learning rate too high", "overfitting")
+    report([*(str(folders[name]) for name in shown), "--html", str(page)])
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1100, "height": 690})
+        view.goto(page.resolve().as_uri())
+        view.mouse.move(655, 600)
+        view.screenshot(path=picture)
+        browser.close()
 
 
 def table() -> str:
@@ -126,5 +151,7 @@ def with_table(guide: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        draw({name: train_recipe(Path(sys.argv[1]), name) for name in RECIPES}, PICTURE)
+        runs = {name: train_recipe(Path(sys.argv[1]), name) for name in RECIPES}
+        draw(runs, PICTURE)
+        photograph(runs, Path(sys.argv[1]), PAGE)
     GUIDE.write_text(with_table(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

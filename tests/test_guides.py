@@ -48,6 +48,12 @@ def test_named_files_exist(page: Path) -> None:
         assert page.name == "LOG.md" or (ROOT / name).is_file(), name
 
 
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("*.svg")), ids=lambda picture: picture.name)
+def test_pictures_load_nothing(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    assert "<text" in text and not re.search(r"""url\(["']?(?!#)|@import|(?:href|src)=["'](?!#)|<script""", text)
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     blocks = re.findall(
