@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.evaluate import main
+from llmtrain.export import main as export
 from llmtrain.generate import main as generate
 from llmtrain.harness.model import HarnessModel
 from tests.conftest import Call, is_one_clear_line, prose
@@ -104,6 +107,22 @@ def test_tasks_are_run_and_told(trained_run: Path, tmp_path: Path, call: Call, m
     assert whole["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     code, out, _ = call(main, trained_run, "--tasks", tasks["cats"], "--limit", 2)
     assert code == 0 and f"own_cats  acc {sum(right[:2]) / 2:g} ± " in out and out.count(", 2 samples") == 2
+
+
+def test_the_harness_gives_an_export_the_same_scores(
+    trained_run: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    tasks, folder = write_tasks(tmp_path / "tasks"), tmp_path / "exported"
+    assert call(export, trained_run, "--out", folder)[0] == 0
+    _, out, _ = call(main, trained_run, "--tasks", f"{tasks['cats']},{tasks['perplexity']}", "--json")
+    own = json.loads(out)["tasks"]
+    theirs = simple_evaluate(
+        model="hf", model_args=f"pretrained={folder},dtype=float32", tasks=list(own), device="cpu", batch_size=2,
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )["results"]  # fmt: skip
+    for name, metric in [("own_cats", "acc"), ("own_cats", "acc_norm"), ("own_perplexity", "bits_per_byte")]:
+        assert theirs[name][f"{metric},none"] == pytest.approx(own[name][metric], rel=1e-5), metric
 
 
 def test_what_cannot_be_run_is_one_clear_line(trained_run: Path, tmp_path: Path, call: Call) -> None:
