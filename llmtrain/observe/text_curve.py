@@ -67,6 +67,8 @@ def _dots(
     xs: Floats, ys: Floats, box: tuple[float, float, float, float], columns: int, rows: int
 ) -> tuple[list[int], list[int]]:
     """The dots of a curve: in each column from where the line comes to where it goes; rows count from the top."""
+    if not len(xs):
+        return [], []
     left, right, low, high = box
     at = np.interp(
         np.linspace(left, right, columns), xs, means_around(xs, ys, left, right, columns), left=np.nan, right=np.nan
@@ -89,8 +91,6 @@ def _dots(
 
 def means_around(xs: Floats, ys: Floats, left: float, right: float, columns: int) -> Floats:
     """Each point's value as the mean of all that fall into its column."""
-    if not len(xs):
-        return ys
     places = np.minimum((xs - left) / ((right - left) or 1.0) * columns, columns - 1).astype(np.int64)
     sums, points = np.bincount(places, ys, columns), np.bincount(places, minlength=columns)
     return (sums / np.maximum(points, 1))[places]

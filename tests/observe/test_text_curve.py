@@ -32,6 +32,13 @@ def test_curves_share_their_axes() -> None:
     assert set(high[:19]) == {0} and set(high[21:]) == {-1}, "the second ends in the middle"
 
 
+def test_a_curve_without_points_leaves_the_others_alone() -> None:
+    """A run that has not been evaluated yet, or one without a record beside another."""
+    nothing, curve = (np.empty(0), np.empty(0)), (STEPS, -STEPS)
+    owners = [owner for line in plot([nothing, curve, nothing], width=40, height=8) for _, owner in line]
+    assert set(owners) == {1, None}
+
+
 def test_a_jump_is_a_line_without_gaps() -> None:
     lines = plot([(STEPS, np.where(STEPS < 200, 0.0, 1.0))], width=40, height=8)
     assert all(any(owner == 0 for _, owner in line) for line in lines)
