@@ -121,6 +121,17 @@ def test_every_record_is_drawn_where_it_belongs(runs: list[Path], open_page: Ope
     assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in summary
 
 
+def test_a_run_without_a_record_takes_nothing_from_the_others(
+    runs: list[Path], open_page: Open, tmp_path: Path
+) -> None:
+    empty = shutil.copytree(runs[1], tmp_path / "empty")
+    for name in ("metrics.jsonl", "training_metrics.json"):
+        (empty / name).unlink()
+    page = open_page(runs[1], empty)
+    assert {run for run, _ in curves(page)} == {"0"}
+    assert page.locator("#x-axis option").count() == 3
+
+
 def test_hovering_shows_the_values_of_all_runs(runs: list[Path], open_page: Open) -> None:
     page = open_page(*runs)
     _, box = plot_of(page)

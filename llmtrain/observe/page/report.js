@@ -364,8 +364,9 @@
   }
 
   function fillControls() {
+    const drawn = data.runs.filter((run) => run.axes.step.length);
     for (const [name, words] of Object.entries(AXES))
-      if (data.runs.every((run) => run.axes[name].length)) byId("x-axis").append(make("option", { value: name, textContent: words }));
+      if (drawn.every((run) => run.axes[name].length)) byId("x-axis").append(make("option", { value: name, textContent: words }));
     const set = (id, event, change) => byId(id).addEventListener(event, () => { change(byId(id)); redraw(); });
     set("smooth", "input", (slider) => {
       state.smooth = Number(slider.value);
