@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import IO, Any, TypeVar, cast
 
 import zstandard
@@ -35,8 +36,11 @@ from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
 MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
+ROWS_AT_ONCE = 1024  # of Parquet, fewer where they are long
+LARGE_GROUP = 8  # times a chunk: whoever takes a row group has all of it in memory, and writers make them of any size
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
+_BUFFERED = 1 << 20  # bytes of a Parquet column; else all of it that a row group has is read at once
 _LOOKED_AFTER = 64 << 20  # bytes of one document after which it is asked whether there is memory for it
 Skipped = Counter[str]
 
@@ -65,7 +69,8 @@ class Position:
 
     Args:
         file: index of its (first) file.
-        place: in that file: bytes of JSONL once it is decompressed, row groups of Parquet, or rows of a dataset.
+        place: in that file: bytes of JSONL once it is decompressed, row groups of Parquet (the first of whose rows may
+            be done), or rows of a dataset.
         record: how many records of that file come before it: lines, rows.
         ordinal: how many records of the whole input come before it.
     """
@@ -74,6 +79,10 @@ class Position:
     place: int = 0
     record: int = 0
     ordinal: int = 0
+
+    def after(self, records: int, places: int) -> Position:
+        """So many records and places later in the same file."""
+        return Position(self.file, self.place + places, self.record + records, self.ordinal + records)
 
 
 BEGINNING = Position()
@@ -136,18 +145,14 @@ class RowsChunk:
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each row's document."""
-        import pyarrow as pa
-
         with _open_parquet(self.file, options.text_field) as parquet:
-            batches = parquet.iter_batches(1024, row_groups=[self.start.place], columns=[options.text_field])
-            # As bytes, because only then one row that is not UTF-8 does not spoil the others.
-            rows = (row for batch in batches for row in batch.column(0).cast(pa.large_binary()).to_pylist())
-            yield from _decoded(rows, self.file, self.start, options, skipped)
+            batches = _rows_of_group(parquet, self.start.place, options.text_field, ROWS_AT_ONCE)
+            yield from _decoded(chain.from_iterable(batches), self.file, self.start, options, skipped)
 
 
 @dataclass(frozen=True)
 class ExamplesChunk:
-    """Rows of a streamed dataset, not yet decoded: whoever streams it has read them already."""
+    """Rows of a streamed dataset or a large row group, not yet decoded: whoever goes through it has read them."""
 
     start: Position
     file: SourceFile
@@ -248,7 +253,9 @@ def _records_cutter(
     def cut(file: SourceFile, start: Position) -> Iterator[tuple[RecordsChunk, int]]:
         if file.dataset is not None:
             return _cut_examples(file, file.dataset, start, options, chunk_bytes)
-        return _cut_lines(file, start, chunk_bytes) if file.format == "jsonl" else _cut_rows(file, start, options)
+        if file.format == "jsonl":
+            return _cut_lines(file, start, chunk_bytes)
+        return _cut_rows(file, start, options, chunk_bytes)
 
     return cut
 
@@ -293,7 +300,7 @@ def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[
             consumed = raw.tell() - done
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             yield LinesChunk(here, file, data, consumed), lines
-            here = Position(here.file, here.place + len(data), here.record + lines, here.ordinal + lines)
+            here = here.after(lines, places=len(data))
             done += consumed
 
 
@@ -318,32 +325,65 @@ def _skip(stream: IO[bytes], count: int, file: SourceFile) -> None:
         count -= len(data)
 
 
-def _cut_rows(file: SourceFile, start: Position, options: ReadOptions) -> Iterator[tuple[RowsChunk, int]]:
+def _cut_rows(
+    file: SourceFile, start: Position, options: ReadOptions, chunk_bytes: int
+) -> Iterator[tuple[RowsChunk | ExamplesChunk, int]]:
+    """Whole row groups, which others read; but of one that is too large to be taken at once, its rows."""
     with _open_parquet(file, options.text_field) as parquet:
-        groups = parquet.metadata.num_row_groups
-        row_counts = [parquet.metadata.row_group(group).num_rows for group in range(groups)]
-    here = start
-    for group in range(start.place, groups):
-        rows = row_counts[group]
-        yield RowsChunk(here, file, file.bytes // groups), rows
-        here = Position(here.file, group + 1, here.record + rows, here.ordinal + rows)
+        groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+        here, first = start, sum(group.num_rows for group in groups[: start.place])
+        for number, group in enumerate(groups[start.place :], start.place):
+            size, share = _text_bytes(group, options.text_field), file.bytes // len(groups)
+            if size <= LARGE_GROUP * chunk_bytes:
+                yield RowsChunk(here, file, share), group.num_rows
+            else:
+                at_once = max(1, min(ROWS_AT_ONCE, chunk_bytes * group.num_rows // size))
+                rows = _rows_of_group(parquet, number, options.text_field, at_once, skip=here.record - first)
+                for texts, text_bytes in _gathered(rows, chunk_bytes):
+                    yield ExamplesChunk(here, file, texts, text_bytes * share // size), len(texts)
+                    here = here.after(len(texts), places=0)
+            first += group.num_rows
+            here = replace(here.after(first - here.record, places=0), place=number + 1)
+
+
+def _text_bytes(group: Any, column: str) -> int:
+    """Of a row group, uncompressed."""
+    columns = map(group.column, range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == column)
+
+
+def _rows_of_group(parquet: Any, group: int, column: str, at_once: int, skip: int = 0) -> Iterator[list[bytes | None]]:
+    """The texts of a row group as bytes, because only then one that is not UTF-8 does not spoil the others."""
+    import pyarrow as pa
+
+    for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
+        if skip < len(batch):
+            yield batch.column(0)[skip:].cast(pa.large_binary()).to_pylist()
+        skip = max(0, skip - len(batch))
 
 
 def _cut_examples(
     file: SourceFile, dataset: DatasetShard, start: Position, options: ReadOptions, chunk_bytes: int
 ) -> Iterator[tuple[ExamplesChunk, int]]:
-    here, waiting, size = start, list[bytes | None](), 0
-    for rows in dataset.rows(options.text_field, start.place):
-        for row in rows:
-            waiting.append(row)
-            size += len(row or b"")
-            if size >= chunk_bytes or len(waiting) >= MAX_ROWS:
-                count = len(waiting)
-                yield ExamplesChunk(here, file, tuple(waiting), size), count
-                here = Position(here.file, here.place + count, here.record + count, here.ordinal + count)
-                waiting, size = [], 0
+    here = start
+    for texts, size in _gathered(dataset.rows(options.text_field, start.place), chunk_bytes):
+        yield ExamplesChunk(here, file, texts, size), len(texts)
+        here = here.after(len(texts), places=len(texts))
+
+
+def _gathered(
+    batches: Iterable[Sequence[bytes | None]], chunk_bytes: int
+) -> Iterator[tuple[tuple[bytes | None, ...], int]]:
+    """So many rows together that they have so many bytes or just more, and how many that are."""
+    waiting, size = list[bytes | None](), 0
+    for row in chain.from_iterable(batches):
+        waiting.append(row)
+        size += len(row or b"")
+        if size >= chunk_bytes or len(waiting) >= MAX_ROWS:
+            yield tuple(waiting), size
+            waiting, size = [], 0
     if waiting:
-        yield ExamplesChunk(here, file, tuple(waiting), size), len(waiting)
+        yield tuple(waiting), size
 
 
 def _decoded(
@@ -440,7 +480,7 @@ def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(file.path) as opened:
+        with parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFERED) as opened:
             schema = opened.schema_arrow
             if column not in schema.names:
                 names = ", ".join(schema.names)

@@ -229,7 +229,7 @@ def test_an_input_that_gives_nothing_is_refused_with_the_reason(tmp_path, monkey
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Text files in runs, JSONL plain and compressed (one of them empty, one without a last newline), Parquet."""
+    """Text in runs of files, JSONL plain and compressed (one empty, one without a last newline), groups of rows."""
     lines = b"".join(json.dumps({"text": f"line {i} " + "x" * (i % 50)}).encode() + b"\n" for i in range(200))
     for name in ("a1.txt", "a2.txt", "a3.txt", "c.txt", "h.txt"):
         (tmp_path / name).write_text(f"text of {name} " * 9)
@@ -238,6 +238,7 @@ def mixed(tmp_path: Path) -> Path:
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines) + gzip.compress(lines[:-1]))
     (tmp_path / "f.jsonl.zst").write_bytes(zstandard.compress(lines))
     write_parquet(tmp_path / "g.parquet", [f"row {i}" for i in range(95)], rows_per_group=10)
+    write_parquet(tmp_path / "i.parquet", [f"row {i} " * 10 for i in range(95)], rows_per_group=40)
     return tmp_path
 
 
@@ -251,14 +252,18 @@ def test_cutting_goes_on_from_any_chunk_as_if_it_had_never_stopped(mixed, chunk_
 
     whole = cut(BEGINNING)
     ordinals = [ordinal for _, documents in whole for ordinal, _ in documents]
-    assert ordinals == list(range(5 + 4 * 200 + 95))
+    assert ordinals == list(range(5 + 4 * 200 + 2 * 95))
+    in_a_group = [start for start, _ in whole if start.file == len(files) - 1 and start.record % 40]
+    assert bool(in_a_group) == (chunk_bytes <= 300)
+    for start in in_a_group[:: len(in_a_group) // 10 + 1]:
+        assert cut(start) == [chunk for chunk in whole if chunk[0].ordinal >= start.ordinal]
     for index in range(0, len(whole), max(1, len(whole) // 40)):
         assert cut(whole[index][0]) == whole[index:]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_survey_tells_where_every_chunk_begins(mixed, workers):
-    (mixed / "i.jsonl").write_bytes(b'{"text": "a line of a file of several chunks"}\n' * 250_000)
+    (mixed / "j.jsonl").write_bytes(b'{"text": "a line of a file of several chunks"}\n' * 250_000)
     files, reading = find_files([str(mixed)]), ReadOptions()
     chunks = list(cut_into_chunks(files, reading))
     assert sum(chunk.start.file == len(files) - 1 for chunk in chunks) == 3

@@ -63,6 +63,8 @@ def texts(tmp_path: Path) -> Path:
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines(150, "compressed")) + gzip.compress(lines(9, "more")))
     rows = [f"row {i} " * 9 for i in range(95)]
     parquet.write_table(pa.table({"text": rows}), folder / "g.parquet", row_group_size=20)
+    # More than is read at once:
+    parquet.write_table(pa.table({"text": [4 * row for row in rows]}), folder / "h.parquet")
     return folder
 
 
