@@ -68,7 +68,7 @@ def place_in_file(header_bytes: int, token: int, itemsize: int) -> str:
     return f"position {token} (byte {header_bytes + token * itemsize})"
 
 
-def hash_samples(path: Path, begin: int, size: int) -> str:
+def hash_samples(path: str | Path, begin: int, size: int) -> str:
     """SHA-256 of a few pages spread evenly over `size` bytes from `begin` on, the first and the last among them."""
     digest = hashlib.sha256()
     file = os.open(path, os.O_RDONLY)

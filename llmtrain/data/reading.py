@@ -20,8 +20,7 @@ import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +34,7 @@ Ids = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class IdFile:
+class IdFile(NamedTuple):
     """Where ids lie: so many of `stored` dtype in the file at `path`, from byte `begin` on."""
 
     path: str

@@ -255,7 +255,7 @@ class TokenStream:
         self.tokens = split.tokens
         self._folder = folder
         self._shards = [shard for shard in split.shards if shard.tokens]
-        self._reader = RowReader([_checked_file(folder, shard, self.dtype) for shard in self._shards], self.dtype)
+        self._reader = RowReader(_checked_files(folder, self._shards, self.dtype), self.dtype)
         for number in sampled(len(self._shards)):
             _check_samples(folder, self._shards[number])
         self.bounds = self._reader.bounds  # of shards that hold tokens
@@ -360,21 +360,28 @@ def outside_vocabulary(path: Path, token: int, place: str, vocab_size: int) -> s
     )
 
 
-def _checked_file(folder: Path, shard: ShardInfo, dtype: np.dtype[Any]) -> IdFile:
-    path = shard.ids.path if isinstance(shard.ids, TokenRange) else f"{folder}/{shard.ids.path}"  # a Path takes longer
-    stored = shard.ids.stored if isinstance(shard.ids, TokenRange) else dtype.newbyteorder("<")
-    if shard.ids.bytes != shard.tokens * stored.itemsize or stored.itemsize > dtype.itemsize:
-        raise CorruptError(f"{path}: the manifest counts {shard.tokens} tokens in {shard.ids.bytes} bytes of {dtype}")
-    if isinstance(shard.ids, TokenRange):
-        check_range(shard.ids, folder / MANIFEST)
-        return IdFile(path, shard.ids.begin, shard.tokens, stored)
-    _check_size(path, shard.ids.bytes)
-    return IdFile(path, 0, shard.tokens, stored)
+def _checked_files(folder: Path, shards: Sequence[ShardInfo], dtype: np.dtype[Any]) -> list[IdFile]:
+    """Where the ids of shards lie; there may be thousands, each of which costs what is done here."""
+    own, prefix, files = dtype.newbyteorder("<"), f"{folder}/", list[IdFile]()  # a Path takes longer
+    for shard in shards:
+        ids, begin, stored = shard.ids, 0, own
+        if isinstance(ids, TokenRange):
+            path, begin, stored = ids.path, ids.begin, ids.stored
+        else:
+            path = prefix + ids.path
+        if ids.bytes != shard.tokens * stored.itemsize or stored.itemsize > dtype.itemsize:
+            raise CorruptError(f"{path}: the manifest counts {shard.tokens} tokens in {ids.bytes} bytes of {dtype}")
+        if isinstance(ids, TokenRange):
+            check_range(ids, folder / MANIFEST)
+        else:
+            _check_size(path, ids.bytes)
+        files.append(IdFile(path, begin, shard.tokens, stored))
+    return files
 
 
 def _check_samples(folder: Path, shard: ShardInfo) -> None:
     if isinstance(shard.ids, FileInfo) and shard.sample_sha256:
-        path = shard.path(folder)
+        path = f"{folder}/{shard.ids.path}"
         if hash_samples(path, 0, shard.ids.bytes) != shard.sample_sha256:
             raise CorruptError(f"{path}: was changed since it was prepared; prepare the data again")
 
@@ -415,10 +422,11 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptError(f"{path}: {where}: {first['msg']}; prepare the data again") from error
+    # Of thousands of files, but for the tokenizer's a name without more, which is no link, lies in the folder.
+    names = {file.path for file in manifest.files()}
     links = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
-    for file in manifest.files():
-        if "/" in file.path or file.path in links or file.path in ("", ".", ".."):  # others lie in it by their name
-            check_inside(folder, file.path, path)
+    for name in names & {"", ".", "..", *links} | ({name for name in names if "/" in name}):
+        check_inside(folder, name, path)
     return manifest
 
 
