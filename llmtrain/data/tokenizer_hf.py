@@ -22,7 +22,7 @@ from gigatoken import gigatoken_rs
 
 from llmtrain.data.pieces import cut_bytes
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
-from llmtrain.data.tokenizer_fast import PROBE, RESERVED, FastEncoder, special_token, unspellable, with_cuts
+from llmtrain.data.tokenizer_fast import PROBE, RESERVED, FastEncoder, holds, special_token, unspellable, with_cuts
 from llmtrain.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -103,7 +103,7 @@ class HuggingFaceTokenizer:
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the end-of-document id."""
-        if self._fast is None or any(RESERVED.search(document) for document in documents):
+        if self._fast is None or any(holds(document, RESERVED) for document in documents):
             return close_documents(map(self.encode, documents), self.eos_id, self._dtype)
         return self._fast.encode_documents(documents)
 

@@ -20,7 +20,7 @@ import sentencepiece
 
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
-from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, unspellable
+from llmtrain.data.tokenizer_fast import SEPARATOR, FastEncoder, holds, unspellable
 from llmtrain.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -28,7 +28,7 @@ EXISTING = "sentencepiece"  # the kind of a model that was not trained here
 # The library writes a space as this character and reads this character as a space: a text that has it would come back
 # with spaces, so it is spelled in bytes.
 SPACE_SYMBOL = "\u2581"
-NOT_FOR_FAST = re.compile(f"[{SPACE_SYMBOL}{SEPARATOR}]")
+NOT_FOR_FAST = (SPACE_SYMBOL, SEPARATOR)
 SPLIT_AT_SYMBOL = re.compile(f"({SPACE_SYMBOL})")
 # What the trainer cannot have in a sentence: it ends lines, drops sentences with a tab, NUL or its own symbols.
 BETWEEN_SENTENCES = re.compile("[\r\n\t\0\u2581\u2585]+")
@@ -109,7 +109,7 @@ class SentencePieceTokenizer:
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the model's end-of-sentence id."""
-        if self._fast is None or any(NOT_FOR_FAST.search(document) for document in documents):
+        if self._fast is None or any(holds(document, NOT_FOR_FAST) for document in documents):
             return close_documents(self._encode_by_library(documents), self.eos_id, self._dtype)
         return self._fast.encode_documents(documents)
 
