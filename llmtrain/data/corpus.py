@@ -121,7 +121,7 @@ class LinesChunk:
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each line's document."""
-        for index, line in enumerate(self.data.split(b"\n")):
+        for index, line in enumerate(io.BytesIO(self.data)):  # a line at a time: there may be one, of all memory
             if not line.strip():
                 continue
             try:

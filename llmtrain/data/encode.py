@@ -97,6 +97,13 @@ class ChunkEncoder:
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Read, divide and encode a chunk."""
         skipped: Skipped = Counter()
+        documents, sources = self._divide(chunk, skipped)  # before they are encoded, all else of them is let go
+        splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
+        return EncodedChunk(splits, skipped, chunk.source_bytes, sources)
+
+    def _divide(
+        self, chunk: Chunk, skipped: Skipped
+    ) -> tuple[dict[SplitName, list[str]], dict[SplitName, Counter[int]]]:
         documents: dict[SplitName, list[str]] = {"train": [], "val": []}
         sources: dict[SplitName, Counter[int]] = {"train": Counter(), "val": Counter()}
         for ordinal, text in read_documents(chunk, self._division.reading, skipped):
@@ -104,8 +111,7 @@ class ChunkEncoder:
             for split, parts in self._division.divide(ordinal, text).items():
                 documents[split] += parts
                 sources[split][source] += len(parts)
-        splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
-        return EncodedChunk(splits, skipped, chunk.source_bytes, sources)
+        return documents, sources
 
 
 def encode_to_shards(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from llmtrain.errors import UserError
 
-# A document is there as bytes, as text and as ids of two bytes each, of which there may be as many as bytes.
-_COPIES = 4
+# A document is there as bytes, as text in up to three forms, and as ids of two bytes each, as many as bytes at
+# most. Measured, of ASCII; one character beyond U+FFFF makes each of a text four bytes in memory.
+COPIES = 7
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -46,8 +47,8 @@ def require_room(document: str, size: int, where_to: str) -> None:
         UserError: names it; `where_to` says how such a one can be left out.
     """
     free = free_host_memory()
-    if _COPIES * size > free:
+    if COPIES * size > free:
         raise UserError(
             f"{document}: a document of {size / 1e9:.3g} GB or more does not fit into memory ({free / 1e9:.3g} GB are "
-            f"free, and it takes {_COPIES} times its size); split it into several documents{where_to}"
+            f"free, and it takes {COPIES} times its size); split it into several documents{where_to}"
         )

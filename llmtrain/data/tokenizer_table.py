@@ -58,6 +58,7 @@ class ByteTokenizer:
         encoded = [document.encode() for document in documents]
         lengths = np.fromiter((len(data) + 1 for data in encoded), np.int64, len(encoded))
         joined = SEPARATOR_BYTE.join([*encoded, b""])
+        del encoded
         return self._table[np.frombuffer(joined, np.uint8)], lengths
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
