@@ -15,6 +15,7 @@ Where existing token files are used in place, there is no `.bin`: the shard refe
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -416,12 +417,17 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    collects = gc.isenabled()
+    gc.disable()  # of the thousands of objects that are made here, all stay
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptError(f"{path}: {where}: {first['msg']}; prepare the data again") from error
+    finally:
+        if collects:
+            gc.enable()
     # Of thousands of files, but for the tokenizer's a name without more, which is no link, lies in the folder.
     names = {file.path for file in manifest.files()}
     links = {entry.name for entry in os.scandir(folder) if entry.is_symlink()}
