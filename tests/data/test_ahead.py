@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llmtrain.data.ahead import Ahead, Arrival, SideStream, ahead
+from llmtrain.data.batches import inputs_and_targets
 from llmtrain.errors import CorruptError, Stopped
+from llmtrain.model.loss import IGNORE_INDEX
 from llmtrain.train import main
 from tests.conftest import records, small_config
 from tests.faulty_steps import Faults, faulty
@@ -115,12 +118,31 @@ def test_a_run_that_is_ahead_resumes_and_goes_back_to_the_same_numbers(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_side_stream_brings_the_same_bits_while_the_device_is_busy() -> None:
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32])
+def test_a_side_stream_brings_the_same_bits_while_the_device_is_busy(dtype: type[np.generic]) -> None:
+    """In the dtypes that ids are stored in; a rank that a short batch has nothing for gets no rows."""
     device = torch.device("cuda", torch.cuda.current_device())
-    sent = [torch.randint(0, 60_000, (8, 1025), dtype=torch.int32) for _ in range(50)]
+    generator = np.random.default_rng(0)
+    rows = [number % 9 for number in range(50)]
+    sent = [torch.from_numpy(generator.integers(0, 60_000, (count, 1025)).astype(dtype)) for count in rows]
     busy = torch.randn(4096, 4096, device=device)
-    sums = []
+    sums, shapes = [], []
     for tensor in Ahead(iter(sent), SideStream(device)):
         busy = (busy @ busy).clamp(-1, 1)  # so that the host is far ahead of the device
         sums.append(tensor.long().sum())
-    assert torch.stack(sums).tolist() == [int(tensor.sum()) for tensor in sent]
+        shapes.append((tuple(tensor.shape), tensor.dtype))
+    assert torch.stack(sums).tolist() == [int(tensor.long().sum()) for tensor in sent]
+    assert shapes == [(tuple(tensor.shape), tensor.dtype) for tensor in sent]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_ids_as_they_are_stored_and_no_rows_come_through(
+    slow_way: Callable[[Tensor], Arrival], dtype: type[np.generic]
+) -> None:
+    highest = np.iinfo(dtype).max
+    sent = [torch.full((count, 3), highest, dtype=torch.from_numpy(np.empty(0, dtype)).dtype) for count in (2, 0, 1)]
+    for tensor, original in zip(Ahead(iter(sent), slow_way), sent, strict=True):
+        assert tensor.dtype == original.dtype and tensor.shape == original.shape
+        inputs, targets = inputs_and_targets(tensor, 2, CPU)
+        assert inputs.tolist() == [[highest] * 2] * len(original) + [[0] * 2] * (2 - len(original))
+        assert targets.tolist() == [[highest] * 2] * len(original) + [[IGNORE_INDEX] * 2] * (2 - len(original))
