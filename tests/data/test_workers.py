@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data import workers
+from llmtrain.errors import UserError
 
 SHOW_BLOCKED = "print(next(line for line in open('/proc/self/status') if line.startswith('SigBlk')).split()[1])"
 
@@ -62,3 +64,43 @@ def test_what_is_started_meanwhile_never_sees_one() -> None:
 def test_results_come_in_the_order_of_the_items() -> None:
     assert list(workers.ordered_map(make_double, range(40), 2)) == [2 * item for item in range(40)]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def who_does(item: int) -> tuple[int, int]:
+    time.sleep(0.005)
+    return item, os.getpid()
+
+
+def make_who_does() -> Callable[[int], tuple[int, int]]:
+    return who_does
+
+
+def test_the_first_items_are_done_here_and_the_others_by_the_workers_once_they_are_there() -> None:
+    done = workers.ordered_map(make_who_does, itertools.count(), 2)
+    pids = list[int]()
+    for number, (item, pid) in enumerate(done):
+        assert item == number
+        pids.append(pid)
+        if len(set(pids)) == 3:
+            break
+    assert pids[0] == os.getpid()
+    assert os.getpid() not in pids[pids.index(next(pid for pid in pids if pid != os.getpid())) + 8 :]
+    done.close()
+
+
+def fail_at_three(item: int) -> int:
+    if item == 3:
+        raise UserError("three")
+    return item
+
+
+def make_fail_at_three() -> Callable[[int], int]:
+    return fail_at_three
+
+
+def test_the_error_of_the_first_item_that_fails_comes_after_the_results_before_it() -> None:
+    found = []
+    with pytest.raises(UserError, match="three"):
+        for item in workers.ordered_map(make_fail_at_three, range(100), 2):
+            found.append(item)
+    assert found == [0, 1, 2]
