@@ -10,8 +10,10 @@ TORCH_INDEX ?=
 # Other trainers for `make bench`: a checkout of nanoGPT, the python of an environment with litgpt and transformers.
 NANOGPT      ?=
 PEERS_PYTHON ?=
-# Other ways to deliver data: the python of an environment with megatron-core, litdata, mosaicml-streaming, datasets.
+# Other ways to deliver data: the python of an environment with megatron-core, litdata, mosaicml-streaming, datasets; and
+# to prepare it, with gigatoken, awkward and triton in it: a checkout of Megatron-LM.
 DATA_PEERS_PYTHON ?=
+MEGATRON          ?=
 
 .PHONY: install demo test test-fast check bench docker-test clean
 .DELETE_ON_ERROR:
@@ -57,7 +59,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.run_all $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(PEERS_PYTHON),--peers-python "$(PEERS_PYTHON)") $(if $(DATA_PEERS_PYTHON),--data-peers-python "$(DATA_PEERS_PYTHON)")
+	$(BIN)/python -m benchmarks.run_all $(if $(NANOGPT),--nanogpt "$(NANOGPT)") $(if $(PEERS_PYTHON),--peers-python "$(PEERS_PYTHON)") $(if $(DATA_PEERS_PYTHON),--data-peers-python "$(DATA_PEERS_PYTHON)") $(if $(MEGATRON),--megatron "$(MEGATRON)")
 
 # Builds the CPU image for real and trains in it; needs root, buildah, debootstrap. The tests in tests/docker do without.
 docker-test: $(BIN)/python

@@ -124,5 +124,5 @@ def arguments_without_places(args: argparse.Namespace) -> dict[str, str]:
     return {
         name: str(value)
         for name, value in vars(args).items()
-        if name not in ("nanogpt", "peers_python", "scratch", "out")
+        if name not in ("nanogpt", "megatron", "peers_python", "scratch", "out")
     }
