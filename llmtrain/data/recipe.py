@@ -23,8 +23,8 @@ from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenData
 from llmtrain.data.tokenizer import Tokenizer, existing_digest, id_dtype, tokenizer_info
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
-# A spawned worker costs about half a second, the time in which one process encodes tens of megabytes.
-BYTES_PER_WORKER = 16 << 20
+# To start a worker takes a core one to two seconds, in which it encodes 10 to 150 MB by itself, as the tokenizer is.
+BYTES_PER_WORKER = 64 << 20
 
 
 @dataclass(frozen=True)
