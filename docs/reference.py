@@ -18,7 +18,14 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel
 
 from llmtrain.cli import VERBS
-from llmtrain.config import ProfileSection, RunConfig, SourceSection, ValidationSection, make_config
+from llmtrain.config import (
+    ProfileSection,
+    RopeScalingSection,
+    RunConfig,
+    SourceSection,
+    ValidationSection,
+    make_config,
+)
 from llmtrain.errors import DEBUG, LlmtrainError
 from llmtrain.model.cost import parameter_count
 from llmtrain.observe.metrics import ARRAY_SOURCES
@@ -92,6 +99,7 @@ def _config() -> Iterator[str]:
         assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
         yield from _section(f"### `{name}:`", field.annotation)
     yield from _section("### `training.profile`", ProfileSection)
+    yield from _section("### `model.rope_scaling`", RopeScalingSection)
     yield from _section("### Each of `data.sources`", SourceSection)
     yield from _section("### Each of `data.validation`", ValidationSection)
 

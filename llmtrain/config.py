@@ -25,6 +25,7 @@ from llmtrain.sections import (
     ModelSection,
     OptimizerSection,
     ProfileSection,
+    RopeScalingSection,
     RunConfig,
     RunSection,
     ScheduleSection,
@@ -43,6 +44,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "ProfileSection",
+    "RopeScalingSection",
     "RunConfig",
     "RunSection",
     "ScheduleSection",
@@ -233,8 +235,8 @@ def _describe(error: ValidationError, where: str) -> str:
     problems: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for problem in error.errors():
-        in_a_list = bool({"sources", "validation"} & {*problem["loc"]})
-        key = ".".join(str(part) for part in problem["loc"][: 4 if in_a_list else 2])
+        is_nested = bool({"sources", "validation", "profile", "rope_scaling"} & {*problem["loc"]})
+        key = ".".join(str(part) for part in problem["loc"][: 4 if is_nested else 2])
         message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         problems.setdefault(key, []).append(message)
         given[key] = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"

@@ -13,30 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from llmtrain.errors import UserError
+from llmtrain.sections import RopeScalingSection
 
 HF_CONFIG = "config.json"
-LLAMA, MISTRAL, QWEN3, GPT2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"
+LLAMA, MISTRAL, QWEN2, QWEN3 = (f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
+GPT2 = "GPT2LMHeadModel"
 # Those that a run can start from; with how many key-value heads they have where config.json does not say (None: heads).
-READABLE: dict[str, int | None] = {LLAMA: None, MISTRAL: 8, QWEN3: 32}
-_MODEL_TYPES = {"llama": LLAMA, "mistral": MISTRAL, "qwen3": QWEN3, "gpt2": GPT2}
-_WHY_NOT = {
-    "Qwen2ForCausalLM": "it adds biases to queries, keys and values, which this model does not have; Qwen3 has none",
-    GPT2: "it has biases, which this model does not have",
-}
+READABLE: dict[str, int | None] = {LLAMA: None, MISTRAL: 8, QWEN2: 32, QWEN3: 32}
+_MODEL_TYPES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gpt2": GPT2}
+_WHY_NOT = {GPT2: "it has biases everywhere, which this model does not have"}
 # What each architecture computes, in the words of `model:`.
 _LIKE_LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
 _LIKE_GPT2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False}
 # The keys of `model:` that a folder decides.
 FOLDER_KEYS = (
     "dim", "layers", "heads", "kv_heads", "ff_dim", "vocab_size", "tie_embeddings", "norm", "norm_eps", "positions",
-    "rope_theta", "activation", "qk_norm",
+    "rope_theta", "rope_scaling", "activation", "qk_norm", "qkv_bias",
 )  # fmt: skip
 
 
-def architecture_for(model: Mapping[str, Any]) -> str:
+def architecture_for(model: Mapping[str, Any], *, qwen_tokenizer: bool) -> str:
     """The architecture that computes exactly what a model with these resolved `model:` keys does.
+
+    With biases on queries, keys and values that is Qwen2; but transformers 5 reads any tokenizer beside it as Qwen's.
+    So with another it is one that has them on attention's result too, where they are zero.
+
+    Args:
+        model: resolved.
+        qwen_tokenizer: whether the tokenizer is one of that make.
 
     Raises:
         UserError: there is none; names the key that has none.
@@ -44,7 +51,7 @@ def architecture_for(model: Mapping[str, Any]) -> str:
     wanted: dict[str, Any] = _LIKE_GPT2 if model["positions"] == "learned" else _LIKE_LLAMA
     for key, value in wanted.items():
         if model[key] != value:
-            beside = "learned positions (GPT-2)" if wanted is _LIKE_GPT2 else "rotary positions (Llama, Qwen3)"
+            beside = "learned positions (GPT-2)" if wanted is _LIKE_GPT2 else "rotary positions (Llama, Qwen)"
             raise UserError(
                 f"model.{key}={model[key]}: no Hugging Face architecture that export writes has it; "
                 f"with {beside} it must be {value}"
@@ -53,18 +60,20 @@ def architecture_for(model: Mapping[str, Any]) -> str:
         if model["kv_heads"] != model["heads"]:
             raise UserError(f"model.kv_heads={model['kv_heads']}: GPT-2 has as many as heads, here {model['heads']}")
         return GPT2
-    return QWEN3 if model["qk_norm"] else LLAMA
+    if model["qk_norm"]:
+        return QWEN3
+    return QWEN2 if model["qkv_bias"] and qwen_tokenizer else LLAMA
 
 
-def config_json(model: Mapping[str, Any], seq_len: int, vocab_size: int) -> dict[str, Any]:
+def config_json(model: Mapping[str, Any], architecture: str, seq_len: int, vocab_size: int) -> dict[str, Any]:
     """The content of `config.json` for a model with these resolved `model:` keys; without dtype and special ids.
 
     Args:
         model: resolved.
+        architecture: from `architecture_for`.
         seq_len: longest sequence it was trained on, in tokens.
         vocab_size: rows of its embedding that are written.
     """
-    architecture = architecture_for(model)
     common = {"architectures": [architecture], "vocab_size": vocab_size, "tie_word_embeddings": model["tie_embeddings"]}
     if architecture == GPT2:
         return {
@@ -79,10 +88,11 @@ def config_json(model: Mapping[str, Any], seq_len: int, vocab_size: int) -> dict
             "layer_norm_epsilon": model["norm_eps"],
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), model["dropout"]),
         }
-    sliding = {"use_sliding_window": False, "sliding_window": None} if architecture == QWEN3 else {"mlp_bias": False}
+    rope = {"rope_type": "default", **(model["rope_scaling"] or {})}
+    own = {"mlp_bias": False} if architecture == LLAMA else {"use_sliding_window": False, "sliding_window": None}
     return {
         **common,
-        "model_type": "qwen3" if architecture == QWEN3 else "llama",
+        "model_type": next(kind for kind, name in _MODEL_TYPES.items() if name == architecture),
         "hidden_size": model["dim"],
         "num_hidden_layers": model["layers"],
         "num_attention_heads": model["heads"],
@@ -93,11 +103,12 @@ def config_json(model: Mapping[str, Any], seq_len: int, vocab_size: int) -> dict
         "max_position_embeddings": seq_len,
         "rms_norm_eps": model["norm_eps"],
         # Once for transformers 5, once for those before it and for what reads their files.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model["rope_theta"]},
+        "rope_parameters": {**rope, "rope_theta": model["rope_theta"]},
         "rope_theta": model["rope_theta"],
-        "attention_bias": False,
+        "rope_scaling": model["rope_scaling"],
         "attention_dropout": 0.0,
-        **sliding,
+        **({} if architecture == QWEN2 else {"attention_bias": model["qkv_bias"]}),
+        **own,
     }
 
 
@@ -130,7 +141,7 @@ def model_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     architecture = architecture_of(config, where)
     heads, dim = (_size(config, key, where) for key in ("num_attention_heads", "hidden_size"))
-    for key, value, why in _refusals(config):
+    for key, value, why in _refusals(config, architecture):
         raise UserError(f"{where}: {key} is {json.dumps(value)}, but {why}")
     default_kv = READABLE[architecture] or heads
     found = {
@@ -142,7 +153,9 @@ def model_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "tie_embeddings": config.get("tie_word_embeddings") is True,
         "norm_eps": _positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         "rope_theta": _positive(_rope(config).get("rope_theta") or 10_000.0, "rope_theta", where),
+        "rope_scaling": _scaling(_rope(config), where),
         "qk_norm": architecture == QWEN3,
+        "qkv_bias": architecture == QWEN2 or has_output_biases(config),
         "vocab_size": _size(config, "vocab_size", where),
         **_LIKE_LLAMA,
     }
@@ -166,10 +179,29 @@ def architecture_of(config: Mapping[str, Any], where: str) -> str:
     return str(name)
 
 
+def has_output_biases(config: Mapping[str, Any]) -> bool:
+    """Whether attention has biases on queries, keys and values, and on its result, where ours has none."""
+    return bool(config.get("attention_bias"))
+
+
 def attention_window(config: Mapping[str, Any], where: str) -> int | None:
-    """How many tokens a token sees, itself among them; None: all before it. Ours sees all."""
-    if architecture_of(config, where) != MISTRAL or config.get("sliding_window", 4096) is None:
+    """How many tokens a token sees, itself among them; None: all before it. Ours sees all.
+
+    In Mistral it holds wherever it is given; Qwen has a switch for it, and blocks from the bottom without it.
+    """
+    architecture = architecture_of(config, where)
+    if architecture == LLAMA or config.get("sliding_window", 4096) is None:
         return None
+    if architecture != MISTRAL:
+        if not config.get("use_sliding_window"):
+            return None
+        kinds, below = config.get("layer_types"), config.get("max_window_layers", 28)
+        if isinstance(kinds, list):
+            sees_all = all(kind == "full_attention" for kind in kinds)
+        else:
+            sees_all = isinstance(below, int) and below >= _size(config, "num_hidden_layers", where)
+        if sees_all:
+            return None
     return _size(config, "sliding_window", where, 4096)
 
 
@@ -195,6 +227,8 @@ def sizes_from_folder(model: Mapping[str, Any], run_dir: str, where: str) -> dic
     found = model_keys(read_json(path), str(path))
     for key, theirs in found.items():
         ours = model.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            ours = {**theirs, **ours}
         if ours is not None and ours != theirs:
             raise UserError(
                 f"{where}: model.{key} is {ours}, but {theirs} in model.init_from {start}; leave it out (a preset sets "
@@ -219,25 +253,24 @@ def _kept_sizes(start: Any, run_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+def _refusals(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Any, str]]:
     """Keys of a `config.json`, their values, and why a run cannot start from a model with them."""
-    for key in ("attention_bias", "mlp_bias", "bias"):
+    for key in ("mlp_bias", "bias"):
         if config.get(key):
-            yield key, config[key], "this model has no biases"
+            yield key, config[key], "this model has biases on queries, keys and values at most (model.qkv_bias)"
+    if has_output_biases(config) and architecture not in (LLAMA, QWEN3):
+        yield "attention_bias", config["attention_bias"], f"{architecture} has no such choice"
     if config.get("hidden_act", "silu") != "silu":
         yield "hidden_act", config["hidden_act"], "the only gated activation here is swiglu, which is silu"
     rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        yield "rope_parameters (or rope_scaling)", rope, "rotary positions are not scaled here"
+    if _rope_type(rope) not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
+        yield "rope_parameters (or rope_scaling)", rope, "rotary positions are scaled by rope_type llama3 only here"
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         yield "partial_rotary_factor", part, "all of a head is rotated here"
     dim, heads, head_dim = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
     if head_dim is not None and heads and dim != head_dim * heads:
         yield "head_dim", head_dim, f"heads are hidden_size / num_attention_heads = {dim} / {heads} wide here"
-    if config.get("use_sliding_window"):
-        yield "use_sliding_window", True, "attention looks at all tokens before here"
     if config.get("quantization_config"):
         yield "quantization_config", config["quantization_config"], "only plain weights can be trained"
 
@@ -247,6 +280,23 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     top = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
     inner = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return {**top, **inner} if isinstance(inner, dict) else {"rope_type": inner}
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """What they say in the words of `model.rope_scaling`."""
+    if _rope_type(rope) == "default":
+        return None
+    given = {key: rope[key] for key in RopeScalingSection.model_fields if key in rope}
+    try:
+        return RopeScalingSection.model_validate(given).model_dump()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = "".join(f".{part}" for part in problem["loc"])
+        raise UserError(f"{where}: rope_scaling{key}: {problem['msg'].removeprefix('Value error, ')}") from error
 
 
 def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

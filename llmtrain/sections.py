@@ -176,6 +176,32 @@ class DataSection(Section):
         return sorted({0, *(at for weights in changing for at in weights)})
 
 
+class RopeScalingSection(Section):
+    """Rotations stretched for longer texts, as Llama 3.1 does. Those with a wavelength (in tokens) up to
+    `original_max_position_embeddings / high_freq_factor` stay, those from `… / low_freq_factor` on are `factor` times
+    as long; what lies between goes over from one to the other. The keys are those of Hugging Face's `config.json`.
+    """
+
+    rope_type: Literal["llama3"] = "llama3"
+    """The only one there is."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """By which long wavelengths grow."""
+    low_freq_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Waves that fit less often into the original length are stretched whole."""
+    high_freq_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Waves that fit more often into it are not stretched."""
+    original_max_position_embeddings: PositiveInt
+    """The original length, in tokens: that of the training before the stretching."""
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} is not above low_freq_factor {self.low_freq_factor:g}"
+            )
+        return self
+
+
 class ModelSection(Section):
     """The decoder. `preset` gives a named size; any key set beside it wins over the preset.
 
@@ -207,10 +233,14 @@ class ModelSection(Section):
     """How positions are told: rotation of queries and keys, or a learned vector for each."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the rotations' wavelengths."""
+    rope_scaling: RopeScalingSection | None = None
+    """Stretches them, as Llama 3.1 does; null: they stay as they are."""
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
     """Of the feed-forward layer; `swiglu` has three matrices, the others two."""
     qk_norm: bool = True
     """Queries and keys are normed in each head."""
+    qkv_bias: bool = False
+    """Queries, keys and values have biases, as in Qwen2."""
     vocab_size: PositiveInt | None = None
     """Ids; null: the tokenizer's, padded to a multiple of `vocab_multiple`."""
     vocab_multiple: PositiveInt = 1
@@ -229,6 +259,8 @@ class ModelSection(Section):
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"dim / heads = {self.head_dim} is odd; rope turns pairs, so make it even")
+        if self.rope_scaling and self.positions != "rope":
+            raise ValueError(f"rope_scaling is for positions: rope, not {self.positions}; leave one out")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
         return self

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter
-from llmtrain.data.tokenizer import fit_tokenizer, load_tokenizer, tokenizer_info
+from llmtrain.data.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer, tokenizer_info
 from llmtrain.errors import run_main
 
 # Machines differ in speed; a property does not.
@@ -35,14 +35,18 @@ def prose(characters: int, seed: int = 0) -> str:
 
 
 def write_data(
-    folder: Path, splits: dict[str, str], shard_tokens: int = 1 << 20, kind: str = "char", like: Path | None = None
+    folder: Path,
+    splits: dict[str, str],
+    shard_tokens: int = 1 << 20,
+    kind: str = "char",
+    like: Path | Tokenizer | None = None,
 ) -> Path:
-    """Prepared data from plain strings, through the real writer; with the tokenizer of the data `like`, if given."""
+    """Prepared data from plain strings, through the real writer; `like`: with this tokenizer, or that of this data."""
     folder.mkdir(parents=True)
-    if like:
+    if isinstance(like, Path):
         tokenizer = load_tokenizer(like / TOKENIZER_FOLDER)
     else:
-        tokenizer = fit_tokenizer(kind, [splits["train"]], validation=[splits.get("val", "")])
+        tokenizer = like or fit_tokenizer(kind, [splits["train"]], validation=[splits.get("val", "")])
     (folder / TOKENIZER_FOLDER).mkdir()
     tokenizer.save(folder / TOKENIZER_FOLDER)
     infos = {}

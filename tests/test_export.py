@@ -21,7 +21,7 @@ from llmtrain.checkpoint.load import load_model
 from llmtrain.config import load_config
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.data.tokenizer_export import hugging_face_files, tokenizer_json
+from llmtrain.data.tokenizer_export import QWEN_WORDS, hugging_face_files, tokenizer_json
 from llmtrain.data.tokenizer_hf import HuggingFaceTokenizer
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.data.tokenizer_same import first_difference
@@ -34,14 +34,38 @@ from tests.conftest import Call, is_one_clear_line, prose, small_config, write_d
 
 QWEN3 = {"kv_heads": 1}  # the default but for grouped keys
 LLAMA = {"qk_norm": False, "tie_embeddings": False, "rope_theta": 5000.0, "vocab_multiple": 64, "dropout": 0.1}
+BIASES = {
+    "qk_norm": False, "qkv_bias": True, "kv_heads": 1,
+    "rope_scaling": {
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
 GPT2 = {"qk_norm": False, "norm": "layernorm", "activation": "gelu", "positions": "learned"}
 CLOSE = {"rtol": 0, "atol": 1e-4}
 PROMPT = "The cat "
 
 
+def qwen_tokenizer(text: str) -> HuggingFaceTokenizer:
+    """Of the make of Qwen's own: bytes, its way to cut a text into words, and its normalisation."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.normalizer = tokenizers.normalizers.NFC()
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_WORDS), "isolated")
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, level])
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    library.train_from_iterator([text], trainer)
+    return HuggingFaceTokenizer(library.to_str())
+
+
 def trained(folder: Path, kind: str, model: dict[str, Any], **training: Any) -> Path:
     """A short run whose data has a tokenizer of the kind."""
-    data = write_data(folder / "data", {"train": prose(9_000), "val": prose(900, seed=1)}, kind=kind)
+    splits = {"train": prose(9_000), "val": prose(900, seed=1)}
+    tokenizer = qwen_tokenizer(splits["train"]) if kind == "qwen" else None
+    data = write_data(folder / "data", splits, kind=kind, like=tokenizer)
     raw = small_config(data, folder / "run")
     raw["model"] |= model
     raw["training"] |= {"max_steps": 12, "eval_every": None, **training}
@@ -95,9 +119,12 @@ def assert_same_model(run: Path, folder: Path, call: Call) -> None:
         ("char", "Qwen3ForCausalLM", QWEN3),
         ("byte", "LlamaForCausalLM", LLAMA),
         ("word", "GPT2LMHeadModel", GPT2),
-        ("bpe", "GPT2LMHeadModel", {**GPT2, "tie_embeddings": False, "vocab_multiple": 64}),
+        ("bpe", "GPT2LMHeadModel", {**GPT2, "tie_embeddings": False, "vocab_multiple": 64, "qkv_bias": True}),
         ("unigram", "LlamaForCausalLM", {**LLAMA, "tie_embeddings": True, "kv_heads": 1}),
         ("bbpe", "Qwen3ForCausalLM", {"norm_eps": 1e-3, "ff_dim": 50}),
+        ("char", "LlamaForCausalLM", BIASES),
+        ("byte", "Qwen3ForCausalLM", {"qkv_bias": True}),
+        ("qwen", "Qwen2ForCausalLM", BIASES),
     ],
 )
 def test_transformers_has_the_same_logits_ids_and_text(

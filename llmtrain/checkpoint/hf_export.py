@@ -20,7 +20,7 @@ from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.staging import staged_folder
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.data.tokenizer_export import hugging_face_files
+from llmtrain.data.tokenizer_export import hugging_face_files, is_read_as_qwen
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.hf_config import HF_CONFIG, architecture_for, config_json
 from llmtrain.model.hf_layout import parameter_shapes, tensors_to_write
@@ -84,20 +84,18 @@ class _Content:
         saved = saved_config(reader)
         model, seq_len = saved.model.model_dump(), saved.data.seq_len
         self._reader, self._dtype = reader, dtype
-        self._architecture = architecture_for(model)
         tokenizer = load_tokenizer(reader.folder / TOKENIZER_FOLDER)
+        own, self._no_tokenizer = _tokenizer_files(tokenizer, seq_len)
+        is_qwen = "tokenizer.json" in own and is_read_as_qwen(own["tokenizer.json"])
+        self._architecture = architecture_for(model, qwen_tokenizer=is_qwen)
         shapes = parameter_shapes(saved.model, seq_len)
         self._tensors = tensors_to_write(self._architecture, shapes, tokenizer.vocab_size)
         self._padding = model["vocab_size"] - tokenizer.vocab_size
         ids = _special_ids(tokenizer)
         # By this name, which newer versions of transformers have given up, all of them read it.
-        config = config_json(model, seq_len, tokenizer.vocab_size) | {"torch_dtype": self._dtype_name} | ids
-        self._files = {HF_CONFIG: _json(config), "generation_config.json": _json(ids)}
-        self._no_tokenizer = None
-        try:
-            self._files |= hugging_face_files(tokenizer, seq_len)
-        except UserError as error:
-            self._no_tokenizer = str(error)
+        config = config_json(model, self._architecture, seq_len, tokenizer.vocab_size)
+        config |= {"torch_dtype": self._dtype_name} | ids
+        self._files = {HF_CONFIG: _json(config), "generation_config.json": _json(ids), **own}
 
     @property
     def _dtype_name(self) -> str:
@@ -120,6 +118,14 @@ class _Content:
             padding_left_out=self._padding,
             no_tokenizer=self._no_tokenizer,
         )
+
+
+def _tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> tuple[dict[str, str], str | None]:
+    """The files by name, or why there are none."""
+    try:
+        return hugging_face_files(tokenizer, seq_len), None
+    except UserError as error:
+        return {}, str(error)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:

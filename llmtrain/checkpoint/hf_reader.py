@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llmtrain.checkpoint.hf_writer import INDEX, WEIGHTS
@@ -22,8 +23,8 @@ from llmtrain.data.sources import TrainingData
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
-from llmtrain.hf_config import HF_CONFIG, architecture_of, attention_window, model_keys, read_json
-from llmtrain.model.hf_layout import llama_name, parameter_shapes
+from llmtrain.hf_config import HF_CONFIG, architecture_of, attention_window, has_output_biases, model_keys, read_json
+from llmtrain.model.hf_layout import OUTPUT_BIAS, llama_name, parameter_shapes
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _THREADS = 4
@@ -82,8 +83,9 @@ class HuggingFaceReader:
         Raises:
             UserError: another tokenizer, another model, or tensors that do not fit; says which.
         """
+        own = config.model.model_dump()
         for key, theirs in self.model.items():
-            if (ours := getattr(config.model, key)) != theirs:
+            if (ours := own[key]) != theirs:
                 raise UserError(f"model.init_from {self.folder}: its {key} is {theirs}, this run's is {ours}")
         window = attention_window(self._config, str(self.folder / HF_CONFIG))
         if window is not None and config.data.seq_len > window:
@@ -163,8 +165,24 @@ class HuggingFaceReader:
                 )
         may_be_there = {"lm_head.weight"} if self.model["tie_embeddings"] else set()  # a copy of the embedding
         for name in self._places.keys() - expected.keys() - may_be_there:
-            if not name.endswith(_DERIVED):
+            if has_output_biases(self._config) and name.endswith(OUTPUT_BIAS):
+                self._check_zero(name)
+            elif not name.endswith(_DERIVED):
                 raise UserError(f"{self.folder}: has a tensor '{name}', which this model does not have")
+
+    def _check_zero(self, name: str) -> None:
+        file, entry = self._place(name)
+        values = torch.empty(math.prod(entry.shape))
+        wish = Wish(name, values.numel(), 0, values, entry.shape)
+        try:
+            read_file(self.folder / file, [wish], whole=False, is_shared=True, report=lambda _bytes: None)
+        except OSError as error:
+            raise UserError(f"{self.folder / file}: cannot be read ({error.strerror})") from error
+        if values.any():
+            raise UserError(
+                f"{self.folder / file}: '{name}' is not zero, but this model has no bias there (attention_bias), only "
+                "on queries, keys and values"
+            )
 
     def _check_tokenizer(self, data: TrainingData) -> None:
         from llmtrain.data.tokenizer_same import first_difference  # which most runs need not load

@@ -13,15 +13,13 @@ from llmtrain.checkpoint.store import OpenCheckpoint, find_checkpoint, newest_go
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.shards import DataIdentity
 from llmtrain.errors import UserError
+from llmtrain.hf_config import FOLDER_KEYS
 
 # What may not change within a run: it would give the saved tensors or the position in the data another meaning.
 _FIXED = {
     "run": ["seed"],
     "data": ["seq_len", "stride", "packing"],
-    "model": [
-        "vocab_size", "dim", "layers", "heads", "kv_heads", "ff_dim", "tie_embeddings", "norm", "positions",
-        "activation", "qk_norm", "rope_theta", "norm_eps",
-    ],
+    "model": list(FOLDER_KEYS),
     "optimizer": ["name"],
 }  # fmt: skip
 # What changes nothing about the numbers, and so is not worth a line.

@@ -26,6 +26,10 @@ from llmtrain.errors import UserError
 # Python's \w, \s and so on in the words of the library, whose own differ: ² is of Python's \w, a combining accent not.
 WORD, BLANK = r"[\p{L}\p{N}_]", r"[\s\x1c-\x1f]"
 WORD_PIECES = rf"{WORD}+| +|\n+|\t+|{BLANK}|[^\p{{L}}\p{{N}}_\s\x1c-\x1f]"
+# How Qwen2 and 2.5 cut a text into words: `PRETOKENIZE_REGEX` in transformers' models/qwen2/tokenization_qwen2.py.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Far below any piece's score: the library would take the spelling of such a piece in a text for the piece.
 NEVER = -1e6
 Json = dict[str, Any]
@@ -179,6 +183,25 @@ def hugging_face_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
         **{f"{name}_token": library.id_to_token(token) for name, token in ids.items() if token is not None},
     }
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def is_read_as_qwen(content: str) -> bool:
+    """Whether a `tokenizer.json` gives the same ids as the tokenizer of Qwen2 with its vocabulary and merges.
+
+    In a folder of a Qwen2 model transformers 5 takes only these from the file, whatever else it says.
+    """
+    parsed = json.loads(content)
+    model, words = parsed["model"], parsed["pre_tokenizer"]
+    parts = words.get("pretokenizers", []) if words else []
+    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    own = [{**part, "trim_offsets": None} for part in (split, level)]
+    return (
+        parsed["normalizer"] == {"type": "NFC"}
+        and [{**part, "trim_offsets": None} for part in parts] == own  # these change no id
+        and model["type"] == "BPE"
+        and not any(model.get(key) for key in ("unk_token", "dropout", "byte_fallback", "ignore_merges"))
+    )
 
 
 def _without_additions(content: str) -> str:

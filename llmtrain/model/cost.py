@@ -13,7 +13,8 @@ def parameter_count(config: ModelSection, seq_len: int) -> int:
     assert config.vocab_size is not None
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     positions = seq_len * config.dim if config.positions == "learned" else 0
-    return embeddings + positions + norm_parameters(config) + config.layers * block_matrix_parameters(config)
+    vectors = norm_parameters(config) + bias_parameters(config)
+    return embeddings + positions + vectors + config.layers * block_matrix_parameters(config)
 
 
 def norm_parameters(config: ModelSection) -> int:
@@ -22,12 +23,21 @@ def norm_parameters(config: ModelSection) -> int:
     return norms + (config.layers * 2 * config.head_dim if config.qk_norm else 0)
 
 
+def bias_parameters(config: ModelSection) -> int:
+    """Parameters of all biases."""
+    return config.layers * (config.dim + 2 * _kv_dim(config)) if config.qkv_bias else 0
+
+
 def block_matrix_parameters(config: ModelSection) -> int:
     """Parameters of one block's matrices: each takes part in one multiply-add for each token."""
-    kv_dim = (config.kv_heads or config.heads) * config.head_dim
+    kv_dim = _kv_dim(config)
     ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
     attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
     return attention + (3 if config.activation == "swiglu" else 2) * config.dim * ff_dim
+
+
+def _kv_dim(config: ModelSection) -> int:
+    return (config.kv_heads or config.heads) * config.head_dim
 
 
 def flops_per_token(config: ModelSection, seq_len: float, *, causal: bool = True) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.config import ModelSection
-from llmtrain.hf_config import GPT2
+from llmtrain.hf_config import GPT2, QWEN2
 from llmtrain.model.transformer import Transformer
 
 Shape = tuple[int, ...]
@@ -26,6 +26,9 @@ _LIKE_LLAMA = {
     "attention.q.weight": "self_attn.q_proj.weight",
     "attention.k.weight": "self_attn.k_proj.weight",
     "attention.v.weight": "self_attn.v_proj.weight",
+    "attention.q.bias": "self_attn.q_proj.bias",
+    "attention.k.bias": "self_attn.k_proj.bias",
+    "attention.v.bias": "self_attn.v_proj.bias",
     "attention.out.weight": "self_attn.o_proj.weight",
     "attention.q_norm.weight": "self_attn.q_norm.weight",
     "attention.k_norm.weight": "self_attn.k_norm.weight",
@@ -46,7 +49,9 @@ _LIKE_GPT2 = {
     "ff.up.weight": "mlp.c_fc.weight",
     "ff.down.weight": "mlp.c_proj.weight",
 }
+OUTPUT_BIAS = "self_attn.o_proj.bias"  # which only folders have
 _UNDER_QUERIES = ("attention.k.weight", "attention.v.weight")
+_BIASES = ("attention.q.bias", "attention.k.bias", "attention.v.bias")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class HFTensor:
     """One tensor of a folder.
 
     `parts` are the parameters that, one under the other, make it, transposed where it is stored as inputs × outputs;
-    without parts it is zero: a bias, which ours has not.
+    without parts it is zero: a bias that ours has not.
     """
 
     name: str
@@ -71,7 +76,7 @@ def parameter_shapes(config: ModelSection, seq_len: int) -> dict[str, Shape]:
 
 
 def llama_name(parameter: str) -> str:
-    """The name in a Llama, Mistral or Qwen3 folder: `blocks.3.ff.up.weight` → `model.layers.3.mlp.up_proj.weight`."""
+    """The name in a Llama, Mistral or Qwen folder: `blocks.3.ff.up.weight` → `model.layers.3.mlp.up_proj.weight`."""
     block = _BLOCK.fullmatch(parameter)
     return f"model.layers.{block[1]}.{_LIKE_LLAMA[block[2]]}" if block else _LIKE_LLAMA[parameter]
 
@@ -87,14 +92,20 @@ def tensors_to_write(architecture: str, shapes: Mapping[str, Shape], vocab_size:
     written = {name: (vocab_size, *shape[1:]) if name in _VOCABULARY else shape for name, shape in shapes.items()}
     if architecture == GPT2:
         return [tensor for name in written for tensor in _of_gpt2(name, written)]
-    return [HFTensor(llama_name(name), shape, (name,)) for name, shape in written.items()]
+    tensors = []
+    has_output_biases = architecture != QWEN2 and any(name.endswith(_BIASES) for name in shapes)
+    for name, shape in written.items():
+        tensors.append(HFTensor(llama_name(name), shape, (name,)))
+        if has_output_biases and name.endswith("attention.out.weight"):
+            tensors.append(HFTensor(llama_name(name).removesuffix("weight") + "bias", shape[:1], ()))
+    return tensors
 
 
 def _of_gpt2(parameter: str, shapes: Mapping[str, Shape]) -> Iterator[HFTensor]:
     """A weight and its bias; matrices of the blocks are stored as inputs × outputs."""
     block = _BLOCK.fullmatch(parameter)
     inner = block[2] if block else parameter
-    if inner in _UNDER_QUERIES:
+    if inner in _UNDER_QUERIES + _BIASES:
         return
     name = f"transformer.h.{block[1]}.{_LIKE_GPT2[inner]}" if block else _LIKE_GPT2[inner]
     below = _UNDER_QUERIES if inner == "attention.q.weight" else ()
@@ -104,4 +115,7 @@ def _of_gpt2(parameter: str, shapes: Mapping[str, Shape]) -> Iterator[HFTensor]:
     shape = (shapes[parameter][1], outputs) if is_matrix else shapes[parameter]
     yield HFTensor(name, shape, parts, is_transposed=is_matrix)
     if block is not None or inner == "norm.weight":
-        yield HFTensor(name.removesuffix("weight") + "bias", (outputs,), ())
+        biases = (part.removesuffix("weight") + "bias" for part in parts)
+        yield HFTensor(
+            name.removesuffix("weight") + "bias", (outputs,), tuple(bias for bias in biases if bias in shapes)
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmtrain.config import ModelSection, default_ff_dim
-from llmtrain.model.cost import block_matrix_parameters, norm_parameters, parameter_count
+from llmtrain.model.cost import bias_parameters, block_matrix_parameters, norm_parameters, parameter_count
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]  # `parameters`: both, as launch/zero3-offload.yaml does
@@ -107,7 +107,7 @@ def rank_memory(
         state=4.0 * optimizer_values(optimizer, config, seq_len) / (world_size if engine.startswith("zero") else 1),
         casts=casts if accumulates or engine in ("ddp", "zero2") else 0.0,
         largest=4.0 * max(head, config.dim * ff_dim),
-        small=4.0 * norm_parameters(config),
+        small=4.0 * (norm_parameters(config) + bias_parameters(config)),
     )
     if engine == "zero3":
         return _zero3(sizes, offload)

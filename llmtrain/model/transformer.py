@@ -6,6 +6,7 @@ F feed-forward width, V vocabulary, T cached positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from llmtrain.config import ModelSection
+from llmtrain.config import ModelSection, RopeScalingSection
 from llmtrain.model.document_mask import Documents, Mask, flex_attention, flex_suits, within_documents
 from llmtrain.model.loss import linear_cross_entropy_sum, loss_and_correct
 
@@ -57,9 +58,9 @@ class Attention(nn.Module):
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
-        self.k = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
-        self.v = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
         # Normalised heads bound the attention logits at any learning rate (Dehghani et al. 2023, section 3.1).
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -210,9 +211,7 @@ class Transformer(nn.Module):
         self.head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        rotation = None
-        if config.positions == "rope":
-            rotation = rotation_table(seq_len, config.head_dim, config.rope_theta)
+        rotation = rotation_table(seq_len, config) if config.positions == "rope" else None
         self.register_buffer("rotation", rotation, persistent=False)
         self.rotation: Tensor | None
 
@@ -296,8 +295,8 @@ class Transformer(nn.Module):
         write to the residual stream divided by √(2 × layers), so that it does at any depth (Radford et al. 2019).
         An untied head starts at zero and its embedding at standard deviation 1, so that a token is as loud in the
         residual stream as what the blocks write. A tied one must be small beside that, or the head would predict that
-        every token repeats; capped so that the first logits stay near zero. So the first loss is ln(vocab). Measured
-        against other choices in docs/LOG.md.
+        every token repeats; capped so that the first logits stay near zero. So the first loss is ln(vocab). Biases
+        start at zero. Measured against other choices in docs/LOG.md.
 
         Args:
             opened: entered around each module's parameters while they are written; where they are cut over ranks, it
@@ -315,6 +314,8 @@ class Transformer(nn.Module):
                         nn.init.zeros_(module.weight)
                     case nn.Linear():
                         nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                        if module.bias is not None:
+                            nn.init.zeros_(module.bias)
                         if name.endswith(("attention.out", "ff.down")):
                             module.weight.mul_(residual_scale)
                     case nn.Embedding() if module is self.embedding and not self.config.tie_embeddings:
@@ -326,7 +327,7 @@ class Transformer(nn.Module):
                     case _:
                         raise TypeError(f"no initialisation for {type(module).__name__}")
         if self.rotation is not None:
-            self.rotation.copy_(rotation_table(self.seq_len, self.config.head_dim, self.config.rope_theta))
+            self.rotation.copy_(rotation_table(self.seq_len, self.config))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -344,11 +345,24 @@ def make_norm(config: ModelSection) -> nn.Module:
     return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=False)
 
 
-def rotation_table(seq_len: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of rotary positions (Su et al. 2021): float32 (2, seq_len, head_dim)."""
-    frequencies: Tensor = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def rotation_table(seq_len: int, config: ModelSection) -> Tensor:
+    """Cosines and sines of rotary positions (Su et al. 2021): float32 (2, seq_len, head width)."""
+    width = config.head_dim
+    frequencies: Tensor = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if config.rope_scaling is not None:
+        frequencies = stretch(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies).repeat(1, 2)
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def stretch(frequencies: Tensor, scaling: RopeScalingSection) -> Tensor:
+    """Frequencies (radians a token) divided by up to `factor`, the low ones by all of it: Llama 3.1's rule, which is in
+    its code only (meta-llama/llama-models, models/llama3/model.py, `apply_scaling`).
+    """
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # that fit into the original length
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x_BHSE: Tensor, rotation: Tensor) -> Tensor:

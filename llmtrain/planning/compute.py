@@ -197,4 +197,5 @@ def _kernels(work: Work) -> int:
         + {"swiglu": 4, "relu2": 1, "gelu": 0}[model.activation]
         + 12 * (model.positions == "rope")
         + 7 * model.qk_norm
+        + 3 * model.qkv_bias  # the cast of each
     )

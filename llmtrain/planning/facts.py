@@ -8,7 +8,13 @@ from typing import Any
 
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError, nearest
-from llmtrain.model.cost import block_matrix_parameters, flops_per_token, norm_parameters, parameter_count
+from llmtrain.model.cost import (
+    bias_parameters,
+    block_matrix_parameters,
+    flops_per_token,
+    norm_parameters,
+    parameter_count,
+)
 from llmtrain.planning.budget import checkpoint_cost, checkpoints_kept, compute_optimal, planned_tokens
 from llmtrain.planning.hardware import Gpu
 from llmtrain.planning.layout import (
@@ -182,7 +188,8 @@ def _gpu_facts(asked: Asked) -> Facts:
 def _parameters(config: RunConfig) -> Facts:
     model, seq_len = config.model, config.data.seq_len
     total = parameter_count(model, seq_len)
-    blocks, norms = model.layers * block_matrix_parameters(model), norm_parameters(model)
+    blocks = model.layers * block_matrix_parameters(model) + bias_parameters(model)
+    norms = norm_parameters(model)
     return {"total": total, "blocks": blocks, "norms": norms, "embeddings": total - blocks - norms}
 
 

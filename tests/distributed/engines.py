@@ -19,9 +19,12 @@ Trained = Callable[..., Path]
 def config_of(
     data: Path, run_dir: Path, micro: int, precision: str = "fp32", optimizer: str = "adamw"
 ) -> dict[str, Any]:
-    """The config of a run with the micro-batch, precision and optimizer given; head and embedding are tied."""
+    """The config of a run with the micro-batch, precision and optimizer given; head and embedding are tied.
+
+    With Muon queries, keys and values have biases: beside the matrices that it takes.
+    """
     config = small_config(data, run_dir)
-    config["model"] = {**ODD_MODEL, "tie_embeddings": True}
+    config["model"] = {**ODD_MODEL, "tie_embeddings": True, "qkv_bias": optimizer == "muon"}
     config["optimizer"]["name"] = optimizer
     config["training"] |= {
         "micro_batch_size": micro, "global_batch_size": GLOBAL_BATCH, "max_steps": STEPS, "precision": precision,

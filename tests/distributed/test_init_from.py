@@ -28,8 +28,12 @@ def test_every_engine_goes_on_from_a_folder_alike(data: Path, tmp_path: Path, ca
         "num_key_value_heads": 7,
         "head_dim": 6,
         "intermediate_size": 35,
-    }
-    folder = make_folder(tmp_path / "hf", data, "Qwen3", shard="20KB", dtype=torch.bfloat16, **odd)
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    }  # fmt: skip
+    folder = make_folder(tmp_path / "hf", data, "Qwen2", shard="20KB", dtype=torch.bfloat16, **odd)
     exported, losses = {}, {}
     for name, processes in ENGINES.items():
         config = small_config(data, tmp_path / name)

@@ -51,7 +51,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, "fp32"),
         ({"activation": "gelu", "norm": "layernorm"}, "fp32"),
         ({"activation": "relu2", "tie_embeddings": False}, "bf16"),
-        ({"kv_heads": 2, "qk_norm": False}, "fp32"),
+        ({"kv_heads": 2, "qk_norm": False, "qkv_bias": True}, "fp32"),
         ({"kv_heads": 4, "positions": "learned"}, "bf16"),
     ],
 )

@@ -39,6 +39,8 @@ def shake(model: Transformer) -> Transformer:
     return model
 
 
+# Of the wavelengths of the eight pairs of a head one stays, two are stretched by part, the rest whole.
+SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 100}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"tie_embeddings": False},
@@ -46,6 +48,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kv_heads": 1},
     {"kv_heads": 2, "activation": "relu2", "tie_embeddings": False},
     {"ff_dim": 48, "qk_norm": False},
+    {"kv_heads": 2, "qk_norm": False, "qkv_bias": True, "rope_scaling": SCALING},
 ]
 
 
@@ -84,13 +87,16 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(variant: dict[str, An
 
 
 def test_norms_biases_and_embeddings_do_not_decay() -> None:
-    model = build(tie_embeddings=False, positions="learned")
+    model = build(tie_embeddings=False, positions="learned", qkv_bias=True)
     optimizer = make_optimizer(model, make_config({}).optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     undecayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert undecayed == {
-        name for name in names.values() if "norm" in name or name.startswith(("embedding", "position"))
+        name
+        for name in names.values()
+        if "norm" in name or "bias" in name or name.startswith(("embedding", "position"))
     }
+    assert sum("bias" in name for name in undecayed) == 3 * model.config.layers
     assert [names[p] for p in parameter_groups(model)["head"]] == ["head.weight"]
 
 

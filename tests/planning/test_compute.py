@@ -64,8 +64,8 @@ def counted(layers: int, changes: dict[str, Any]) -> tuple[Counts, Counts, Any]:
 # LayerNorm, as the CPU has no fused RMSNorm; a norm of queries and keys is one, so it is left out.
 @pytest.mark.parametrize(
     "changes",
-    [{"activation": "gelu", "positions": "learned"}, {}, {"kv_heads": 2, "activation": "relu2"}],
-    ids=["gelu, learned", "swiglu, rope", "relu2, grouped keys"],
+    [{"activation": "gelu", "positions": "learned"}, {}, {"kv_heads": 2, "activation": "relu2"}, {"qkv_bias": True}],
+    ids=["gelu, learned", "swiglu, rope", "relu2, grouped keys", "biases"],
 )
 def test_bytes_and_operators_of_a_block_are_those_of_a_real_one(changes: dict[str, Any]) -> None:
     changes = {"norm": "layernorm", "qk_norm": False, **changes}
