@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,12 @@ def report_sources(trained: TrainedModel, sources: Mapping[str, TokenDataset], p
 
     A source without that split, or without a window in it, is None.
     """
-    seq_len = trained.config.data.seq_len
     weights: dict[str, float] = trained.reader.state()["judged_by"][0]
-    able = {name: data for name, data in sources.items() if _has(data, part, seq_len)}
+    able = {name: data for name, data in sources.items() if _has(trained, data, part)}
     if not able:
+        window = trained.config.data.seq_len + 1
         raise UserError(
-            f"{trained.reader.folder}: none of its sources has a window of {seq_len + 1} tokens in a {part.split} "
+            f"{trained.reader.folder}: none of its sources has a window of {window} tokens in a {part.split} "
             "split; name another by --split, or data by --data"
         )
     found = {name: evaluate(trained, data, part) for name, data in able.items()}
@@ -125,9 +125,9 @@ def report_sources(trained: TrainedModel, sources: Mapping[str, TokenDataset], p
     return {**_head(trained, where, part), **numbers(mixed(found, weights), size), "sources": each}
 
 
-def _has(data: TokenDataset, part: Part, seq_len: int) -> bool:
+def _has(trained: TrainedModel, data: TokenDataset, part: Part) -> bool:
     split = data.manifest.splits.get(part.split)
-    return split is not None and split.tokens > (1 if part.stride else seq_len)
+    return split is not None and split.tokens > (1 if part.stride else trained.config.data.seq_len)
 
 
 def _checkpoint(trained: TrainedModel) -> dict[str, Any]:
@@ -157,7 +157,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         "accuracy": f"{100 * result['accuracy']:.2f} %",
         "bits per byte": number("bits_per_byte", ""),
     }
-    return "\n".join([*(f"{name:>13}  {value}" for name, value in lines.items()), *_of_sources(result)])
+    each = [*_table("source", "weight", result.get("sources")), *_table("set", "split", result.get("validation"))]
+    return "\n".join([*(f"{name:>13}  {value}" for name, value in lines.items()), *each])
 
 
 def _of_tasks(scores: Mapping[str, Mapping[str, Number]]) -> Iterator[str]:
@@ -173,23 +174,23 @@ def _of_tasks(scores: Mapping[str, Mapping[str, Number]]) -> Iterator[str]:
             yield f"{task:>13}  {name} {told}, {values.get('samples', '?')} samples"
 
 
-def _of_sources(result: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each source of a mixture, under a line of titles."""
-    sources: Mapping[str, Mapping[str, Any] | None] = result.get("sources", {})
-    if not sources:
+def _table(title: str, first: str, rows: Mapping[str, Mapping[str, Any] | None] | None) -> Iterator[str]:
+    """A line for each of several data, under a line of titles; `first` is what stands before the numbers."""
+    if not rows:
         return
-    width = max(13, *map(len, sources))
-    titles = f"{'weight':>8}  {'loss':>8}  {'perplexity':>10}  {'accuracy':>8}  {'bits/byte':>9}  tokens"
-    yield f"\n{'source':>{width}}  {titles}"
-    for name, one in sources.items():
+    width = max(13, *map(len, rows))
+    titles = f"{first:>8}  {'loss':>8}  {'perplexity':>10}  {'accuracy':>8}  {'bits/byte':>9}  tokens"
+    yield f"\n{title:>{width}}  {titles}"
+    for name, one in rows.items():
         if one is None:
             yield f"{name:>{width}}  no window of that split"
             continue
+        before = one[first] if isinstance(one[first], str) else f"{one[first]:g}"
         loss, perplexity, bits = (
             "unknown" if one[key] is None else f"{one[key]:.6g}" for key in ("loss", "perplexity", "bits_per_byte")
         )
         yield (
-            f"{name:>{width}}  {one['weight']:>8g}  {loss:>8}  {perplexity:>10}  {100 * one['accuracy']:>6.2f} %  "
+            f"{name:>{width}}  {before:>8}  {loss:>8}  {perplexity:>10}  {100 * one['accuracy']:>6.2f} %  "
             f"{bits:>9}  {one['tokens']:,}"
         )
 
@@ -197,18 +198,34 @@ def _of_sources(result: Mapping[str, Any]) -> Iterator[str]:
 def _open(trained: TrainedModel, path: Path | str) -> TokenDataset:
     """Open prepared data, the run's own or what was asked for."""
     own = local_data(path)
-    if path in trained.config.data.paths and not own.is_dir():
+    section = trained.config.data
+    if path in (*section.paths, *(one.path for one in section.validation)) and not own.is_dir():
         raise UserError(f"{own}: the data that {trained.reader.folder} was trained on is not here; name it by --data")
     return TokenDataset(own)
 
 
 def report(trained: TrainedModel, path: Path | str | None, part: Part) -> dict[str, Any]:
-    """What `--json` prints: of the data at `path`, or else of the run's own."""
+    """What `--json` prints: of the data at `path`, or else of the run's own and of each of its `data.validation`.
+
+    As in training, the first of these is the main one where the run's own data has no window for validation.
+    """
+    if path is not None:
+        return report_one(trained, _open(trained, path), part)
     section = trained.config.data
-    if path is None and len(section.paths) > 1:
-        opened = {name: _open(trained, own) for name, own in zip(section.names, section.paths, strict=True)}
-        return report_sources(trained, opened, part)
-    return report_one(trained, _open(trained, path or section.where), part)
+    own = {name: _open(trained, place) for name, place in zip(section.names, section.paths, strict=True)}
+    sets = [(_open(trained, one.path), replace(part, split=one.split)) for one in section.validation]
+    each = [report_one(trained, *one) for one in sets]
+    if each and part.split == "val" and not any(_has(trained, data, part) for data in own.values()):
+        main = each[0]
+    elif len(own) > 1:
+        main = report_sources(trained, own, part)
+    else:
+        main = report_one(trained, own[section.names[0]], part)
+    rows = {
+        name: {key: one[key] for key in one if key not in ("checkpoint", "step", "stride")}
+        for name, one in zip(section.set_names, each, strict=True)
+    }
+    return {**main, "validation": rows} if rows else main
 
 
 def parser() -> VerbParser:
@@ -221,8 +238,13 @@ def parser() -> VerbParser:
         metavar="PATH",
         help="a run folder (its best checkpoint, else its latest) or a checkpoint",
     )
-    add("--data", type=path_or_url, metavar="DIR", help="prepared data (default: what the run was trained on)")
-    add("--split", help="which part of it (default: val)")
+    add(
+        "--data",
+        type=path_or_url,
+        metavar="DIR",
+        help="prepared data (default: the run's own, and its data.validation)",
+    )
+    add("--split", help="which part of it (default: val); each of data.validation has its own")
     add("--batches", type=positive_int, metavar="N", help="only N global batches, as training.eval_batches=N does")
     add("--stride", type=positive_int, metavar="N", help="windows begin N tokens apart; of each only the new count")
     add("--tasks", metavar="A,B", help="instead of data: tasks of lm-evaluation-harness, by name or as YAML files")

@@ -14,7 +14,7 @@ from llmtrain.evaluate import main as evaluate
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import scalars
 from llmtrain.train import main
-from tests.conftest import Call, prose, records, small_config, write_data
+from tests.conftest import Call, is_one_clear_line, prose, records, small_config, write_data
 
 Config = dict[str, Any]
 
@@ -59,6 +59,40 @@ def test_each_set_is_evaluated_on_its_own_and_decides_nothing(
     plain = config | {"data": {key: value for key, value in config["data"].items() if key != "validation"}}
     for ours, theirs in zip(rows, records(run(plain, name="plain")), strict=True):
         assert (ours["train_loss"], ours["val_loss"]) == (theirs["train_loss"], theirs["val_loss"])
+
+
+def test_evaluate_has_a_row_for_each_set(config: Config, call: Call, tmp_path: Path) -> None:
+    folder = run(config)
+    trained = records(folder)[-1]
+    _, out, _ = call(evaluate, folder / "step-00000012", "--json")
+    values = json.loads(out)
+    assert values["loss"] == pytest.approx(trained["val_loss"], abs=1e-6)
+    assert list(values["validation"]) == ["held", "backwards"] and values["validation"]["backwards"]["split"] == "test"
+    for name, one in values["validation"].items():
+        assert one["loss"] == pytest.approx(trained["validation"][name]["loss"], abs=1e-6)
+        _, alone, _ = call(evaluate, folder / "step-00000012", "--data", one["data"], "--split", one["split"], "--json")
+        assert one == {key: json.loads(alone)[key] for key in one}
+    text = call(evaluate, folder / "step-00000012")[1].split("\n\n")[1].splitlines()
+    assert [line.split()[:2] for line in text] == [["set", "split"], ["held", "val"], ["backwards", "test"]]
+    assert f"{values['validation']['held']['loss']:.6g}" in text[1]
+    held = tmp_path / "held"
+    held.rename(tmp_path / "elsewhere")
+    code, _, err = call(evaluate, folder, "--json")
+    assert code == 2 and is_one_clear_line(err) and f"{held}: the data that " in err
+    assert call(evaluate, folder, "--data", config["data"]["path"])[0] == 0
+
+
+def test_evaluate_without_validation_data_of_its_own_is_of_the_first_set(
+    config: Config, call: Call, tmp_path: Path
+) -> None:
+    bare = write_data(tmp_path / "bare", {"train": prose(3_000)}, like=Path(config["data"]["path"]))
+    config["data"]["path"] = str(bare)
+    folder = run(config)
+    values = json.loads(call(evaluate, folder / "step-00000012", "--json")[1])
+    assert values["loss"] == values["validation"]["held"]["loss"]
+    assert values["loss"] == pytest.approx(records(folder)[-1]["val_loss"], abs=1e-6)
+    assert values["data"] == str(tmp_path / "held")
+    assert "no split 'tset'" in call(evaluate, folder, "--split", "tset")[2]
 
 
 def test_without_validation_data_of_its_own_a_run_is_judged_by_the_first_set(config: Config, tmp_path: Path) -> None:
