@@ -6,7 +6,8 @@ multiprocessors in waves, of which the last may not be full. All else is bound b
 bytes are those that a block of this model reads and writes (tests/planning/test_compute.py counts them), compiled they
 are what is left if all between two products is one kernel.
 
-SUSTAINED is the only number here that was fitted: on one row of one machine (docs/plan.md), and used for every other.
+SUSTAINED was set by a published throughput: one row of one machine (docs/plan.md), for every other. KERNEL_S and the
+bytes of compiled blocks are estimates; the rest is counted or quoted, as is said beside it.
 """
 
 from __future__ import annotations

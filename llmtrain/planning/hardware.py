@@ -2,8 +2,13 @@
 
 Where the numbers come from:
 
-- Peaks, memory and its bandwidth, and NVLink: the vendor's datasheets (NVLink and PCIe: half of the quoted sum of both
+- Peaks, bandwidth of the memory, and NVLink: the vendor's datasheets (NVLink and PCIe: half of the quoted sum of both
   directions).
+- Memory: the total that torch names when it is full ("has a total capacity of 79.11 GiB"), from threads of people who
+  ran out of it. It is more than the nominal size where that counts 10^9 bytes, and less where error correction takes a
+  part of the memory itself (L4, L40S, A10G). Looked up: H100 79.11 (vllm 27508), A100 79.25 (OOTDiffusion 235), L4
+  22.03 (evo2 190), L40S 44.42 (Step-Video-T2V 8), RTX 4090 23.52 (SoulX-FlashTalk 5), B200 178.35 (torchao 4002); the
+  others are quoted from memory.
 - `matmul_share`: the fastest matrix product anybody found (Bekman, "Machine Learning Engineering", table of maximum
   achievable matmul FLOPS, bf16); for kinds that are not in that table, the 0.80 of most that are.
 - `attention_share`: FlashAttention-2 with heads of 128, forward and backward (Dao 2023, section 4.1): on an A100 73 and
@@ -27,7 +32,7 @@ class Gpu:
     """One kind of GPU; bytes, bytes/s in one direction, FLOP/s."""
 
     name: str  # as the driver reports it
-    memory: float  # nominal, in units of 1e9: drivers report 6 % more, which CUDA, NCCL and the allocator take
+    memory: float  # what tensors can have of it
     memory_bandwidth: float
     multiprocessors: int
     float32_flops: float  # without tensor cores: torch multiplies float32 in full
@@ -45,6 +50,7 @@ class Gpu:
 
 
 GIGA, TERA = 1e9, 1e12
+TENSOR_SHARE = 0.94  # of the memory; the rest is for CUDA, NCCL and the allocator: an estimate
 _AMPERE_ATTENTION, _HOPPER_ATTENTION = 0.65, 335 / 989
 
 
@@ -61,10 +67,10 @@ def _gpu(
     pcie: float = 32,
     network: float = 3.125,
 ) -> Gpu:
-    """TFLOP/s for float32; GB and GB/s for the rest."""
+    """TFLOP/s for float32, GiB of memory as torch counts it, GB/s for the rest."""
     return Gpu(
         name=name,
-        memory=memory * GIGA,
+        memory=memory * 2**30 * TENSOR_SHARE,
         memory_bandwidth=bandwidth * GIGA,
         multiprocessors=multiprocessors,
         float32_flops=float32 * TERA,
@@ -83,23 +89,23 @@ _A100_PCIE = partial(_A100, products=0.811)
 _HOPPER_SXM = partial(
     _gpu, multiprocessors=132, float32=67, products=0.803, attention=_HOPPER_ATTENTION, nvlink=450, pcie=64, network=50
 )
-_CARD = partial(_gpu, memory=24)
+_CARD = partial(_gpu, memory=23.5)
 GPUS: dict[str, Gpu] = {
-    "a100-40gb": _A100_SXM("NVIDIA A100-SXM4-40GB", memory=40, bandwidth=1555),
-    "a100": _A100_SXM("NVIDIA A100-SXM4-80GB", memory=80, bandwidth=2039),
-    "a100-pcie-40gb": _A100_PCIE("NVIDIA A100-PCIE-40GB", memory=40, bandwidth=1555),
-    "a100-pcie": _A100_PCIE("NVIDIA A100 80GB PCIe", memory=80, bandwidth=1935),
-    "a10g": _CARD("NVIDIA A10G", bandwidth=600, multiprocessors=80, float32=35),
-    "l4": _CARD("NVIDIA L4", bandwidth=300, multiprocessors=58, float32=30.3),
-    "l40s": _CARD("NVIDIA L40S", memory=48, bandwidth=864, multiprocessors=142, float32=91.6),
-    "h100": _HOPPER_SXM("NVIDIA H100 80GB HBM3", memory=80, bandwidth=3350),
+    "a100-40gb": _A100_SXM("NVIDIA A100-SXM4-40GB", memory=39.4, bandwidth=1555),
+    "a100": _A100_SXM("NVIDIA A100-SXM4-80GB", memory=79.2, bandwidth=2039),
+    "a100-pcie-40gb": _A100_PCIE("NVIDIA A100-PCIE-40GB", memory=39.4, bandwidth=1555),
+    "a100-pcie": _A100_PCIE("NVIDIA A100 80GB PCIe", memory=79.2, bandwidth=1935),
+    "a10g": _CARD("NVIDIA A10G", memory=22.0, bandwidth=600, multiprocessors=80, float32=35),
+    "l4": _CARD("NVIDIA L4", memory=22.0, bandwidth=300, multiprocessors=58, float32=30.3),
+    "l40s": _CARD("NVIDIA L40S", memory=44.4, bandwidth=864, multiprocessors=142, float32=91.6),
+    "h100": _HOPPER_SXM("NVIDIA H100 80GB HBM3", memory=79.1, bandwidth=3350),
     "h100-pcie": _gpu(
-        "NVIDIA H100 PCIe", memory=80, bandwidth=2000, multiprocessors=114, float32=51, attention=_HOPPER_ATTENTION,
+        "NVIDIA H100 PCIe", memory=79.1, bandwidth=2000, multiprocessors=114, float32=51, attention=_HOPPER_ATTENTION,
         pcie=64,
     ),
-    "h200": _HOPPER_SXM("NVIDIA H200", memory=141, bandwidth=4800),
+    "h200": _HOPPER_SXM("NVIDIA H200", memory=139.8, bandwidth=4800),
     "b200": _gpu(
-        "NVIDIA B200", memory=180, bandwidth=8000, multiprocessors=148, float32=80, products=0.776,
+        "NVIDIA B200", memory=178.3, bandwidth=8000, multiprocessors=148, float32=80, products=0.776,
         attention=_HOPPER_ATTENTION, nvlink=900, pcie=64, network=50,
     ),
     "rtx3090": _CARD("NVIDIA GeForce RTX 3090", bandwidth=936, multiprocessors=82, float32=35.6),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from docs.plan_table import TITAN_ROPE_BYTES
 from llmtrain.config import default_ff_dim, make_config
 from llmtrain.model.cost import block_matrix_parameters
 from llmtrain.model.transformer import Transformer
@@ -59,6 +60,16 @@ def counted(layers: int, changes: dict[str, Any]) -> tuple[Counts, Counts, Any]:
         with backward:
             loss.backward()
     return forward, backward, model
+
+
+def test_torchtitans_rotation_moves_what_the_table_says() -> None:
+    """Its `apply_rotary_emb`, in our words; the angles are shared by all rows and heads."""
+    x = torch.ones(8, SEQ_LEN, 16, 64, dtype=torch.bfloat16)
+    angles = torch.polar(torch.ones(SEQ_LEN, 1, 32), torch.ones(SEQ_LEN, 1, 32))
+    with Counts() as counts:
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles
+        torch.view_as_real(turned).flatten(3).to(x.dtype)
+    assert sum(counts.bytes.values()) == pytest.approx(TITAN_ROPE_BYTES * x.numel(), rel=0.01)
 
 
 # LayerNorm, as the CPU has no fused RMSNorm; a norm of queries and keys is one, so it is left out.
