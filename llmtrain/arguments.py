@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llmtrain.errors import DEBUG, UserError
+from llmtrain.storage.remote import path_or_url
 
 
 class _Noted(argparse.Action):
@@ -55,6 +56,16 @@ def add_config(parser: VerbParser, purpose: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 
+def add_checkpoint(parser: VerbParser) -> None:
+    """Add the PATH of the verbs that open a checkpoint: `args.path`, a Path or a URL."""
+    parser.add_argument(
+        "path",
+        type=path_or_url,
+        metavar="PATH",
+        help="a run folder (its best checkpoint, else its latest) or a checkpoint; also a URL",
+    )
+
+
 def train_parser() -> VerbParser:
     """The parser of `llmtrain train`."""
     made = VerbParser(
@@ -87,13 +98,6 @@ def positive_int(text: str) -> int:
     """Argparse type: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
-    return int(text)
-
-
-def count_int(text: str) -> int:
-    """Argparse type: a whole number from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not '{text}'")
     return int(text)
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from llmtrain.health.agreement import leave
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.cluster import cluster_findings
 from llmtrain.health.finding import Finding, fail, ok, warn
-from llmtrain.health.limits import disk_finding
+from llmtrain.health.limits import PROBE, disk_finding
 from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
 from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
@@ -124,12 +125,15 @@ def _memory(memory: RankMemory) -> Finding:
 def _run_folder(config: RunConfig, checkpoint_bytes: float, steps: int) -> Iterator[Finding]:
     """Look at where the run will be written; what is written to measure is gone at once."""
     folder = Path(config.run.dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=existing, prefix=PROBE):
+            pass
+    except OSError as error:
+        yield fail("run folder", f"{folder}: cannot be written ({error.strerror}); choose another run.dir")
+        return
     free = shutil.disk_usage(existing).free
     needed = checkpoint_bytes * checkpoints_kept(config, steps)
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        yield fail("run folder", f"{existing}: cannot be written; choose another run.dir")
-        return
     if needed > free:
         yield fail(
             "run folder",

@@ -110,6 +110,13 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if not error.is_said:
             _say(error)
         return error.exit_code
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        if DEBUG in argv:
+            traceback.print_exception(error)
+        _say(UserError(f"{error.filename}: {error.strerror}; choose a place that is open to you, or open it"))
+        return UserError.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtrain.arguments import VerbParser, count, positive_int
+from llmtrain.arguments import VerbParser, add_checkpoint, count, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
 from llmtrain.data.ahead import ahead
@@ -232,12 +232,7 @@ def parser() -> VerbParser:
     """The parser of `llmtrain evaluate`."""
     made = VerbParser("evaluate", __doc__.splitlines()[0], "llmtrain evaluate checkpoints --data data/book --json")
     add = made.add_argument
-    add(
-        "path",
-        type=path_or_url,
-        metavar="PATH",
-        help="a run folder (its best checkpoint, else its latest) or a checkpoint",
-    )
+    add_checkpoint(made)
     add(
         "--data",
         type=path_or_url,

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.arguments import VerbParser
+from llmtrain.arguments import VerbParser, add_checkpoint
 from llmtrain.errors import run_main
-from llmtrain.storage.remote import path_or_url
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.hf_export import Exported
@@ -50,12 +49,7 @@ def parser() -> VerbParser:
     """The parser of `llmtrain export`."""
     made = VerbParser("export", __doc__.splitlines()[0], "llmtrain export checkpoints --out my-model --dtype bf16")
     add = made.add_argument
-    add(
-        "path",
-        type=path_or_url,
-        metavar="PATH",
-        help="a run folder (its best checkpoint, else its latest) or a checkpoint",
-    )
+    add_checkpoint(made)
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="of the weights (default: %(default)s, as they are)")
     add(

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from llmtrain.arguments import VerbParser, positive_int, probability, seed_int, temperature
+from llmtrain.arguments import VerbParser, add_checkpoint, positive_int, probability, seed_int, temperature
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.errors import UserError, run_main
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.model.writer import Sample, Writer
 from llmtrain.observe.formats import printable
-from llmtrain.storage.remote import path_or_url
 
 # Samples written side by side: more would need the memory of as many key-value caches.
 ROWS_AT_ONCE = 32
@@ -144,12 +143,7 @@ def parser() -> VerbParser:
         'llmtrain generate checkpoints --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
     )
     add = made.add_argument
-    add(
-        "path",
-        type=path_or_url,
-        metavar="PATH",
-        help="a run folder (its best checkpoint, else its latest) or a checkpoint",
-    )
+    add_checkpoint(made)
     add("--prompt", default="", metavar="TEXT", help="text to go on from (default: a document begins)")
     add("--max-new-tokens", type=positive_int, default=200, metavar="N", help="length (default: %(default)s)")
     add("--temperature", type=temperature, default=0.8, metavar="F", help="0 is greedy (default: %(default)s)")

@@ -7,15 +7,27 @@ import json
 import sys
 from pathlib import Path
 
-from llmtrain.arguments import VerbParser, count_int, positive_int, seed_int
+from llmtrain.arguments import VerbParser, count, positive_int, seed_int
 from llmtrain.errors import UserError, run_main
-from llmtrain.storage.remote import path_or_url
-
-_RUN_FILES = ("run.json", "metrics.jsonl", "training_metrics.json", "COMMITTED")
+from llmtrain.storage.remote import Remote, path_or_url
 
 
 def _is_of_a_run(path: Path | str) -> bool:
-    return isinstance(path, Path) and any((path / name).is_file() for name in _RUN_FILES)
+    from llmtrain.checkpoint.folders import is_committed
+    from llmtrain.observe.run_folder import is_run
+
+    if isinstance(path, Path):
+        return is_run(path) or is_committed(path)
+    from llmtrain.checkpoint.folders import MARKER
+    from llmtrain.checkpoint.remote import remote_steps
+
+    sizes = Remote(path).sizes()
+    if MARKER in sizes or remote_steps(sizes):
+        raise UserError(
+            f"{path}: a run's checkpoints; of a store report reads prepared data only, for a run's records are not "
+            "copied there: name its run.dir on the machine where it trained"
+        )
+    return False
 
 
 def _report_data(args: argparse.Namespace) -> None:
@@ -64,14 +76,14 @@ def parser() -> VerbParser:
         type=path_or_url,
         nargs="+",
         metavar="PATH",
-        help="run folders, or prepared data, here or as a URL; several of a kind are compared",
+        help="run folders on this machine, or prepared data, also as a URL; several of a kind are compared",
     )
     add("--json", action="store_true", help="print all of it as JSON")
     add("--html", type=Path, metavar="FILE", help="of runs: also write one web page, which needs no network")
     of_data = made.add_argument_group("of prepared data")
     add = of_data.add_argument
-    add("--tokens", type=count_int, default=20, metavar="N", help="how many tokens are listed (default: %(default)s)")
-    add("--samples", type=count_int, default=3, metavar="N", help="windows shown of each split (default: %(default)s)")
+    add("--tokens", type=count, default=20, metavar="N", help="how many tokens are listed (default: %(default)s)")
+    add("--samples", type=count, default=3, metavar="N", help="windows shown of each split (default: %(default)s)")
     add("--window-tokens", type=positive_int, default=120, metavar="N", help="of each window (default: %(default)s)")
     add("--seed", type=seed_int, default=1337, metavar="N", help="of the choice of windows (default: %(default)s)")
     return made

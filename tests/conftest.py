@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hypothesis
@@ -147,6 +148,25 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder that this process may not enter, also where the tests run as root; the last argument of a test."""
+    with TemporaryDirectory() as parent:  # pytest's own are closed to everybody else, for reading too
+        Path(parent).chmod(0o755)
+        folder = Path(parent) / "closed"
+        folder.mkdir()
+        folder.chmod(0o000)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o755)
 
 
 def is_one_clear_line(stderr: str) -> bool:

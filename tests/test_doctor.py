@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.config import make_config
 from llmtrain.data.shards import TokenStream
-from llmtrain.doctor import main
+from llmtrain.doctor import _run_folder, main
 from llmtrain.health import checklist, rate_finder
 from llmtrain.model.transformer import FeedForward, Transformer
 from tests.conftest import Call, Command, is_one_clear_line
@@ -52,6 +53,12 @@ def test_the_machine_alone(llmtrain: Command) -> None:
     names = [line[6:20].strip() for line in result.stdout.splitlines()]
     assert {"python", "torch", "libraries", "device", "bf16", "cores", "memory", "disk"} <= set(names)
     assert all(line[:4].strip() in ("ok", "warn") for line in result.stdout.splitlines())
+
+
+def test_a_run_folder_that_is_closed_fails(config_dict: dict[str, Any], closed: Path) -> None:
+    for place in (closed / "run", closed):
+        (found,) = _run_folder(make_config({**config_dict, "run": {"dir": str(place)}}), 1, 9)
+        assert found.status == "FAIL" and f"{place}: cannot be written (Permission denied)" in found.detail
 
 
 def test_a_healthy_run_passes_the_checklist_and_nothing_is_written(examine, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from llmtrain import cli
 from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, end_everywhere, run_main
-from tests.conftest import Call
+from llmtrain.report import main as report
+from tests.conftest import Call, is_one_clear_line
 
 Main = Callable[[list[str]], None]
 
@@ -117,6 +118,12 @@ def test_what_ends_all_ranks_is_said_and_left_before_any_of_them_goes(
     assert before == [said, "75\n"]
     assert run_main(raising(error), []) == 75
     assert capsys.readouterr().err == ""  # once
+
+
+def test_a_folder_that_is_closed_to_the_user_is_no_fault_of_ours(closed: Path, call: Call) -> None:
+    code, _, err = call(report, closed / "run")
+    assert code == 2 and is_one_clear_line(err) and f"{closed}/run: Permission denied" in err
+    assert "Traceback" in call(report, closed / "run", "--debug")[2]
 
 
 def test_debug_shows_where_bad_input_was_found_and_only_then(call: Call) -> None:

@@ -29,6 +29,15 @@ def other_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(config)
 
 
+def test_a_run_on_a_store_is_told_from_data(trained_run: Path, data: Path, call: Call) -> None:
+    for place in (trained_run, trained_run / "step-00000010"):
+        code, _, err = call(main, f"file://{place}")
+        assert code == 2 and is_one_clear_line(err) and "a run's checkpoints; of a store report reads" in err
+    assert call(main, f"file://{data}", "--json")[0] == 0
+    code, _, err = call(main, f"file://{data}/nothing")
+    assert code == 2 and is_one_clear_line(err) and "not prepared data" in err
+
+
 def test_the_table_says_what_the_files_say_in_80_columns(trained_run: Path, call: Call) -> None:
     code, screen, err = call(main, trained_run)
     assert (code, err) == (0, "")

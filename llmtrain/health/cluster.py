@@ -41,9 +41,11 @@ class Member:
 
 def cluster_findings(engine: Engine) -> Iterator[Finding]:
     """Measure; every rank must go through all of it, and every rank gets the same findings."""
-    index = engine.device.index if engine.device.type == "cuda" else None
-    name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type
-    members = engine.gather(Member(platform.node(), name, own_links(index)))
+    name, gpu = engine.device.type, None
+    if name == "cuda":
+        properties = torch.cuda.get_device_properties(engine.device)
+        name, gpu = properties.name, f"GPU-{properties.uuid}"
+    members = engine.gather(Member(platform.node(), name, own_links(gpu)))
     yield _ranks(members)
     if engine.device.type == "cuda":
         yield _gpus(engine, members)

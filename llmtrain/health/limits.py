@@ -19,6 +19,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 # NCCL and data workers exchange through shared memory; a container has 64 MiB of it unless told otherwise.
 LITTLE_SHARED_BYTES = 1 << 30
 FEW_FILES = 1024  # up to 256 shards of each source are open, and each worker and connection takes some
+PROBE = ".llmtrain-doctor-"  # begins the name of what is written to try, and is gone at once
 _PROBE_BYTES = 16 * PIECE_BYTES
 _PROBE_S = 2.0
 SLOW_DISK = 50e6  # bytes a second: a checkpoint of 124M parameters takes half a minute
@@ -78,7 +79,7 @@ def write_speed(folder: Path) -> float:
     """
     piece = aligned_piece()
     piece[:] = 171  # a file system may leave out what is zero
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".llmtrain-doctor-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PROBE) as scratch:
         written, began = 0, time.perf_counter()
         with DirectFile(Path(scratch) / "probe", os.O_WRONLY | os.O_CREAT) as file:
             while written < _PROBE_BYTES and time.perf_counter() - began < _PROBE_S:

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from llmtrain.health.gpus import nvlink_gb_s, smi
+from llmtrain.health.limits import INFINIBAND
 
-INFINIBAND = Path("/sys/class/infiniband")
 # GB/s of a lane after its encoding, by PCIe generation (PCI-SIG base specifications 1.0 to 6.0).
 _PCIE_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 
@@ -25,8 +25,13 @@ class Links:
     host_kind: str
 
 
-def own_links(gpu: int | None) -> Links:
-    """Ask this machine; `gpu` is the index of this process's, None without."""
+def own_links(gpu: str | None) -> Links:
+    """Ask this machine.
+
+    Args:
+        gpu: the driver's name for this process's (`GPU-` and its UUID); None without. Not its index, which is another
+            in torch where CUDA_VISIBLE_DEVICES hides some.
+    """
     between, kind = (None, "memory of the machine") if gpu is None else _between_gpus(gpu)
     infiniband = infiniband_gb_s(INFINIBAND)
     if infiniband:
@@ -34,11 +39,11 @@ def own_links(gpu: int | None) -> Links:
     return Links(between, kind, ethernet_gb_s(), "Ethernet")
 
 
-def _between_gpus(gpu: int) -> tuple[float | None, str]:
-    nvlink = nvlink_gb_s(smi("nvlink", "--status", "-i", str(gpu)) or "")
+def _between_gpus(gpu: str) -> tuple[float | None, str]:
+    nvlink = nvlink_gb_s(smi("nvlink", "--status", "-i", gpu) or "")
     if nvlink:
         return nvlink, "NVLink"
-    told = smi("--query-gpu=pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader", "-i", str(gpu)) or ""
+    told = smi("--query-gpu=pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader", "-i", gpu) or ""
     found = re.match(r"(\d+),\s*(\d+)", told)
     lane = _PCIE_LANE.get(int(found[1])) if found else None
     return (lane * int(found[2]), f"PCIe {found[1]} × {found[2]}") if found and lane else (None, "PCIe")

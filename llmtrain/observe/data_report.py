@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.observe.formats import count, printable, visible
+from llmtrain.observe.text_curve import BARS
 
-BARS = "▁▂▃▄▅▆▇█"
 SAMPLE_LINES = 8
 LONG_RUN = re.compile(r"(\\.|.)\1{7,}")  # of one character, in a token
 ROWS = 20  # of inputs or files, that are listed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-_HEIGHTS = "▁▂▃▄▅▆▇█"
+import numpy as np
+
+from llmtrain.observe.text_curve import sparkline
 
 
 class Sparkline:
@@ -37,11 +39,7 @@ class Sparkline:
             return ""
         if min(columns) > 0:
             columns = [math.log(value) for value in columns]
-        low, high = min(columns), max(columns)
-        top = len(_HEIGHTS) - 1
-        if high == low:
-            return _HEIGHTS[0] * len(columns)
-        return "".join(_HEIGHTS[round(top * (value - low) / (high - low))] for value in columns)
+        return sparkline(np.array(columns))
 
     def _columns(self) -> list[float]:
         means = [*self._means, *([self._sum / self._count] if self._count else [])]

@@ -26,7 +26,9 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answers:
 
     def install(told: str, code: int = 0) -> None:
         (tmp_path / "told").write_text(told)
-        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\ncat "{tmp_path}/told"\nexit {code}\n')
+        (tmp_path / "nvidia-smi").write_text(
+            f'#!/bin/sh\necho "$@" > "{tmp_path}/asked"\ncat "{tmp_path}/told"\nexit {code}\n'
+        )
         (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
@@ -64,9 +66,15 @@ def test_each_gpu_that_is_not_well_is_named() -> None:
 
 def test_links_are_as_fast_as_the_system_says(nvidia_smi: Answers, tmp_path: Path) -> None:
     nvidia_smi(NVLINK)
-    assert links.own_links(0).gpu == pytest.approx(18 * 26.562) and links.own_links(0).gpu_kind == "NVLink"
+    assert (
+        links.own_links("GPU-6f").gpu == pytest.approx(18 * 26.562) and links.own_links("GPU-6f").gpu_kind == "NVLink"
+    )
     nvidia_smi("4, 16\n")
-    assert links.own_links(0).gpu == pytest.approx(31.5, rel=1e-3) and links.own_links(0).gpu_kind == "PCIe 4 × 16"
+    assert (
+        links.own_links("GPU-6f").gpu == pytest.approx(31.5, rel=1e-3)
+        and links.own_links("GPU-6f").gpu_kind == "PCIe 4 × 16"
+    )
+    assert (tmp_path / "asked").read_text().endswith(" -i GPU-6f\n")
     assert links.own_links(None).gpu is None
     for port, state, rate in (("a/ports/1", "4: ACTIVE", "400 Gb/sec (4X NDR)"), ("b/ports/1", "1: DOWN", "10 Gb/sec")):
         (tmp_path / port).mkdir(parents=True)
