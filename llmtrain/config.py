@@ -227,6 +227,7 @@ _PLAIN = {
     "float_parsing": "should be a number",
     "bool_parsing": "should be true or false",
     "string_type": "should be a text",
+    "model_type": "should hold keys: {key: value, …}",
 }
 
 

@@ -41,6 +41,9 @@ def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> Non
     assert (config.optimizer.betas, config.optimizer.clip_norm) == ((0.9, 0.99), None)
 
 
+SCALING = "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 100}"
+
+
 @pytest.mark.parametrize(("text", "overrides", "reason"), [
     ("optimizr: {lr: 1}", [], "unknown section 'optimizr': did you mean 'optimizer'?"),
     ("optimizer: {lrr: 1}", [], "unknown key 'optimizer.lrr': did you mean 'lr'?"),
@@ -50,6 +53,11 @@ def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> Non
     ("model: {dim: 10, heads: 3}", [], "dim 10 is not divisible by heads 3"),
     ("model: {heads: 4, kv_heads: 3}", [], "heads 4 is not divisible by kv_heads 3"),
     ("model: {dim: 6, heads: 2}", [], "dim / heads = 3 is odd"),
+    ("model: {rope_scaling: 8}", [], "model.rope_scaling: should hold keys: {key: value, …} (given: 8)"),
+    ("model: {rope_scaling: {rope_type: yarn}}", [], "model.rope_scaling.rope_type: Input should be 'llama3'"),
+    ("model: {rope_scaling: {factr: 8}}", [], "model.rope_scaling.factr: Extra inputs are not permitted (given: 8)"),
+    (f"model: {{rope_scaling: {SCALING}, positions: learned}}", [], "rope_scaling is for positions: rope, not learned"),
+    (f"model: {{rope_scaling: {SCALING}}}", ["model.rope_scaling={factor: 1}"], "low_freq_factor: Field required"),
     ("training: {micro_batch_size: 6}", [], "global_batch_size 16 is not divisible by micro_batch_size 6"),
     ("training: {max_steps: 5, max_tokens: 5}", [], "max_steps and max_tokens are both set"),
     ("schedule: {min_lr: 1}", [], "above optimizer.lr"),
@@ -57,7 +65,7 @@ def test_overrides_win_over_the_file_and_take_yaml_values(tmp_path: Path) -> Non
     ("optimizer: {lr: -1}", [], "optimizer.lr: Input should be greater than or equal to 0 (given: -1)"),
     ("optimizer: {lr: fast}", [], "optimizer.lr"),
     ("training: {compile: maybe}", [], "training.compile: "),
-    ("data: {sources: [1]}", [], "data.sources.0: Input should be a valid dictionary"),
+    ("data: {sources: [1]}", [], "data.sources.0: should hold keys: {key: value, …} (given: 1)"),
     ("model: {dim: 1, dim: 2}", [], "key 'dim' stands twice"),
     ("model: [", [], "not valid YAML"),
     ("just words", [], "must hold sections"),

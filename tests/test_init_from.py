@@ -144,6 +144,7 @@ def test_the_same_command_goes_on_when_the_folder_is_gone(data: Path, tmp_path: 
     shutil.rmtree(folder)
     assert call(train, "--config", config, "training.max_steps=2")[0] == 0
     assert len(records(tmp_path / "run")) == 2
+    assert "model.qkv_bias=True, this run has False" in refused(call, config, "model.qkv_bias=false")
     (tmp_path / "run" / "config.yaml").write_text("model: [")
     code, _, err = call(train, "--config", config, "training.max_steps=3")
     assert code == 2 and is_one_clear_line(err) and "put one of them back" in err
