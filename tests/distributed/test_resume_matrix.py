@@ -44,7 +44,7 @@ KINDS = [
 ]  # fmt: skip
 THREE = Kind("ddp", 3, 4)
 # What a rank drops is a function of (seed, step, rank): the same ranks draw it again after a resume.
-DROPPING = {KINDS[1], KINDS[4]}
+DROPPING = [KINDS[1], KINDS[4]]
 # 1 → 2 → 4 → 3 processes in one run: until which step each trains. What it did after its last save is done again.
 ON_THE_WAY = {KINDS[0]: 6, KINDS[2]: 14, KINDS[5]: 22, THREE: UNTIL}
 
