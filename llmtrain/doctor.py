@@ -130,7 +130,8 @@ def _run_folder(config: RunConfig, checkpoint_bytes: float, steps: int) -> Itera
         with tempfile.TemporaryDirectory(dir=existing, prefix=PROBE):
             pass
     except OSError as error:
-        yield fail("run folder", f"{folder}: cannot be written ({error.strerror}); choose another run.dir")
+        place = Path(error.filename or folder / PROBE).parent
+        yield fail("run folder", f"{folder}: cannot be written: {place}: {error.strerror}; choose another run.dir")
         return
     free = shutil.disk_usage(existing).free
     needed = checkpoint_bytes * checkpoints_kept(config, steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -115,7 +116,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             raise
         if DEBUG in argv:
             traceback.print_exception(error)
-        _say(UserError(f"{error.filename}: {error.strerror}; choose a place that is open to you, or open it"))
+        rank = f" (rank {os.environ['RANK']} on {platform.node()})" if "RANK" in os.environ else ""
+        _say(UserError(f"{error.filename}: {error.strerror}{rank}; choose a place that is open to you, or open it"))
         return UserError.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.

@@ -13,6 +13,7 @@ from typing import Any
 from llmtrain.arguments import VerbParser, add_checkpoint, count, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
+from llmtrain.config import ValidationSection
 from llmtrain.data.ahead import ahead
 from llmtrain.data.batches import Layout, Windows, validation_ids
 from llmtrain.data.documents import document_end
@@ -183,7 +184,7 @@ def _table(title: str, first: str, rows: Mapping[str, Mapping[str, Any] | None] 
     yield f"\n{title:>{width}}  {titles}"
     for name, one in rows.items():
         if one is None:
-            yield f"{name:>{width}}  no window of that split"
+            yield f"{name:>{width}}  not here, or no window of that split"
             continue
         before = one[first] if isinstance(one[first], str) else f"{one[first]:g}"
         loss, perplexity, bits = (
@@ -199,7 +200,7 @@ def _open(trained: TrainedModel, path: Path | str) -> TokenDataset:
     """Open prepared data, the run's own or what was asked for."""
     own = local_data(path)
     section = trained.config.data
-    if path in (*section.paths, *(one.path for one in section.validation)) and not own.is_dir():
+    if path in section.paths and not own.is_dir():
         raise UserError(f"{own}: the data that {trained.reader.folder} was trained on is not here; name it by --data")
     return TokenDataset(own)
 
@@ -213,19 +214,27 @@ def report(trained: TrainedModel, path: Path | str | None, part: Part) -> dict[s
         return report_one(trained, _open(trained, path), part)
     section = trained.config.data
     own = {name: _open(trained, place) for name, place in zip(section.names, section.paths, strict=True)}
-    sets = [(_open(trained, one.path), replace(part, split=one.split)) for one in section.validation]
-    each = [report_one(trained, *one) for one in sets]
-    if each and part.split == "val" and not any(_has(trained, data, part) for data in own.values()):
+    each = [_report_set(trained, one, part) for one in section.validation]
+    plain = replace(part, stride=None)  # as in training
+    if each and each[0] and part.split == "val" and not any(_has(trained, data, plain) for data in own.values()):
         main = each[0]
     elif len(own) > 1:
         main = report_sources(trained, own, part)
     else:
         main = report_one(trained, own[section.names[0]], part)
     rows = {
-        name: {key: one[key] for key in one if key not in ("checkpoint", "step", "stride")}
+        name: one and {key: one[key] for key in one if key not in ("checkpoint", "step", "stride")}
         for name, one in zip(section.set_names, each, strict=True)
     }
     return {**main, "validation": rows} if rows else main
+
+
+def _report_set(trained: TrainedModel, one: ValidationSection, part: Part) -> dict[str, Any] | None:
+    """None where the set is not here, or has no window."""
+    if not local_data(one.path).is_dir():
+        return None
+    data, part = TokenDataset(local_data(one.path)), replace(part, split=one.split)
+    return report_one(trained, data, part) if _has(trained, data, part) else None
 
 
 def parser() -> VerbParser:

@@ -245,7 +245,7 @@ def _kept_sizes(start: Any, run_dir: Path) -> dict[str, Any]:
     try:
         resolved = yaml.safe_load(kept.read_text(encoding="utf-8"))
         model = resolved["model"]
-        return {key: model[key] for key in FOLDER_KEYS} if model["init_from"] == start else {}
+        return {key: model[key] for key in FOLDER_KEYS if key in model} if model["init_from"] == start else {}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"model.init_from {start} is not here, and {kept}, which has the sizes that the run took from it, cannot "

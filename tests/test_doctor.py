@@ -58,7 +58,8 @@ def test_the_machine_alone(llmtrain: Command) -> None:
 def test_a_run_folder_that_is_closed_fails(config_dict: dict[str, Any], closed: Path) -> None:
     for place in (closed / "run", closed):
         (found,) = _run_folder(make_config({**config_dict, "run": {"dir": str(place)}}), 1, 9)
-        assert found.status == "FAIL" and f"{place}: cannot be written (Permission denied)" in found.detail
+        assert found.status == "FAIL"
+        assert f"{place}: cannot be written: {closed}: Permission denied; " in found.detail
 
 
 def test_a_healthy_run_passes_the_checklist_and_nothing_is_written(examine, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from llmtrain.checkpoint.load import load_model
 from llmtrain.config import load_config
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.data.tokenizer_export import QWEN_WORDS, hugging_face_files, tokenizer_json
+from llmtrain.data.tokenizer_export import QWEN_WORDS, hugging_face_files, is_read_as_qwen, tokenizer_json
 from llmtrain.data.tokenizer_hf import HuggingFaceTokenizer
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.data.tokenizer_same import first_difference
@@ -72,6 +72,11 @@ def trained(folder: Path, kind: str, model: dict[str, Any], **training: Any) -> 
     (folder / "config.yaml").write_text(json.dumps(raw))
     train(["--config", str(folder / "config.yaml")])
     return folder / "run"
+
+
+def test_a_tokenizer_file_may_leave_keys_out() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    assert not is_read_as_qwen(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

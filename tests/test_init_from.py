@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from llmtrain.checkpoint.load import load_model
@@ -144,6 +145,10 @@ def test_the_same_command_goes_on_when_the_folder_is_gone(data: Path, tmp_path: 
     shutil.rmtree(folder)
     assert call(train, "--config", config, "training.max_steps=2")[0] == 0
     assert len(records(tmp_path / "run")) == 2
+    kept = tmp_path / "run" / "config.yaml"
+    older = yaml.safe_load(kept.read_text())
+    del older["model"]["norm"]  # a version that did not have this key
+    kept.write_text(yaml.safe_dump(older))
     assert "model.qkv_bias=True, this run has False" in refused(call, config, "model.qkv_bias=false")
     (tmp_path / "run" / "config.yaml").write_text("model: [")
     code, _, err = call(train, "--config", config, "training.max_steps=3")

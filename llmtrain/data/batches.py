@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from llmtrain.data.order import Int64s, sample_ids
 from llmtrain.data.packing import PackedWindows
-from llmtrain.data.reading import Ids
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import LlmtrainError
 from llmtrain.health.signals import STOP_SIGNALS
@@ -62,11 +61,7 @@ class Windows:
 
     def gather(self, ids: Int64s) -> Tokens_BS:
         """Read windows by their ids, see `WindowSet`."""
-        return torch.from_numpy(self.rows(ids))
-
-    def rows(self, ids: Int64s) -> Ids:
-        """The same as an array."""
-        return self.stream.gather(ids * self.stride, self.seq_len + 1)
+        return torch.from_numpy(self.stream.gather(ids * self.stride, self.seq_len + 1))
 
 
 def plain_order(windows: int, seed: int) -> Order:

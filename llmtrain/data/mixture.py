@@ -64,8 +64,8 @@ class MixedWindows:
         for source, (its_rows, its_starts) in wanted.items():
             self.sources[source].stream.fill(its_rows, its_starts)
         if self._widest.has_wrong_id(rows):  # all have the same vocabulary
-            for source, (_, its_starts) in wanted.items():
-                self.sources[source].stream.gather(np.array(its_starts), self.seq_len + 1)  # says what is wrong
+            for source, (its_rows, its_starts) in wanted.items():
+                self.sources[source].stream.refuse_wrong_ids(np.array(its_rows), np.array(its_starts))
         return torch.from_numpy(rows)
 
 

@@ -278,8 +278,7 @@ class TokenStream:
             CorruptError: a shard is gone or was cut off; or an id is outside the vocabulary, and where.
         """
         rows = self._reader.rows(starts, length)
-        if self.has_wrong_id(rows):
-            self._name_bad_id(starts, rows)
+        self.refuse_wrong_ids(rows, starts)
         return rows
 
     def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
@@ -305,7 +304,14 @@ class TokenStream:
         """
         return self._has_wrong_ids and rows.size > 0 and int(np.maximum.reduce(rows, axis=None)) >= self.vocab_size
 
-    def _name_bad_id(self, starts: npt.NDArray[np.int64], rows: Ids) -> None:
+    def refuse_wrong_ids(self, rows: Ids, starts: npt.NDArray[np.int64]) -> None:
+        """Check the rows that were read from these starts.
+
+        Raises:
+            CorruptError: an id is outside the vocabulary, and where.
+        """
+        if not self.has_wrong_id(rows):
+            return
         row, column = (int(i[0]) for i in np.nonzero(rows >= self.vocab_size))
         position = int(starts[row]) + column
         shard = bisect_right(self.bounds, position) - 1

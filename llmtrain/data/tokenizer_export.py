@@ -190,7 +190,7 @@ def is_read_as_qwen(content: str) -> bool:
 
     In a folder of a Qwen2 model transformers 5 takes only these from the file, whatever else it says.
     """
-    parsed = json.loads(content)
+    parsed = json.loads(tokenizers.Tokenizer.from_str(content).to_str())  # where every key is there
     model, words = parsed["model"], parsed["pre_tokenizer"]
     parts = words.get("pretokenizers", []) if words else []
     split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}

@@ -31,8 +31,6 @@ def ordered_map(
 ) -> Iterator[Result]:
     """Apply a function to items and yield the results in order; with one worker in this very process.
 
-    With several it does the first items too, until one of them is there: they take a second or two to start.
-
     Args:
         make_function: makes the function, once in each worker (it may load something large).
         items: taken one by one, as workers become free.
@@ -46,38 +44,27 @@ def ordered_map(
         yield from map(make_function(), items)
         return
     with _started(make_function, workers) as connections:
-        yield from _deal(make_function, items, connections)
+        yield from _deal(items, connections)
 
 
-def _deal(
-    make_function: Callable[[], Callable[[Any], Any]], items: Iterable[Any], connections: list[Connection]
-) -> Iterator[Any]:
-    source, own = iter(items), make_function()
-    starting, idle, busy = list(connections), list[Connection](), dict[Connection, int]()
+def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
+    source = iter(items)
+    idle, busy = list(connections), dict[Connection, int]()
     done = dict[int, Any]()
     dealt = yielded = 0
     exhausted = False
     while busy or not exhausted:
         # A worker gets an item only while it waits for one: were both to send at once, both would block.
-        while (idle or not busy) and not exhausted and dealt < yielded + AHEAD * len(connections):
+        while idle and not exhausted and dealt < yielded + AHEAD * len(connections):
             item = next(source, _NO_MORE)
             if item is _NO_MORE:
                 exhausted = True
-                break
-            if idle:
+            else:
                 busy[idle[-1]] = dealt
                 _send(idle.pop(), item)
-            else:
-                done[dealt] = _answer(own, item)
-            dealt += 1
-            if not busy:
-                break  # perhaps one is there by now
-        for connection in _ready([*starting, *busy], None if busy else 0):
-            answer = _receive(connection)
-            if connection in busy:
-                done[busy.pop(connection)] = answer
-            else:
-                starting.remove(connection)
+                dealt += 1
+        for connection in _ready(busy):
+            done[busy.pop(connection)] = _receive(connection)
             idle.append(connection)
         while yielded in done:
             failed, result = done.pop(yielded)
@@ -87,8 +74,8 @@ def _deal(
             yielded += 1
 
 
-def _ready(connections: list[Connection], timeout_s: float | None) -> list[Connection]:
-    return [c for c in wait(connections, timeout_s) if isinstance(c, Connection)] if connections else []
+def _ready(busy: dict[Connection, int]) -> list[Connection]:
+    return [c for c in wait(list(busy)) if isinstance(c, Connection)] if busy else []
 
 
 def _send(connection: Connection, item: object) -> None:
@@ -125,11 +112,13 @@ def _started(make_function: Callable[[], Callable[[Any], Any]], workers: int) ->
                 connections.append(ours)
                 processes.append(process)
         yield connections
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
     finally:
         for connection in connections:
             connection.close()
-        for process in processes:
-            process.terminate()  # which may be starting still
         for process in processes:
             process.join()
 
@@ -157,21 +146,17 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _work(make_function: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:
-    """The life of a worker: say that it is there, and answer each item until the pipe ends."""
+    """The life of a worker: answer each item with (failed, result) until the pipe ends."""
     try:
         function = make_function()
-        connection.send(None)
         while True:
-            connection.send(_answer(function, connection.recv()))
+            item = connection.recv()
+            try:
+                answer = (False, function(item))
+            except LlmtrainError as error:
+                answer = (True, error)
+            except Exception:
+                answer = (True, RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
+            connection.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _answer(function: Callable[[Any], Any], item: object) -> tuple[bool, Any]:
-    """Whether it failed, and the result or the error."""
-    try:
-        return False, function(item)
-    except LlmtrainError as error:
-        return True, error
-    except Exception:
-        return True, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")

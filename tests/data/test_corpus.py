@@ -184,7 +184,7 @@ def test_text_that_is_not_utf8_is_named_with_its_offset_or_skipped_on_request(fo
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"text": "x"', "not JSON"),
+        (b'{"text": "x"', "not JSON .Expecting ',' delimiter at character 14 of the line"),
         (b"[1]", "not a JSON object"),
         (b'{"body": "x"}', "no field 'text' .it has: body"),
         (b'{"text": 7}', "field 'text' is no text"),

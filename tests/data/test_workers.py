@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -64,28 +63,6 @@ def test_what_is_started_meanwhile_never_sees_one() -> None:
 def test_results_come_in_the_order_of_the_items() -> None:
     assert list(workers.ordered_map(make_double, range(40), 2)) == [2 * item for item in range(40)]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-def who_does(item: int) -> tuple[int, int]:
-    time.sleep(0.005)
-    return item, os.getpid()
-
-
-def make_who_does() -> Callable[[int], tuple[int, int]]:
-    return who_does
-
-
-def test_the_first_items_are_done_here_and_the_others_by_the_workers_once_they_are_there() -> None:
-    done = workers.ordered_map(make_who_does, itertools.count(), 2)
-    pids = list[int]()
-    for number, (item, pid) in enumerate(done):
-        assert item == number
-        pids.append(pid)
-        if len(set(pids)) == 3:
-            break
-    assert pids[0] == os.getpid()
-    assert os.getpid() not in pids[pids.index(next(pid for pid in pids if pid != os.getpid())) + 8 :]
-    done.close()
 
 
 def fail_at_three(item: int) -> int:
