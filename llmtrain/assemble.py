@@ -202,7 +202,7 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
         f"{parts.flops_per_token() * steps * layout.global_batch * parts.targets_of_a_window:.2e} FLOPs",
         "numerics": f"{training.precision}{', fp8' if training.fp8 else ''}{', compiled' if training.compile else ''} "
         f"on {parts.engine.device} · "
-        f"{config.optimizer.name} · {config.schedule.name} to {config.optimizer.lr:g}",
+        f"{config.optimizer.name} · {config.schedule.name}, peak rate {config.optimizer.lr:g}",
         **(memory if parts.engine.name == "accelerate" else {}),
         "run": str(Path(config.run.dir)),
     }

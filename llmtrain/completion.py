@@ -73,7 +73,9 @@ def main(argv: list[str]) -> None:
     try:
         import shtab
     except ModuleNotFoundError as error:
-        raise UserError("completion needs shtab, which is not installed: pip install 'llmtrain[completion]'") from error
+        raise UserError(
+            "completion needs shtab, which is not installed: pip install -c constraints.txt -e '.[completion]'"
+        ) from error
     script = shtab.complete(whole_parser(), args.shell)
     print(script + (_BASH_WITHOUT_BLANK if args.shell == "bash" else ""))
 

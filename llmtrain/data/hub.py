@@ -97,7 +97,7 @@ def _open(source: str, revision: str | None) -> tuple[Any, Any]:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"{source}: Hugging Face datasets need the package datasets: pip install -c constraints.txt -e .[hf]"
+            f"{source}: Hugging Face datasets need the package datasets: pip install -c constraints.txt -e '.[hf]'"
         ) from error
     if int(datasets.__version__.split(".")[0]) < OLDEST:
         raise UserError(f"{source}: datasets {datasets.__version__} is too old; pip install 'datasets>={OLDEST}'")

@@ -34,7 +34,8 @@ def make_engine(timeout_s: float) -> Engine:
             from llmtrain.engine.deepspeed import DeepSpeedEngine
         except ModuleNotFoundError as error:
             raise UserError(
-                f"the launch file asks for DeepSpeed, which is not there ({error}); pip install llmtrain[deepspeed]"
+                f"the launch file asks for DeepSpeed, which is not there ({error}); "
+                "pip install -c constraints.txt -e '.[deepspeed]'"
             ) from error
         return DeepSpeedEngine(timeout_s)
     from llmtrain.engine.accelerate import AccelerateEngine

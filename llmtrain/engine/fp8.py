@@ -32,6 +32,6 @@ def to_fp8(model: Transformer, device: torch.device) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ModuleNotFoundError as error:
-        raise UserError(f"training.fp8 needs torchao ({error}); pip install llmtrain[fp8]") from error
+        raise UserError(f"training.fp8 needs torchao ({error}); pip install -c constraints.txt -e '.[fp8]'") from error
     # Emulated is rounded to fp8 and multiplied in bf16: for the tests, as what cannot multiply in fp8 is refused above.
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type != "cuda"))

@@ -31,7 +31,9 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], shots: int | None, li
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'llmtrain[eval]'") from error
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install -c constraints.txt -e '.[eval]'"
+        ) from error
     from llmtrain.harness.model import HarnessModel
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -240,5 +240,5 @@ class WandbSink:
 def _missing(package: str) -> UserError:
     return UserError(
         f"logging.{package} is on but {package} is not installed: "
-        f"pip install 'llmtrain[{package}]', or set logging.{package}=false"
+        f"pip install -c constraints.txt -e '.[{package}]', or set logging.{package}=false"
     )

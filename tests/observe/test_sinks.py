@@ -187,7 +187,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     for name in [name for name in sys.modules if name.split(".")[0] == module or name == "torch.utils.tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # how Python itself marks what must not be found
-    with pytest.raises(UserError, match=rf"pip install 'llmtrain\[{switch}\]'"):
+    with pytest.raises(UserError, match=rf"pip install -c constraints.txt -e '\.\[{switch}\]'"):
         open_sinks(make_config({"logging": {switch: True}}), tmp_path, 0, print)
 
 
