@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # What a preset decides even where it has no entry: then it means "as the other sizes say".
-_SIZES = ("dim", "layers", "heads", "kv_heads", "ff_dim")
+_SIZES = ("dim", "layers", "heads", "kv_heads", "head_dim", "ff_dim")
 _LENGTHS = ("epochs", "max_steps", "max_tokens")
 
 

@@ -30,8 +30,8 @@ _LIKE_LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
 _LIKE_GPT2 = {"norm": "layernorm", "activation": "gelu", "qk_norm": False}
 # The keys of `model:` that a folder decides.
 FOLDER_KEYS = (
-    "dim", "layers", "heads", "kv_heads", "ff_dim", "vocab_size", "tie_embeddings", "norm", "norm_eps", "positions",
-    "rope_theta", "rope_scaling", "activation", "qk_norm", "qkv_bias",
+    "dim", "layers", "heads", "kv_heads", "head_dim", "ff_dim", "vocab_size", "tie_embeddings", "norm", "norm_eps",
+    "positions", "rope_theta", "rope_scaling", "activation", "qk_norm", "qkv_bias",
 )  # fmt: skip
 
 
@@ -59,10 +59,19 @@ def architecture_for(model: Mapping[str, Any], *, qwen_tokenizer: bool) -> str:
     if wanted is _LIKE_GPT2:
         if model["kv_heads"] != model["heads"]:
             raise UserError(f"model.kv_heads={model['kv_heads']}: GPT-2 has as many as heads, here {model['heads']}")
+        if model["heads"] * model["head_dim"] != model["dim"]:
+            width = f"{model['dim']} / {model['heads']}"
+            raise UserError(f"model.head_dim={model['head_dim']}: GPT-2's heads are dim / heads = {width} wide")
         return GPT2
     if model["qk_norm"]:
         return QWEN3
-    return QWEN2 if model["qkv_bias"] and qwen_tokenizer else LLAMA
+    if model["qkv_bias"] and qwen_tokenizer:
+        return QWEN2
+    if model["dim"] % model["heads"]:
+        raise UserError(
+            f"model.heads={model['heads']}: transformers reads a Llama only where they divide dim, here {model['dim']}"
+        )
+    return LLAMA
 
 
 def config_json(model: Mapping[str, Any], architecture: str, seq_len: int, vocab_size: int) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def config_json(model: Mapping[str, Any], architecture: str, seq_len: int, vocab
         "num_hidden_layers": model["layers"],
         "num_attention_heads": model["heads"],
         "num_key_value_heads": model["kv_heads"],
-        "head_dim": model["dim"] // model["heads"],
+        "head_dim": model["head_dim"],
         "intermediate_size": model["ff_dim"],
         "hidden_act": "silu",
         "max_position_embeddings": seq_len,
@@ -144,11 +153,13 @@ def model_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value, why in _refusals(config, architecture):
         raise UserError(f"{where}: {key} is {json.dumps(value)}, but {why}")
     default_kv = READABLE[architecture] or heads
+    default_head = 128 if architecture == QWEN3 else max(1, dim // heads)
     found = {
         "dim": dim,
         "layers": _size(config, "num_hidden_layers", where),
         "heads": heads,
         "kv_heads": _size(config, "num_key_value_heads", where, default_kv),
+        "head_dim": _size(config, "head_dim", where, default_head),
         "ff_dim": _size(config, "intermediate_size", where),
         "tie_embeddings": config.get("tie_word_embeddings") is True,
         "norm_eps": _positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
@@ -268,9 +279,6 @@ def _refusals(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[st
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         yield "partial_rotary_factor", part, "all of a head is rotated here"
-    dim, heads, head_dim = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
-    if head_dim is not None and heads and dim != head_dim * heads:
-        yield "head_dim", head_dim, f"heads are hidden_size / num_attention_heads = {dim} / {heads} wide here"
     if config.get("quantization_config"):
         yield "quantization_config", config["quantization_config"], "only plain weights can be trained"
 

@@ -32,6 +32,7 @@ def resolve(config: RunConfig, *, vocab_size: int, world_size: int, bf16_native:
         update={
             "vocab_size": model.vocab_size or -(-vocab_size // model.vocab_multiple) * model.vocab_multiple,
             "kv_heads": model.kv_heads or model.heads,
+            "head_dim": model.head_width,
             "ff_dim": model.ff_dim or default_ff_dim(model.dim, model.activation),
         }
     )
@@ -51,10 +52,9 @@ def resolve(config: RunConfig, *, vocab_size: int, world_size: int, bf16_native:
 def _check_fp8(model: ModelSection, precision: str, tokens: int) -> None:
     if precision != "bf16":
         raise UserError(f"training.fp8 is for what is bf16 else, but training.precision is {precision}; leave one out")
-    kv_dim = (model.kv_heads or model.heads) * model.head_dim
     sides = {
         "model.dim": model.dim,
-        "keys' width (kv_heads × dim / heads)": kv_dim,
+        "keys' width (kv_heads × head_dim)": model.key_width,
         "model.ff_dim": model.ff_dim or 0,
         "micro_batch_size × seq_len": tokens,
     }

@@ -216,9 +216,11 @@ class ModelSection(Section):
     layers: PositiveInt = 6
     """Blocks of attention and feed-forward layer."""
     heads: PositiveInt = 2
-    """Attention heads; must divide `dim`."""
+    """Attention heads; must divide `dim` where `head_dim` is null."""
     kv_heads: PositiveInt | None = None
     """Heads of keys and values, of which several queries share one; must divide `heads`. Null: as many as `heads`."""
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; null: dim / heads."""
     ff_dim: PositiveInt | None = None
     """Hidden width of the feed-forward layer; null: so that it has about the parameters of a GELU layer of 4 × dim."""
     dropout: Fraction = 0.0
@@ -249,16 +251,27 @@ class ModelSection(Section):
     """A run, checkpoint or Hugging Face folder whose weights, and nothing else, start this run; also a URL."""
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.heads
+    def head_width(self) -> int:
+        """`head_dim`, or what null means there."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of all heads' queries, and so of attention's result."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Width of all heads' keys, and of their values."""
+        return (self.kv_heads or self.heads) * self.head_width
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"dim / heads = {self.head_dim} is odd; rope turns pairs, so make it even")
+        if not self.head_dim and self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}; change one, or set head_dim")
+        if self.positions == "rope" and self.head_width % 2:
+            name = "head_dim" if self.head_dim else "dim / heads"
+            raise ValueError(f"{name} = {self.head_width} is odd; rope turns pairs, so make it even")
         if self.rope_scaling and self.positions != "rope":
             raise ValueError(f"rope_scaling is for positions: rope, not {self.positions}; leave one out")
         if self.kv_heads and self.heads % self.kv_heads:

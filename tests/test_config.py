@@ -53,6 +53,7 @@ SCALING = "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_pos
     ("model: {dim: 10, heads: 3}", [], "dim 10 is not divisible by heads 3"),
     ("model: {heads: 4, kv_heads: 3}", [], "heads 4 is not divisible by kv_heads 3"),
     ("model: {dim: 6, heads: 2}", [], "dim / heads = 3 is odd"),
+    ("model: {dim: 6, heads: 2, head_dim: 5}", [], "head_dim = 5 is odd"),
     ("model: {rope_scaling: 8}", [], "model.rope_scaling: should hold keys: {key: value, …} (given: 8)"),
     ("model: {rope_scaling: {rope_type: yarn}}", [], "model.rope_scaling.rope_type: Input should be 'llama3'"),
     ("model: {rope_scaling: {factr: 8}}", [], "model.rope_scaling.factr: Extra inputs are not permitted (given: 8)"),
@@ -171,9 +172,11 @@ def test_written_and_read_again_is_the_same(tmp_path: Path, preset: str | None) 
 
 def test_resolving_settles_what_the_data_and_the_machine_decide() -> None:
     config = settled(RunConfig(), vocab_size=77, bf16_native=True, compile_auto=True)
-    assert (config.model.vocab_size, config.model.kv_heads, config.model.ff_dim) == (
+    model = config.model
+    assert (model.vocab_size, model.kv_heads, model.head_dim, model.ff_dim) == (
         77,
         2,
+        64,
         default_ff_dim(128, "swiglu"),
     )
     assert (config.training.precision, config.training.compile, config.data.stride) == ("bf16", True, 256)

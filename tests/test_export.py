@@ -129,7 +129,7 @@ def assert_same_model(run: Path, folder: Path, call: Call) -> None:
         ("bbpe", "Qwen3ForCausalLM", {"norm_eps": 1e-3, "ff_dim": 50}),
         ("char", "LlamaForCausalLM", BIASES),
         ("byte", "Qwen3ForCausalLM", {"qkv_bias": True}),
-        ("qwen", "Qwen2ForCausalLM", BIASES),
+        ("qwen", "Qwen2ForCausalLM", {**BIASES, "head_dim": 10}),
     ],
 )
 def test_transformers_has_the_same_logits_ids_and_text(
@@ -193,6 +193,8 @@ def altered(checkpoint: Path, folder: Path, tokenizer: Tokenizer | None = None, 
         ({"activation": "relu2"}, "model.activation=relu2"),
         ({"positions": "learned"}, "model.norm=rmsnorm"),
         ({**GPT2, "kv_heads": 1}, "model.kv_heads=1"),
+        ({**GPT2, "head_dim": 12}, "model.head_dim=12"),
+        ({"qk_norm": False, "heads": 3, "kv_heads": 3}, "model.heads=3"),
         ({**GPT2, "qk_norm": True}, "model.qk_norm=True"),
         ({"norm": "layernorm"}, "model.norm=layernorm"),
     ],
@@ -287,7 +289,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_a_large_model_takes_no_more_memory_than_a_small_one(trained_run: Path, tmp_path: Path) -> None:
     small = trained_run / "step-00000010"
-    large = altered(small, tmp_path / "step-00000001", dim=192, layers=56, ff_dim=512)
+    large = altered(small, tmp_path / "step-00000001", dim=192, layers=56, head_dim=96, ff_dim=512)
     command = [sys.executable, "-c", MEASURE, small, tmp_path / "a", large, tmp_path / "b"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     size = sum(path.stat().st_size for path in (tmp_path / "b").glob("*.safetensors"))

@@ -49,6 +49,15 @@ QWEN_2_5 = {
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 32768,
     "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
+# 0.6B; its heads are wider than hidden_size / num_attention_heads.
+SMALL_QWEN_3 = {
+    **QWEN_3, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+MISTRAL_NEMO = {
+    **MISTRAL, "hidden_size": 5120, "head_dim": 128, "num_hidden_layers": 40, "rope_theta": 1000000.0,
+    "sliding_window": None, "vocab_size": 131072,
+}  # fmt: skip
 # As transformers 5 writes it.
 NEW_QWEN_3 = {key: value for key, value in QWEN_3.items() if not key.startswith("rope")}
 NEW_QWEN_3["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000}
@@ -64,6 +73,10 @@ NEW_QWEN_3["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000}
         ({**MISTRAL, "sliding_window": None}, 7_241_732_096, 1e4, None),
         (QWEN_3, 8_190_735_360, 1e6, None),
         (NEW_QWEN_3, 8_190_735_360, 1e6, None),
+        (SMALL_QWEN_3, 596_049_920, 1e6, None),
+        # Where it is not said, Qwen3's heads are of 128.
+        ({key: value for key, value in SMALL_QWEN_3.items() if key != "head_dim"}, 596_049_920, 1e6, None),
+        (MISTRAL_NEMO, 12_247_782_400, 1e6, None),
         (LLAMA_3_2, 1_235_814_400, 5e5, None),
         (QWEN_2_5, 494_032_768, 1e6, None),
         ({**QWEN_2_5, "use_sliding_window": True}, 494_032_768, 1e6, 32768),
@@ -108,7 +121,7 @@ def test_a_published_model_has_its_published_size(
         ({**LLAMA_3, "mlp_bias": True}, "mlp_bias is true"),
         ({**LLAMA_3, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but all of a head is rotated"),
         ({**QWEN_2_5, "hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({**QWEN_3, "hidden_size": 1024, "num_attention_heads": 16}, "head_dim is 128"),  # Qwen3 0.6B
+        ({**QWEN_3, "head_dim": 0}, "head_dim must be a whole number from 1 on, not 0"),
         ({**LLAMA_2, "architectures": ["LlamaModel"]}, "cannot start from a LlamaModel"),
         ({"model_type": "gpt2"}, "cannot start from a GPT2LMHeadModel (it has biases"),
         ({}, "cannot start from a (none)"),

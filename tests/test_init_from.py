@@ -30,9 +30,9 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES = {
     "Llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}},
-    "Qwen3": {"attention_bias": True},
+    "Qwen3": {"attention_bias": True, "head_dim": 16},
     "Qwen2": {"tie_word_embeddings": True},
-    "Mistral": {"sliding_window": 64},
+    "Mistral": {"sliding_window": 64, "head_dim": 12},
     # Of four wavelengths (6, 63, 628 and 6,283 tokens) one stays, one is stretched by part, two whole.
     "Llama 3.1": {
         "rope_parameters": {
@@ -290,7 +290,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "biases": (config_change(mlp_bias=True), "mlp_bias is true, but this model has biases on queries, keys and val"),
     "output biases": (output_biases, "'model.layers.1.self_attn.o_proj.bias' is not zero, but this model has no bias"),
     "activation": (config_change(hidden_act="gelu"), 'hidden_act is "gelu"'),
-    "head_dim": (config_change(head_dim=16), "head_dim is 16, but heads are hidden_size / num_atten"),
+    "head_dim": (config_change(head_dim=16), "q_proj.weight' has shape [32, 32], by config.json it has [64, 32]"),
     "scaled": (config_change(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "scaled by rope_type llama3"),
     "old scaled": (config_change(rope_scaling={"type": "linear", "factor": 2.0}), "scaled by rope_type llama3 only"),
     "quantized": (config_change(quantization_config={"bits": 4}), "only plain weights"),

@@ -138,8 +138,10 @@ def check_tokenizer(reader: CheckpointReader, data: DataIdentity) -> None:
 
 
 def saved_config(reader: CheckpointReader) -> RunConfig:
-    """The resolved config that the checkpoint was saved with."""
-    return load_config(reader.path(CONFIG))
+    """The resolved config that the checkpoint was saved with; `model.head_dim` also where it was no key yet."""
+    config = load_config(reader.path(CONFIG))
+    model = config.model.model_copy(update={"head_dim": config.model.head_width})
+    return config.model_copy(update={"model": model})
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:

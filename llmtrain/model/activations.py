@@ -6,8 +6,8 @@ the scores of attention kept; here the residual stream and the norms are float32
 and attention keeps its result and a sum for each row instead of scores (Dao et al. 2022, section 3.1). Each term was
 read off the operators of a real step; tests/model/test_activations.py compares the sums.
 
-Letters: T tokens of a micro-batch, D width, K width of all keys, F feed-forward width, V vocabulary, L layers, and
-h bytes of a product (2 under bf16 autocast, else 4).
+Letters: T tokens of a micro-batch, D width, Q width of all queries, K of all keys, F feed-forward width, V
+vocabulary, L layers, and h bytes of a product (2 under bf16 autocast, else 4).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Widths:
         self.product = product  # h
         self.fused_rms_norm = fused_rms_norm
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.keys = self.kv_heads * config.head_dim
+        self.queries, self.keys = config.query_width, config.key_width
         self.ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
         self.ups = 2 if config.activation == "swiglu" else 1
 
@@ -120,15 +120,15 @@ class _Widths:
         return self.config.dim * (2.0 * readers if self.product == 2 else 4.0)
 
     def attention(self) -> float:
-        dim, keys, product = self.config.dim, self.keys, self.product
-        qkv = product * (dim + 2 * keys)
+        queries, keys, product = self.queries, self.keys, self.product
+        qkv = product * (queries + 2 * keys)
         # Attention's result for its own backward pass and for the projection's; a copy where heads were laid out first,
         # as the norm of queries does. And a float32 sum for each row of scores.
-        result = product * dim * (2 if self.config.qk_norm else 1) + 4.0 * self.heads
+        result = product * queries * (2 if self.config.qk_norm else 1) + 4.0 * self.heads
         normed = 0.0
         if self.config.qk_norm:  # of what it reads, in float32
             heads = self.heads + self.kv_heads
-            normed = 4.0 * (dim + keys) + heads * self.rms_norm(self.config.head_dim)
+            normed = 4.0 * (queries + keys) + heads * self.rms_norm(self.config.head_width)
         return self.norm() + self.norm_result(3) + qkv + normed + result
 
     def feed_forward(self) -> float:
@@ -142,7 +142,7 @@ class _Widths:
 
     def attention_products(self) -> float:
         """What selective checkpointing keeps: results of the four products and of attention."""
-        return self.product * (3.0 * self.config.dim + 2 * self.keys) + 4.0 * self.heads
+        return self.product * (2.0 * self.queries + self.config.dim + 2 * self.keys) + 4.0 * self.heads
 
     def feed_forward_products(self) -> float:
         return self.product * (self.ups * self.ff_dim + self.config.dim)

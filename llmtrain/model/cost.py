@@ -20,24 +20,19 @@ def parameter_count(config: ModelSection, seq_len: int) -> int:
 def norm_parameters(config: ModelSection) -> int:
     """Parameters of all norms."""
     norms = (2 * config.layers + 1) * config.dim
-    return norms + (config.layers * 2 * config.head_dim if config.qk_norm else 0)
+    return norms + (config.layers * 2 * config.head_width if config.qk_norm else 0)
 
 
 def bias_parameters(config: ModelSection) -> int:
     """Parameters of all biases."""
-    return config.layers * (config.dim + 2 * _kv_dim(config)) if config.qkv_bias else 0
+    return config.layers * (config.query_width + 2 * config.key_width) if config.qkv_bias else 0
 
 
 def block_matrix_parameters(config: ModelSection) -> int:
     """Parameters of one block's matrices: each takes part in one multiply-add for each token."""
-    kv_dim = _kv_dim(config)
     ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim
+    attention = 2 * config.dim * (config.query_width + config.key_width)
     return attention + (3 if config.activation == "swiglu" else 2) * config.dim * ff_dim
-
-
-def _kv_dim(config: ModelSection) -> int:
-    return (config.kv_heads or config.heads) * config.head_dim
 
 
 def flops_per_token(config: ModelSection, seq_len: float, *, causal: bool = True) -> float:
@@ -54,8 +49,9 @@ def flops_per_token(config: ModelSection, seq_len: float, *, causal: bool = True
     assert config.vocab_size is not None
     matrices = config.layers * block_matrix_parameters(config) + config.vocab_size * config.dim
     positions = (seq_len + 1) / 2 if causal else seq_len
-    # Each layer and token: a dot product with each key, a weighted sum of each value; 2 × dim multiply-adds together.
-    attention = config.layers * 2 * config.dim * positions
+    # Each layer and token: a dot product with each key, a weighted sum of each value; together
+    # 2 multiply-adds for each number of the queries.
+    attention = config.layers * 2 * config.query_width * positions
     return 3 * 2 * (matrices + attention)
 
 

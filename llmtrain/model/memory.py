@@ -106,7 +106,7 @@ def rank_memory(
         part=whole / world_size,
         state=4.0 * optimizer_values(optimizer, config, seq_len) / (world_size if engine.startswith("zero") else 1),
         casts=casts if accumulates or engine in ("ddp", "zero2") else 0.0,
-        largest=4.0 * max(head, config.dim * ff_dim),
+        largest=4.0 * max(head, config.dim * max(ff_dim, config.query_width)),
         small=4.0 * (norm_parameters(config) + bias_parameters(config)),
     )
     if engine == "zero3":

@@ -125,12 +125,11 @@ def _update(config: ModelSection, optimizer: str, engine: EngineName, device: st
     """What an optimizer takes for a while. Only Muon does; see llmtrain/optim/muon.py."""
     if optimizer != "muon":
         return 0.0
-    keys = (config.kv_heads or config.heads) * config.head_dim
     ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
     members: dict[tuple[int, int], int] = {}
     ups = 3 if config.activation == "swiglu" else 2
-    for one, other, count in ((config.dim, config.dim, 2), (config.dim, keys, 2), (config.dim, ff_dim, ups)):
-        shape = (min(one, other), max(one, other))
+    for other, count in ((config.query_width, 2), (config.key_width, 2), (ff_dim, ups)):
+        shape = (min(config.dim, other), max(config.dim, other))
         members[shape] = members.get(shape, 0) + count * config.layers
     product = 4 if device == "cpu" else 2
     most = 0.0

@@ -56,12 +56,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelSection):
         super().__init__()
         self.kv_heads = config.kv_heads or config.heads
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_width
         self.dropout = config.dropout
-        self.q = nn.Linear(config.dim, config.heads * self.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+        self.q = nn.Linear(config.dim, config.query_width, bias=config.qkv_bias)
+        self.k = nn.Linear(config.dim, config.key_width, bias=config.qkv_bias)
+        self.v = nn.Linear(config.dim, config.key_width, bias=config.qkv_bias)
+        self.out = nn.Linear(config.query_width, config.dim, bias=False)
         # Normalised heads bound the attention logits at any learning rate (Dehghani et al. 2023, section 3.1).
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
     """Token ids in, logits (or the summed loss) out.
 
     Args:
-        config: resolved: `vocab_size`, `kv_heads` and `ff_dim` are set.
+        config: resolved: `vocab_size`, `kv_heads`, `head_dim` and `ff_dim` are set.
         seq_len: longest sequence, in tokens; sizes the position tables.
         activation_checkpointing: `none`, `full` (keep only each block's input) or `selective` (keep the results of
             matrix products and attention, recompute the cheap rest).
@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         device = ids_BS.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        use_flex = cache is None and flex_suits(device, self.config.head_dim, self.config.dropout)
+        use_flex = cache is None and flex_suits(device, self.config.head_width, self.config.dropout)
         seen_BT = ids_BS if cache is None else cache.see(ids_BS)
         return within_documents(seen_BT, ids_BS.shape[1], self.document_end, dtype, use_flex=use_flex)
 
@@ -347,7 +347,7 @@ def make_norm(config: ModelSection) -> nn.Module:
 
 def rotation_table(seq_len: int, config: ModelSection) -> Tensor:
     """Cosines and sines of rotary positions (Su et al. 2021): float32 (2, seq_len, head width)."""
-    width = config.head_dim
+    width = config.head_width
     frequencies: Tensor = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
     if config.rope_scaling is not None:
         frequencies = stretch(frequencies, config.rope_scaling)

@@ -61,11 +61,11 @@ class Work:
     def block_shapes(self) -> list[tuple[int, int]]:
         """Width of the result and of the input of each product in a block."""
         model = self.model
-        keys = (model.kv_heads or model.heads) * model.head_dim
+        queries, keys = model.query_width, model.key_width
         ff_dim = model.ff_dim or default_ff_dim(model.dim, model.activation)
         ups = 2 if model.activation == "swiglu" else 1
         return [
-            (model.dim, model.dim), (keys, model.dim), (keys, model.dim), (model.dim, model.dim),
+            (queries, model.dim), (keys, model.dim), (keys, model.dim), (model.dim, queries),
             *[(ff_dim, model.dim)] * ups, (model.dim, ff_dim),
         ]  # fmt: skip
 
@@ -160,7 +160,7 @@ class _Products:
 def _attention_forward(gpu: Gpu, work: Work, clock: float) -> float:
     """Seconds of all layers' scores and sums forward, of which a causal mask leaves half."""
     model, positions = work.model, (work.seq_len + 1) / 2
-    flops = 2 * 2 * model.layers * work.tokens * positions * model.dim
+    flops = 2 * 2 * model.layers * work.tokens * positions * model.query_width
     rate = gpu.bf16_flops * gpu.attention_share if work.bf16 else gpu.float32_flops / 2
     return flops / (rate * clock * work.seq_len / (work.seq_len + HALF_RATE_TOKENS))
 
@@ -170,7 +170,7 @@ def _block_bytes(work: Work) -> float:
     model, stream = work.model, work.stream_bytes
     product = 2 if work.bf16 else 4
     dim, ff_dim = model.dim, model.ff_dim or default_ff_dim(model.dim, model.activation)
-    turned = dim + (model.kv_heads or model.heads) * model.head_dim  # queries and keys
+    turned = model.query_width + model.key_width
     gated = model.activation == "swiglu"
     rotary = model.positions == "rope"
     if work.compiled:

@@ -81,6 +81,19 @@ def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(da
     assert committed_steps(run_dir) == [10, 20, 30]
 
 
+def test_a_checkpoint_from_before_head_dim_was_a_key_goes_on(data: Path, run_dir: Path) -> None:
+    """And the width that it had may not change either."""
+    config = step_folder(run_dir, 30) / fmt.CONFIG
+    before = config.read_text()
+    config.write_text(before.replace("  head_dim: 16\n", ""))
+    assert config.read_text() != before
+    rehash(config.parent)
+    with pytest.raises(UserError, match=r"model.head_dim=16, this run has 8"):
+        train(data, run_dir, "training.max_steps=31", "model.head_dim=8")
+    train(data, run_dir, "training.max_steps=31")
+    assert committed_steps(run_dir)[-1] == 31
+
+
 def test_a_stop_in_the_middle_of_a_save_does_not_begin_another_that_cannot_be_finished(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"activation": "relu2", "tie_embeddings": False}, "bf16"),
         ({"kv_heads": 2, "qk_norm": False, "qkv_bias": True}, "fp32"),
         ({"kv_heads": 4, "positions": "learned"}, "bf16"),
+        ({"kv_heads": 2, "head_dim": 64}, "bf16"),
     ],
 )
 def test_a_step_holds_what_the_formulas_say(changes: dict[str, Any], precision: str, checkpointing: str) -> None:

@@ -32,7 +32,9 @@ def model_section(**changes: Any) -> ModelSection:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "positions": "learned", "kv_heads": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False, "positions": "learned", "kv_heads": 2}, {"head_dim": 16}]
+)
 def test_parameters_and_optimizer_values_are_counted_right(name: str, changes: dict[str, Any]) -> None:
     config = make_config({"optimizer": {"name": name}}).optimizer
     section = model_section(dim=32, layers=2, heads=4, **changes)

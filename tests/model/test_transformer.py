@@ -49,6 +49,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kv_heads": 2, "activation": "relu2", "tie_embeddings": False},
     {"ff_dim": 48, "qk_norm": False},
     {"kv_heads": 2, "qk_norm": False, "qkv_bias": True, "rope_scaling": SCALING},
+    {"kv_heads": 2, "head_dim": 24, "qkv_bias": True},
 ]
 
 
@@ -211,7 +212,7 @@ def test_every_preset_builds_with_about_the_size_in_its_name(preset: str) -> Non
     assert 0.75 * named < counted < 1.25 * named or 0.75 * named < blocks_only < 1.25 * named
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[3]])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[3], VARIANTS[7]])
 def test_flops_agree_with_those_torch_counts(variant: dict[str, Any]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -75,8 +75,14 @@ def test_torchtitans_rotation_moves_what_the_table_says() -> None:
 # LayerNorm, as the CPU has no fused RMSNorm; a norm of queries and keys is one, so it is left out.
 @pytest.mark.parametrize(
     "changes",
-    [{"activation": "gelu", "positions": "learned"}, {}, {"kv_heads": 2, "activation": "relu2"}, {"qkv_bias": True}],
-    ids=["gelu, learned", "swiglu, rope", "relu2, grouped keys", "biases"],
+    [
+        {"activation": "gelu", "positions": "learned"},
+        {},
+        {"kv_heads": 2, "activation": "relu2"},
+        {"qkv_bias": True},
+        {"head_dim": 96},
+    ],
+    ids=["gelu, learned", "swiglu, rope", "relu2, grouped keys", "biases", "wide heads"],
 )
 def test_bytes_and_operators_of_a_block_are_those_of_a_real_one(changes: dict[str, Any]) -> None:
     changes = {"norm": "layernorm", "qk_norm": False, **changes}
