@@ -13,12 +13,16 @@ from llmtrain.storage.remote import Remote, path_or_url
 
 
 def _is_of_a_run(path: Path | str) -> bool:
-    from llmtrain.checkpoint.folders import is_committed
+    from llmtrain.checkpoint.folders import MARKER, folder_of_runs, is_committed
+    from llmtrain.data.shards import MANIFEST
     from llmtrain.observe.run_folder import is_run
 
     if isinstance(path, Path):
-        return is_run(path) or is_committed(path)
-    from llmtrain.checkpoint.folders import MARKER
+        if is_run(path) or is_committed(path):
+            return True
+        if path.is_dir() and not (path / MANIFEST).is_file() and (runs := folder_of_runs(path)):
+            raise UserError(f"{path}: {runs}; name one of them, or several")
+        return False
     from llmtrain.checkpoint.remote import remote_steps
 
     sizes = Remote(path).sizes()

@@ -60,7 +60,7 @@ def find_subjects(path: Path | str) -> list[Subject]:
         raise UserError(f"{path}: no such folder")
     if (path / MANIFEST).is_file() and not _is_of_checkpoint(path / MANIFEST):
         return [Subject(path, "data")]
-    from llmtrain.checkpoint.folders import MARKER, committed_steps, is_committed, step_folder
+    from llmtrain.checkpoint.folders import MARKER, committed_steps, folder_of_runs, is_committed, step_folder
 
     if is_committed(path):
         return [Subject(path, "checkpoint")]
@@ -68,6 +68,8 @@ def find_subjects(path: Path | str) -> list[Subject]:
         raise UserError(f"{path}: an unfinished checkpoint (no {MARKER}), which counts as none")
     steps = committed_steps(path)
     if not steps:
+        if runs := folder_of_runs(path):
+            raise UserError(f"{path}: {runs}; name one of them")
         raise UserError(f"{path}: neither prepared data nor a checkpoint nor a run with checkpoints")
     return [Subject(step_folder(path, step), "checkpoint") for step in steps]
 

@@ -27,6 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "data/tiny", {"train": "cat", "val": "a"})
     for name in ("empty", "binaries", "checkpoints"):
         (folder / name).mkdir()
+    for name in ("one", "two"):  # what is left of a run whose checkpoints were deleted is a run
+        (folder / "runs" / name).mkdir(parents=True)
+    (folder / "runs/one/run.json").write_text('{"launches": []}')
+    (folder / "runs/two/step-00000009").mkdir()
+    (folder / "runs/two/step-00000009/COMMITTED").touch()
     for name, content in {
         "text.txt": b"hello world\n" * 50, "nothing.txt": b"", "binary.txt": b"\x00\xff" * 50,
         "binaries/a.bin.txt": b"\x00" * 9,
@@ -88,6 +93,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("generate data/mine", "data/mine: "),
     ("evaluate checkpoints/none", "no such folder; give a run folder"),
     ("export checkpoints/none --out model", "no such folder; give a run folder"),
+    *((f"{verb} runs", "runs: a folder of runs, as llmtrain report runs/one runs/two shows; ") for verb in (
+        "report", "verify", "generate --prompt hi", "evaluate", "export --out model", "tokenizer",
+    )),
     ("report checkpoints/none", "checkpoints/none: no such folder; name a run"),
     ("verify none", "none: no such folder"),
     ("tokenizer none", "none: no such folder"),

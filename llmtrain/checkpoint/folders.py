@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from llmtrain.data.staging import sync_path
+from llmtrain.observe.files import LAUNCHES
 
 MARKER = "COMMITTED"
 LATEST, BEST, FINAL = "latest", "best", "final"
+_FEW = 3  # runs that are named for an example
 
 
 def is_committed(folder: Path) -> bool:
@@ -25,6 +28,16 @@ def committed_steps(run_dir: Path) -> list[int]:
     """Steps with a finished checkpoint, ascending."""
     folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and is_committed(path)]
     return sorted(int(path.name[5:]) for path in folders)
+
+
+def folder_of_runs(path: Path) -> str | None:
+    """What a folder is called that is no run and holds some, with the command that shows the first; None: no such one.
+
+    It is easily named for a run: `checkpoints`, where every run has a folder of its own.
+    """
+    runs = [folder for folder in sorted(path.iterdir()) if (folder / LAUNCHES).is_file() or committed_steps(folder)]
+    first = " ".join(shlex.quote(str(run)) for run in runs[:_FEW])
+    return f"a folder of runs, as llmtrain report {first} shows" if runs else None
 
 
 def point(run_dir: Path, name: str, target: str) -> None:

@@ -18,7 +18,17 @@ import torch
 
 from llmtrain import __version__
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, committed_steps, is_committed, point, pointed, step_folder
+from llmtrain.checkpoint.folders import (
+    BEST,
+    FINAL,
+    LATEST,
+    committed_steps,
+    folder_of_runs,
+    is_committed,
+    point,
+    pointed,
+    step_folder,
+)
 from llmtrain.checkpoint.retention import Retention
 from llmtrain.checkpoint.room import Room
 from llmtrain.checkpoint.snapshot import Snapshot
@@ -56,7 +66,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     steps = committed_steps(path) if path.is_dir() else []
     if not steps:
-        reason = "no such folder" if not path.is_dir() else "no finished checkpoint in it"
+        reason = "no such folder" if not path.is_dir() else folder_of_runs(path) or "no finished checkpoint in it"
         raise UserError(f"{path}: {reason}; give a run folder or one of its step-* folders")
     return pointed(path, BEST) or step_folder(path, steps[-1])
 
