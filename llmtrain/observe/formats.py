@@ -43,6 +43,12 @@ def percent(share: float) -> str:
     return f"{math.floor(100 * share + 1e-9)} %" if math.isfinite(share) else "? %"
 
 
+def change(share: float) -> str:
+    """By what share something changed, with a sign: `-0.3487` → `-34.9 %`, `-0.00996` → `-0.996 %`."""
+    digits = 1 if abs(share) >= 0.01 else 3
+    return f"{100 * share:+.{digits}f} %"
+
+
 def duration(seconds: float) -> str:
     """Seconds as `h:mm:ss`, with days before it where there are any."""
     if not math.isfinite(seconds):

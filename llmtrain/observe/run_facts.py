@@ -11,7 +11,7 @@ import numpy as np
 from llmtrain.health.diagnosis import Curves, Remark, diagnose
 from llmtrain.health.pace_diagnosis import PaceCurves, diagnose_pace
 from llmtrain.observe.record import finite
-from llmtrain.observe.run_folder import RunFolder
+from llmtrain.observe.run_folder import Launch, RunFolder
 from llmtrain.observe.series import Floats
 
 Facts = dict[str, Any]
@@ -44,13 +44,18 @@ def facts_of(run: RunFolder) -> Facts:
             "processes": run.launches[-1].world_size if run.launches else None,
         },
         "launches": [asdict(launch) for launch in run.launches],
-        "interruptions": max(0, len(run.launches) - 1),
+        "interruptions": len(interrupted(run.launches)),
         "skipped": _skipped(run),
         "checkpoints": _checkpoints(run),
         "samples": len(run.samples),
         "diagnosis": [asdict(remark) for remark in diagnosis_of(run, seconds)],
         "problems": [*run.problems, *_silence(run)],
     }
+
+
+def interrupted(launches: list[Launch]) -> list[str]:
+    """How each launch ended that another one went on from; one that was done is prolonged, not interrupted."""
+    return [launch.how or "killed" for launch in launches[:-1] if launch.how != "done"]
 
 
 def curves_of(run: RunFolder) -> dict[str, list[float | None]]:

@@ -90,8 +90,9 @@ class RunFolder:
 
     @property
     def last_step(self) -> int:
-        """Of the last record; 0 where there is none."""
-        return int(self.columns["step"][-1]) if len(self) else 0
+        """Of the last record, or of the newest checkpoint if that is later (a stop between records); 0: of neither."""
+        recorded = int(self.columns["step"][-1]) if len(self) else 0
+        return max(recorded, *(checkpoint.step for checkpoint in self.checkpoints[-1:]), 0)
 
     @property
     def total_steps(self) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmtrain.observe import formats
-from llmtrain.observe.run_facts import Facts
-from llmtrain.observe.run_folder import RunFolder
+from llmtrain.observe.run_facts import Facts, interrupted
+from llmtrain.observe.run_folder import Launch, RunFolder
 
 STATE_WORDS = {
     "killed": "killed, without a word",
@@ -32,10 +32,9 @@ def rows_of(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["seconds"]["whole"]:
         yield "time", _time(facts["seconds"])
     yield from _speed(facts)
-    if facts["interruptions"]:
-        ends = [launch["how"] or "killed" for launch in facts["launches"][:-1]]
+    if ends := interrupted([Launch(**launch) for launch in facts["launches"]]):
         kinds = ", ".join(f"{ends.count(kind)} {kind}" for kind in dict.fromkeys(ends))
-        yield "interruptions", f"{facts['interruptions']:,} ({kinds})"
+        yield "interruptions", f"{len(ends):,} ({kinds})"
     if facts["skipped"]["steps"] or facts["skipped"]["rollbacks"]:
         skipped = facts["skipped"]
         times = "once" if skipped["rollbacks"] == 1 else f"{skipped['rollbacks']:,} times"
@@ -57,7 +56,7 @@ def _steps(facts: Facts) -> str:
 
 
 def _losses(losses: Facts) -> str:
-    share = f" ({formats.percent(losses['reduction_share'])})" if losses["reduction_share"] is not None else ""
+    share = f" ({formats.change(-losses['reduction_share'])})" if losses["reduction_share"] is not None else ""
     return (
         f"{formats.loss(losses['initial'])} → {formats.loss(losses['final'])}, {-losses['reduction']:+.3f}{share} · "
         f"best {formats.loss(losses['best'])} at step {formats.count(losses['best_step'])}"

@@ -34,6 +34,13 @@ def test_only_what_is_complete_is_100_percent(share, text):
     assert formats.percent(share) == text
 
 
+@pytest.mark.parametrize(
+    ("share", "text"), [(-0.3487, "-34.9 %"), (-0.00996, "-0.996 %"), (-0.0002, "-0.020 %"), (2.5, "+250.0 %")]
+)
+def test_a_change_is_told_however_small_it_is(share, text):
+    assert formats.change(share) == text
+
+
 def test_numbers_of_a_run():
     assert (formats.count(1200), formats.loss(2.1342), formats.rate(3e-4)) == ("1,200", "2.134", "3.0e-04")
     assert (formats.norm(0.51234), formats.norm(1234.0), formats.norm(3e-7)) == ("0.512", "1.23e+03", "3e-07")

@@ -23,6 +23,7 @@ from llmtrain.data.lock import FileLock, is_locked
 from llmtrain.errors import UserError
 from llmtrain.observe.run_facts import curves_of, facts_of
 from llmtrain.observe.run_folder import read_run
+from llmtrain.observe.run_words import rows_of
 from tests.conftest import records
 
 Facts = dict[str, Any]
@@ -105,6 +106,8 @@ def test_a_run_that_holds_its_lock_is_running_and_looking_does_not_disturb_it(ru
     lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])  # in the middle of a write
     (run_dir / FINAL).unlink()
+    for step in (20, 30):
+        shutil.rmtree(run_dir / f"step-{step:08d}")
     with another_process_holds(run_dir / ".lock"):
         told = facts(run_dir)
         assert told["state"] == "running" and told["steps"] == {"done": 16, "total": 30}
@@ -171,6 +174,42 @@ def test_interruptions_and_the_time_between_launches(run_dir: Path) -> None:
     first.pop("ended")  # killed: it ended with its last record
     write_launches(run_dir, first, second)
     assert facts(run_dir)["seconds"]["away"] == pytest.approx(3600, abs=3)
+
+
+def test_only_launches_that_ended_before_the_run_was_done_were_interrupted(run_dir: Path) -> None:
+    """A run that is done is launched again, or prolonged, by people."""
+
+    def told_of(*ends: str | None) -> tuple[int, str | None]:
+        entry = launches(run_dir)[-1]
+        ended = [{**entry, "ended": {**(entry["ended"]), "how": how} if how else None} for how in ends]
+        write_launches(run_dir, *ended, entry)
+        told = facts(run_dir)
+        return told["interruptions"], dict(rows_of(told)).get("interruptions")
+
+    assert told_of() == (0, None)
+    assert told_of("done", "done") == (0, None)
+    assert told_of("done", "stopped", "done", None, "peer lost", None) == (4, "4 (1 stopped, 2 killed, 1 peer lost)")
+
+
+def test_a_run_that_was_stopped_before_its_first_record_is_where_its_checkpoint_is(run_dir: Path) -> None:
+    for name in ("metrics.jsonl", "training_metrics.json", FINAL):
+        (run_dir / name).unlink()
+    for step in (20, 30):
+        shutil.rmtree(run_dir / f"step-{step:08d}")
+    entry = launches(run_dir)[0]
+    entry["ended"] |= {"how": "stopped", "why": "stopped after step 10"}
+    write_launches(run_dir, entry)
+    told = facts(run_dir)
+    assert told["records"] == 0 and told["steps"] == {"done": 10, "total": 30}
+    assert dict(rows_of(told))["steps"] == "10 of 30 (33 %)"
+
+
+def test_a_loss_that_fell_by_little_did_not_fall_by_nothing(run_dir: Path) -> None:
+    rows = records(run_dir)
+    for row, loss in zip(rows, np.linspace(4.0, 3.96016, len(rows)), strict=True):
+        row["train_loss"] = float(loss)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert dict(rows_of(facts(run_dir)))["training loss"].startswith("4.000 → 3.960, -0.040 (-0.996 %)")
 
 
 def test_steps_that_come_again_replace_the_first_ones(run_dir: Path) -> None:
