@@ -78,7 +78,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_numbers(run_dir: Path, reference: Path, rel: float, norm_steps: int = 10**9) -> None:
-    """Losses within `rel`, and gradient norms in the first `norm_steps` steps; learning rates and steps the same."""
+    """Losses of each set within `rel`, and gradient norms in the first `norm_steps` steps; rates and steps the same."""
     ours, theirs = metrics(run_dir), metrics(reference)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for record, expected in zip(ours, theirs, strict=True):
@@ -88,5 +88,7 @@ def assert_equal_numbers(run_dir: Path, reference: Path, rel: float, norm_steps:
             assert (record[key] is None) == (expected[key] is None), where
             if record[key] is not None:
                 assert record[key] == pytest.approx(expected[key], rel=rel), where
+        sets, due = ({name: one["loss"] for name, one in of.get("validation", {}).items()} for of in (record, expected))
+        assert sets == pytest.approx(due, rel=rel), f"validation at step {record['step']}"
         for key in ("learning_rate", "tokens", "epoch"):
             assert record[key] == expected[key]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.conftest import prose, write_data
 from tests.distributed.engines import STEPS, WINDOWS, Trained, config_of
 from tests.distributed.launching import LAUNCH, assert_equal_numbers, launch, metrics
 
@@ -80,8 +81,12 @@ def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, proces
     assert_equal_numbers(many, one, FLOAT32)
 
 
-def test_zero3_that_keeps_nothing_whole_evaluates_and_samples(data: Path, tmp_path: Path) -> None:
+def test_zero3_that_keeps_nothing_whole_evaluates_each_set_and_samples(data: Path, tmp_path: Path) -> None:
     """By default small models stay whole on every rank; large ones do not, so here no size is small."""
+    sets = [  # of 10 windows, and of 3, which is no whole number for each rank
+        {"path": str(write_data(tmp_path / name, {"val": prose(characters, seed=7)}, like=data))}
+        for name, characters in {"many": 700, "few": 200}.items()
+    ]
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero | {"stage3_max_reuse_distance": 0}}))
     by_default = (LAUNCH / "cpu-zero3.yaml").read_text()
@@ -92,11 +97,14 @@ def test_zero3_that_keeps_nothing_whole_evaluates_and_samples(data: Path, tmp_pa
     for name, folder, processes in (("single", LAUNCH, 1), ("cut", tmp_path, 2)):
         config = config_of(data, tmp_path / f"run-{name}", 2)
         config["model"]["positions"] = "learned"
+        config["data"]["validation"] = sets
         config["training"] |= {"max_steps": 6, "eval_every": 3, "sample_every": 3, "sample_tokens": 8}
         done = launch(name, processes, config, folder=folder)
         assert done.returncode == 0, done.stderr[-4000:]
         outputs.append(done.stdout[done.stdout.index("sample at step 6") :].split("saved")[0])
     assert_equal_numbers(tmp_path / "run-cut", tmp_path / "run-single", FLOAT32)
+    evaluated = [record for record in metrics(tmp_path / "run-cut") if "validation" in record]
+    assert [[record["step"], *record["validation"]] for record in evaluated] == [[3, "many", "few"], [6, "many", "few"]]
     assert outputs[0] == outputs[1]
 
 
