@@ -92,25 +92,31 @@ def test_before_the_first_checkpoint(launcher: Launcher, data: Path, tmp_path: P
 def test_at_random_moments_of_every_phase_again_and_again(
     launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """Each launch is killed where the one before left off, until one gets to the end; saves are in the background."""
-    dice, moments = random.Random(0), 200 if LONG else 12
-    killed = ended = launches = 0
-    while killed < moments:
+    """Each launch is killed where the one before left off, until one gets to the end; saves are in the background.
+
+    The phases come in turns; one that a launch got past is tried again, with the next run.
+    """
+    dice, moments = random.Random(0), 200 if LONG else len(PHASES)
+    turns = dice.sample(PHASES, len(PHASES))
+    met: list[str] = []
+    ended = launches = 0
+    while len(met) < moments:
         launches += 1
         assert launches <= 4 * moments, "most launches got to the end before their moment came"
+        phase = turns[len(met) % len(turns)]
         config = config_of(data, tmp_path / f"run-{ended}", async_save=True)
         run_dir = Path(config["run"]["dir"])
         before = committed_steps(run_dir)
-        phase = dice.choice(PHASES)
         delay_s = dice.random() * (0.3 if phase == "start" else 0.03)
         launch = launcher.train(config, phase=phase, nth=dice.randint(1, 2), delay_s=delay_s)
         assert launch.code in (DIED, 0), launch.err
         assert last_commit(run_dir) >= max(before, default=0)
         if launch.code == DIED:
-            killed += 1
+            met.append(phase)
         else:
             assert_as_undisturbed(run_dir, undisturbed)
             ended += 1
+    assert set(met) == set(PHASES)
     goes_on(launcher, config, 0, undisturbed)
 
 
