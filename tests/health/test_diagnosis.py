@@ -66,6 +66,23 @@ def test_little_text_many_times_overfits(data: Path, tmp_path: Path) -> None:
     assert "times through the data" in said["overfitting"]["detail"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lr", "training"), [
+    ("oscillating", 0.1, {"micro_batch_size": 1, "global_batch_size": 1}),
+    ("plateau", 0.03, {"max_steps": 300}),
+    ("underfitting", 3e-4, {"max_steps": 80}),
+])  # fmt: skip
+def test_a_rate_that_swings_stays_or_ends_too_soon(
+    data: Path, tmp_path: Path, name: str, lr: float, training: dict[str, Any]
+) -> None:
+    small = {"dim": 16, "layers": 1, "heads": 1}
+    schedule = {"name": "constant"}
+    run_dir = trained(
+        data, tmp_path, optimizer={"lr": lr}, schedule=schedule, training=training, model=small, logging={"every": 1}
+    )
+    assert set(said_of(run_dir)) == {name}
+
+
 def test_a_run_of_nan_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError):
         trained(data, tmp_path, optimizer={"lr": 1e6, "name": "sgd", "clip_norm": None}, schedule={"warmup_steps": 0})
