@@ -31,7 +31,7 @@ def test_trainers_and_bare_loops_run_side_by_side_and_what_is_missing_is_said(tm
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, facts = json.loads(out.read_text())["rows"]
-    assert [row["trainer"] for row in rows] == ["llmtrain", "transformers Trainer"]
+    assert [row["trainer"] for row in rows] == ["llmtrain", "transformers Trainer", "llmtrain, Llama"]
     for row in rows:
         assert row["parameters"] == pytest.approx(0.07e6, rel=0.1)
         assert row["ms/step"]["median"] > 0 and row["bare ms/step"]["median"] > 0
