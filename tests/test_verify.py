@@ -146,11 +146,13 @@ def test_a_damaged_manifest_is_corrupt_not_unknown(call: Call, copy: Path, run_c
 @pytest.mark.slow
 def test_anything_else_is_refused_in_one_line(call: Call, llmtrain: Command, run_copy: Path, tmp_path: Path) -> None:
     (run_copy / "step-00000010" / "COMMITTED").unlink()
-    (tmp_path / "other").mkdir()
+    for name in ("other", "empty"):
+        (tmp_path / name).mkdir()
     (tmp_path / "other" / MANIFEST).write_text('{"manifest_version": 3}')
     for path, message in [
         (tmp_path / "none", "no such folder"),
-        (tmp_path, "neither prepared data nor a checkpoint nor a run"),
+        (tmp_path, "a folder of runs"),
+        (tmp_path / "empty", "neither prepared data nor a checkpoint nor a run"),
         (tmp_path / "other", "belongs neither to prepared data nor to a checkpoint"),
         (run_copy / "step-00000010", "an unfinished checkpoint"),
     ]:
