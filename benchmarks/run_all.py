@@ -17,6 +17,7 @@ FITTING = [
     "data",
     "prepare",
     "loop",
+    "cpu",
     "muon",
     "documents",
     "loss",

@@ -231,9 +231,10 @@ def report(trained: TrainedModel, path: Path | str | None, part: Part) -> dict[s
 
 def _report_set(trained: TrainedModel, one: ValidationSection, part: Part) -> dict[str, Any] | None:
     """None where the set is not here, or has no window."""
-    if not local_data(one.path).is_dir():
+    folder = local_data(one.path)
+    if not folder.is_dir():
         return None
-    data, part = TokenDataset(local_data(one.path)), replace(part, split=one.split)
+    data, part = TokenDataset(folder), replace(part, split=one.split)
     return report_one(trained, data, part) if _has(trained, data, part) else None
 
 
