@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import os
 import platform
+import select
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from llmtrain import __version__
 
@@ -120,6 +121,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         _say(UserError(f"{error.filename}: {error.strerror}{rank}; choose a place that is open to you, or open it"))
         return UserError.exit_code
     except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):
+            raise  # a connection
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -127,6 +130,12 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print("llmtrain: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def _has_lost_its_reader(output: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(output, 0)  # for what is told unasked
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def end_everywhere(error: LlmtrainError, rank: int, barrier: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +94,20 @@ def test_a_launched_process_ends_with_its_exit_code_whatever_its_libraries_do(
     done = ended(raised, code_file, RANK="8", LOCAL_RANK="0")
     assert (done.returncode, code_file.read_text(), done.stdout) == (code, f"{code}\n", "its output\n")
     assert len(done.stderr.splitlines()) == (code != 0)
+
+
+@pytest.mark.parametrize("place", [{}, {"RANK": "0", "LOCAL_RANK": "0"}])
+def test_only_who_reads_the_output_may_leave_without_an_error(code_file: Path, place: dict[str, str]) -> None:
+    """A connection that breaks raises the same: one rank of two once ended with 0 for it, having said nothing."""
+    done = ended("raise BrokenPipeError(32, 'Broken pipe')", code_file, **place)
+    assert done.returncode == (1 if place else -signal.SIGABRT) and code_file.read_text() == "1\n"
+    assert "BrokenPipeError: [Errno 32] Broken pipe" in done.stderr and "This is a fault of llmtrain" in done.stderr
+    program = "from llmtrain.errors import run_main; run_main(lambda _: print('line\\n' * 100_000), [])"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env={**os.environ, **place}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
+        assert head.stdout and head.stderr and head.stdout.readline() == b"line\n"
+        head.stdout.close()
+        assert head.wait(60) == 0 and head.stderr.read() == b"" and code_file.read_text() == "0\n"
 
 
 def test_an_interrupted_process_ends_at_once_whatever_still_runs(code_file: Path) -> None:

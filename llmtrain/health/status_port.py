@@ -58,10 +58,9 @@ def ask(place: Place, question: Message) -> Message | Silence:
         return Silence("gone", _detail(error))
     except OSError as error:
         return Silence("unreachable", _detail(error))
-    with connection, connection.makefile("rwb") as stream:
+    with connection, connection.makefile("rb") as stream:  # to write, a stream would fail once more when it is closed
         try:
-            stream.write(json.dumps({"token": place.token, **question}).encode() + b"\n")
-            stream.flush()
+            connection.sendall(json.dumps({"token": place.token, **question}).encode() + b"\n")
             return dict(json.loads(stream.readline(_LINE_BYTES)))
         except TimeoutError as error:
             return Silence("frozen", _detail(error))

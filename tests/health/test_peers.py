@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -88,6 +90,26 @@ def test_a_process_that_is_stopped_is_told_from_one_that_is_gone(
         three[0]._others[1] = replace(three[0]._others[1], port=silent.getsockname()[1])
         assert "rank 2 on" in fail(three[0])
         assert three[0].diagnose()[1].state == "frozen"
+
+
+def test_a_process_that_closes_its_port_while_it_is_asked_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that end by the same error say so to each other; the answer of one may be that its port closes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def connect(*where: Any, **how: Any) -> socket.socket:
+            connection = connected(*where, **how)
+            accepted, _ = server.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed by a reset
+            accepted.close()
+            poll = select.poll()
+            poll.register(connection, 0)
+            assert poll.poll(5000)
+            return connection
+
+        connected = socket.create_connection
+        monkeypatch.setattr(socket, "create_connection", connect)
+        answer = ask(Place(1, "host", "127.0.0.1", server.getsockname()[1], "token"), {"rank": 0})
+    assert answer == Silence("gone", "Connection reset by peer")
 
 
 def test_a_host_without_a_way_to_it_is_unreachable(three: list[Peers], monkeypatch: pytest.MonkeyPatch) -> None:
