@@ -18,7 +18,7 @@ from llmtrain.data.shards import SAMPLED_SHARDS, FileInfo, ShardInfo
 DOCS = ROOT / "docs" / "data.md"
 BEGIN, END = "<!-- layout: python -m benchmarks.layout --write -->", "<!-- end of layout -->"
 PAGE = 4096
-PACKING_BYTES = 14  # of memory for each document: llmtrain/data/packing.py
+PACKING_BYTES = 16  # of memory for each document: llmtrain/data/packing.py
 
 
 @dataclass(frozen=True)

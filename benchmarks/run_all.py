@@ -26,6 +26,7 @@ FITTING = [
     "traffic",
     "scaling",
     "checkpoint",
+    "checkpoint_ranks",
     "resume",
     "peers",
 ]

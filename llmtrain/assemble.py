@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from llmtrain.errors import UserError
 from llmtrain.health.agreement import patiently, require_agreement, together
 from llmtrain.model.cost import flops_per_token
 from llmtrain.model.transformer import Transformer
+from llmtrain.model.undrawn import Undrawn
 from llmtrain.resolve import resolve
 
 
@@ -104,8 +106,13 @@ class Assembly:
         return flops_per_token(self.config.model, length)
 
 
-def assemble(config: RunConfig, engine: Engine) -> Assembly:
+def assemble(config: RunConfig, engine: Engine, *, is_drawn: bool = True) -> Assembly:
     """Open the data, resolve the config against it and this machine, let the engine build a fresh model.
+
+    Args:
+        config: as it was read.
+        engine: what is to run it.
+        is_drawn: give the weights their first values; not where a checkpoint brings all of them.
 
     Raises:
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
@@ -125,11 +132,12 @@ def assemble(config: RunConfig, engine: Engine) -> Assembly:
         world_size=engine.world_size,
     )
     torch.manual_seed(config.run.seed)
-    engine.build(
-        lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing, end),
-        config.training,
-        config.optimizer,
-    )
+    with nullcontext() if is_drawn else Undrawn():
+        engine.build(
+            lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing, end),
+            config.training,
+            config.optimizer,
+        )
     return Assembly(config, data, train, val, sets, layout, engine, warnings, packing)
 
 

@@ -15,6 +15,7 @@ from llmtrain.arguments import train_parser as parser
 from llmtrain.assemble import assemble, describe
 from llmtrain.checkpoint.folders import BEST
 from llmtrain.checkpoint.lock import RunLock
+from llmtrain.checkpoint.resume import brings_weights
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.demo import demo_config
@@ -129,7 +130,9 @@ def main(argv: list[str]) -> None:
         at_the_end.enter_context(peers.watched())
         if not args.dry_run:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
-        run = Run(assemble(config, engine), args.resume, peers, signals, None if args.dry_run else lock)
+        goes_on = together(engine, lambda: engine.rank == 0 and brings_weights(Path(config.run.dir), args.resume))
+        parts = assemble(config, engine, is_drawn=not engine.gather(goes_on)[0])
+        run = Run(parts, args.resume, peers, signals, None if args.dry_run else lock)
         if args.dry_run:
             dry_run(run)
         else:

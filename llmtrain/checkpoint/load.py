@@ -19,6 +19,7 @@ from llmtrain.engine import Engine, make_engine
 from llmtrain.engine.device import pick_device
 from llmtrain.errors import CorruptError
 from llmtrain.model.transformer import Transformer
+from llmtrain.model.undrawn import Undrawn
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
     end = tokenizer.eos_id if config.data.document_mask else None
     engine = make_engine(config.health.timeout_s)
     try:
-        engine.build(
-            lambda: Transformer(config.model, config.data.seq_len, document_end=end), config.training, optimizer=None
-        )
+        with Undrawn():
+            engine.build(
+                lambda: Transformer(config.model, config.data.seq_len, document_end=end), config.training, None
+            )
         with naming_others(path, folder):
             files = [file.path for file in reader.tensor_files()]
             if problems := reader.load(engine.to_fill(optimizer=False), files):

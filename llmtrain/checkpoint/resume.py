@@ -61,6 +61,11 @@ def choose_checkpoint(
     return newest_good(path, warn, open_one) if committed_steps(path) else open_one(find_checkpoint(path))
 
 
+def brings_weights(run_dir: Path, resume: str) -> bool:
+    """Whether `choose_checkpoint` opens one, or raises, whatever it finds; before anything is fetched from a store."""
+    return bool(committed_steps(run_dir)) if resume == "auto" else resume != "never"
+
+
 def _went_on_before(path: Path, run_dir: Path, step: int) -> str:
     if path.resolve().parent == run_dir.resolve():
         newest = step_folder(run_dir, step).name

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import signal
-import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -231,7 +231,7 @@ def _leave_stopping_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-_loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+_loaders = set[Any]()  # that have workers
 
 
 @atexit.register
@@ -241,10 +241,33 @@ def _end_workers() -> None:
         loader._shutdown_workers()
 
 
-def _raise_error(item: Tokens_BS | LlmtrainError) -> Tokens_BS:
-    if isinstance(item, LlmtrainError):
-        raise item
-    return item
+def _from_workers(windows: WindowSet, sampler: ResumableDistributedSampler, workers: int) -> Iterator[Tokens_BS]:
+    """Yield what is gathered in other processes; they end with this generator.
+
+    They are told to by queues, which would be closed already where a loader is found in a cycle of garbage; so it is
+    never in one.
+    """
+    # batch_size=None: the sampler's items are whole micro-batches already.
+    pinned = torch.cuda.is_available()
+    items: Any = iter(
+        DataLoader(
+            _MapStyle(windows),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=_leave_stopping_to_the_parent,
+        )
+    )
+    _loaders.add(items)
+    try:
+        for item in items:
+            if isinstance(item, LlmtrainError):
+                raise item
+            yield item
+    finally:
+        items._shutdown_workers()
+        _loaders.discard(items)
 
 
 def batches(
@@ -256,24 +279,7 @@ def batches(
     a worker takes hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
     """
     sampler = ResumableDistributedSampler(windows, layout, order, position)
-    loader: Iterator[Tokens_BS]
-    if workers:
-        # batch_size=None: the sampler's items are whole micro-batches already.
-        pinned = torch.cuda.is_available()
-        items = iter(
-            DataLoader(
-                _MapStyle(windows),
-                sampler=sampler,
-                batch_size=None,
-                num_workers=workers,
-                pin_memory=pinned,
-                worker_init_fn=_leave_stopping_to_the_parent,
-            )
-        )
-        _loaders.add(items)
-        loader = map(_raise_error, items)
-    else:
-        loader = map(windows.gather, sampler)
+    loader: Iterator[Tokens_BS] = _from_workers(windows, sampler, workers) if workers else map(windows.gather, sampler)
     loader = reading(loader)
     counts, padding = None, None
     if isinstance(windows, PackedWindows):
@@ -335,18 +341,31 @@ def inputs_and_targets(
     Returns:
         (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
     """
-    if device.type == "cpu":
-        values = tokens.numpy().astype(np.int64)  # numpy's calls take half the time of torch's
-        inputs, targets = torch.from_numpy(values[:, :-1]), torch.from_numpy(values[:, 1:])
+    if device.type == "cpu":  # numpy's calls take half the time of torch's
+        ids = tokens.numpy()
+        if padding is None:
+            wide = torch.from_numpy(ids.astype(np.int64))
+            inputs, targets = wide[:, :-1], wide[:, 1:]
+        else:
+            target_ids = ids[:, 1:].astype(np.int64)
+            for row, end in zip(target_ids, _ends_of_targets(ids, padding), strict=True):
+                row[end:] = IGNORE_INDEX
+            inputs, targets = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(target_ids)
     else:
         wide = tokens.to(device).long()
         inputs, targets = wide[:, :-1], wide[:, 1:]
-    if padding is not None:
-        is_padding = (inputs == padding) & (targets == padding)
-        is_run = is_padding.flip(1).cumprod(1).flip(1).bool()  # and all that follows is, too
-        targets = targets.masked_fill(is_run, IGNORE_INDEX)
+        if padding is not None:
+            is_padding = (inputs == padding) & (targets == padding)
+            is_run = is_padding.flip(1).cumprod(1).flip(1).bool()  # and all that follows is, too
+            targets = targets.masked_fill(is_run, IGNORE_INDEX)
     missing = rows - tokens.shape[0]
     if missing:
         inputs = torch.nn.functional.pad(inputs, (0, 0, 0, missing))
         targets = torch.nn.functional.pad(targets, (0, 0, 0, missing), value=IGNORE_INDEX)
     return inputs, targets
+
+
+def _ends_of_targets(rows: npt.NDArray[np.integer[Any]], padding: int) -> list[int]:
+    """For each row of ids the number of its targets, which are row[1:] up to the first of the run that ends it."""
+    width, is_other = rows.shape[1], (rows != padding).tobytes()
+    return [max(is_other.rfind(1, at, at + width) + 1, at) - at for at in range(0, rows.size, width)]

@@ -5,10 +5,11 @@ are gathered in one call. Of anything larger every row is one `pread` into its p
 
 - takes a page of page tables (4 KB of each process) for every 2 MB that a row was ever read from: over an epoch of
   20 TB they grow to 40 GB; and the kernel allows 65,530 of them;
-- reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row;
+- reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row: good
+  for a stream that soon lies there whole, 300 times as slow for one that does not;
 - ends the process by SIGBUS where a file was cut off, so its size is asked for before each use.
 
-So memory does not grow with the stream, nor with what was read of it, beyond 128 MB: a few numbers for each file, and
+So memory does not grow with the stream, nor with what was read of it, beyond 8 MB: a few numbers for each file, and
 at most `OPEN_FILES` of them open.
 """
 
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from llmtrain.errors import CorruptError, LlmtrainError, UserError
 
-MAPPED_BYTES = 1 << 36  # 128 MB of page tables, were all of it read
+MAPPED_BYTES = 1 << 32  # which the page cache may well hold; 8 MB of page tables, were all of it read
 OPEN_FILES = 256  # of each stream; a mixture has several
 _WANTED_FILES = 1 << 16
 Ids = npt.NDArray[np.integer[Any]]
@@ -90,7 +91,7 @@ class RowReader:
         return rows
 
     def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
-        """Fill rows of equal length with the ids from each start on.
+        """Fill rows, of whatever lengths, with the ids from each start on.
 
         Raises:
             CorruptError: a file is gone, was cut off or cannot be read.
@@ -100,12 +101,13 @@ class RowReader:
             return
         if not rows:
             return
-        length = len(rows[0])
         if rows[0].dtype != self.dtype:  # beside a source of wider ids
-            for row, ids in zip(rows, self.rows(np.array(starts), length), strict=True):
+            own = [np.empty(len(row), self.dtype) for row in rows]
+            self.fill(own, starts)
+            for row, ids in zip(rows, own, strict=True):
                 row[:] = ids
             return
-        numbers, places = self._places(np.array(starts), length)
+        numbers, places = self._places(np.array(starts), np.array([len(row) for row in rows]))
         for row, start, number, place in zip(rows, starts, numbers, places, strict=True):
             opened = self._open.get(number)
             if opened is None or not _is_read(opened.descriptor, row, place):
@@ -124,14 +126,14 @@ class RowReader:
             else:
                 self.read_into(row, start)
 
-    def _places(self, starts: Int64s, length: int) -> tuple[list[int], list[int]]:
+    def _places(self, starts: Int64s, lengths: Int64s) -> tuple[list[int], list[int]]:
         """For each start the number of the file that has all of its row, or -1, and the byte in it."""
         if self._plain is None:
             return [-1] * len(starts), [0] * len(starts)
         first, begin, after = self._plain
         numbers = np.searchsorted(after, starts, "right")
         places = (starts - first[numbers]) * self.dtype.itemsize + begin[numbers]
-        numbers[starts + length > after[numbers]] = -1
+        numbers[starts + lengths > after[numbers]] = -1
         return numbers.tolist(), places.tolist()
 
     def read_into(self, row: Ids, start: int) -> None:

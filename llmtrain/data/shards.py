@@ -282,7 +282,7 @@ class TokenStream:
         return rows
 
     def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
-        """Fill rows of equal length with the tokens from each start on; ids not checked.
+        """Fill rows, of whatever lengths, with the tokens from each start on; ids not checked.
 
         Raises:
             CorruptError: a shard is gone or was cut off.
