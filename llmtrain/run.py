@@ -87,7 +87,7 @@ class Run:
         self.meter.load_state(self.progress.meter)
         self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
         self.store = self._make_store(own_step(self.dir, self.resumed_from))
-        self.saving = Saving(self.store, self.engine, self._now)
+        self.saving = Saving(self.store, self.engine, self._now, lambda at: self.progress.not_saved(at))  # noqa: PLW0108
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
@@ -332,11 +332,11 @@ class Run:
         self._settle()
         self._report_saves()
         self._now("going back")
-        left, launches = self.progress.step, self.progress.launches
+        left, launches, origin = self.progress.step, self.progress.launches, self.progress.started_from
         reader = self._load(lambda open_one: newest_good(self.dir, self.observer.warn, open_one, before=stretch.step))
         if reader is None:
             raise DivergedError(self.guard.diagnosis(f"there is no checkpoint from before step {stretch.step:,}"))
-        self.progress.launches = launches
+        self.progress.launches, self.progress.started_from = launches, origin
         self.guard.go_back(stretch, self.progress.step, self.progress.guard, left)
         self._plan()
         self.meter.load_state(self.progress.meter)
@@ -422,11 +422,11 @@ class Run:
         self.peers.progress(self.progress.step + 1, "between steps")
         self._report_saves()
         self.stopping.hear(self.store.has_failed)
-        step, stop_after = self.progress.step, self.config.training.stop_after
+        self.peers.progress(self.progress.step + 1, "between steps")  # nothing is asked any more: see Profiler
         if reason := self.stopping.reason:
             raise self._stopped(reason)
-        if stop_after and step >= stop_after:
-            raise self._stopped(f"training.stop_after={stop_after}")
+        if (last := self.config.training.stop_after) and self.progress.step >= last:
+            raise self._stopped(f"training.stop_after={last}")
         if self.stopping.has_save_failed:
             self._settle()
 
@@ -496,4 +496,4 @@ class Run:
             for warning in self.mirror.news():
                 self.observer.warn(warning)
             outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
-            self.observer.close(outcome, self.stopping.has_time and not is_interrupted, ending(sys.exception()))
+            self.observer.close(outcome, 0.0 if is_interrupted else self.stopping.left_s, ending(sys.exception()))

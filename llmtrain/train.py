@@ -20,7 +20,7 @@ from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batches import Batch, inputs_and_targets
 from llmtrain.demo import demo_config
 from llmtrain.engine import Engine, make_engine
-from llmtrain.errors import run_main
+from llmtrain.errors import LlmtrainError, run_main
 from llmtrain.health.agreement import leave, together
 from llmtrain.health.garbage import without_long_pauses
 from llmtrain.health.peers import Peers
@@ -130,9 +130,13 @@ def main(argv: list[str]) -> None:
         at_the_end.enter_context(peers.watched())
         if not args.dry_run:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
-        goes_on = together(engine, lambda: engine.rank == 0 and brings_weights(Path(config.run.dir), args.resume))
-        parts = assemble(config, engine, is_drawn=not engine.gather(goes_on)[0])
-        run = Run(parts, args.resume, peers, signals, None if args.dry_run else lock)
+        known = together(engine, lambda: engine.rank == 0 and brings_weights(Path(config.run.dir), args.resume))
+        goes_on = engine.gather(known)[0]
+        run = Run(
+            assemble(config, engine, is_drawn=not goes_on), args.resume, peers, signals, None if args.dry_run else lock
+        )
+        if goes_on and not run.resumed_from:
+            raise LlmtrainError(f"{config.run.dir}: its checkpoints have gone since the start; start again")
         if args.dry_run:
             dry_run(run)
         else:

@@ -58,7 +58,7 @@ def pointed(run_dir: Path, name: str) -> Path | None:
     if path.is_symlink():
         target = str(path.readlink())
     elif path.is_file():
-        target = path.read_text(encoding="utf-8").strip()
+        target = path.read_text(encoding="utf-8", errors="replace").strip()  # a damaged one leads nowhere
     else:
         return None
     folder = run_dir / Path(target).name  # never outside the run folder

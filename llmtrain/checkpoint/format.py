@@ -26,10 +26,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmtrain import __version__
 from llmtrain.checkpoint.folders import MARKER
 from llmtrain.checkpoint.tensor_files import write_files
 from llmtrain.checkpoint.tensor_reader import Wish, read_file
@@ -38,6 +39,7 @@ from llmtrain.data.staging import sync_path
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
 
+VERSION: Final = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -76,7 +78,7 @@ class CheckpointManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["llmtrain-checkpoint"] = "llmtrain-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1] = VERSION
     step: int
     engine: str
     world_size: int
@@ -136,6 +138,7 @@ class CheckpointReader:
 
     Raises:
         CorruptError: the manifest or a record is damaged, or names a file outside the folder.
+        UserError: the manifest is whole, and of a version that is not known.
     """
 
     def __init__(self, folder: Path):
@@ -144,6 +147,7 @@ class CheckpointReader:
         self.digest = hashlib.sha256(text.encode()).hexdigest()  # of the manifest, and so of the whole checkpoint
         if self.digest != _read_text(folder / MARKER).strip():
             raise CorruptError(f"{folder / MANIFEST}: differs from the hash in {MARKER}")
+        _refuse_unknown_version(folder, text)
         self.manifest = _parse(CheckpointManifest, folder / MANIFEST, text)
         for file in self.manifest.files:
             check_inside(folder, file.path, folder / MANIFEST)
@@ -274,6 +278,20 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: cannot be read: {error}") from error
+
+
+def _refuse_unknown_version(folder: Path, manifest: str) -> None:
+    """Not as damage: a run would go back, and put aside what another llmtrain can read."""
+    try:
+        content = json.loads(manifest)
+    except (ValueError, RecursionError):
+        return  # what is wrong then is said when it is parsed
+    version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
+    if version != VERSION:
+        raise UserError(
+            f"{folder}: a checkpoint of format version {version}, written by llmtrain "
+            f"{content.get('llmtrain_version')}; llmtrain {__version__} reads version {VERSION}: take the other one"
+        )
 
 
 def _parse(kind: type[_Model], path: Path, text: str) -> _Model:

@@ -26,6 +26,7 @@ class Progress:
     unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
     guard: dict[str, Any] = field(default_factory=dict)  # what the divergence policy remembers
+    before_best: tuple[float | None, int | None] = (None, None)  # best loss and step until then; not written
 
     def advance(self, position: int, targets: int) -> None:
         """Count one optimizer step."""
@@ -46,9 +47,17 @@ class Progress:
         better = math.isfinite(loss) and (self.best_val_loss is None or loss < self.best_val_loss)
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         if better:
+            self.before_best = self.best_val_loss, self.best_step
             self.best_val_loss, self.best_step = loss, self.step
         return better
 
+    def not_saved(self, step: int) -> None:
+        """No checkpoint came of this step; was it the best, that is again the one before, which is on the disk."""
+        if step == self.best_step:
+            self.best_val_loss, self.best_step = self.before_best
+
     def to_dict(self) -> dict[str, Any]:
         """For `state.json`."""
-        return asdict(self)
+        content = asdict(self)
+        del content["before_best"]
+        return content

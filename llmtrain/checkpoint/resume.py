@@ -62,8 +62,11 @@ def choose_checkpoint(
 
 
 def brings_weights(run_dir: Path, resume: str) -> bool:
-    """Whether `choose_checkpoint` opens one, or raises, whatever it finds; before anything is fetched from a store."""
-    return bool(committed_steps(run_dir)) if resume == "auto" else resume != "never"
+    """Whether `choose_checkpoint` opens one, or raises, whatever it finds; before anything is fetched from a store.
+
+    A PATH says nothing by itself: it may be that of the run's own folder, which is still empty.
+    """
+    return resume != "never" and bool(committed_steps(run_dir))
 
 
 def _went_on_before(path: Path, run_dir: Path, step: int) -> str:

@@ -19,10 +19,13 @@ class Saving:
         store: what writes.
         engine: whose state is saved.
         mark: notes what the loop waits for, so that a rank whose storage hangs can be told from those that wait for it.
+        not_saved: told the step of a save that failed.
     """
 
-    def __init__(self, store: CheckpointStore, engine: Engine, mark: Mark = lambda _: None):
-        self._store, self._engine, self._mark = store, engine, mark
+    def __init__(
+        self, store: CheckpointStore, engine: Engine, mark: Mark, not_saved: Callable[[int], None] = lambda _: None
+    ):
+        self._store, self._engine, self._mark, self._not_saved = store, engine, mark, not_saved
         self._failures = 0
 
     def settle(self, warn: Callable[[str], None], forgiven: int = 1) -> bool:
@@ -38,11 +41,14 @@ class Saving:
         if not self._store.is_under_way:
             return True
         self._mark("writing a checkpoint")
+        step = self._store.saved_step
         failure = self._store.settle(self._engine, lambda: self._mark("waiting for what other ranks write"))
         if failure is None:
             self._failures = 0
             return True
         self._failures += 1
+        if step is not None and self._store.saved_step != step:  # else it failed once it was committed
+            self._not_saved(step)
         if self._failures > forgiven:
             error = UserError(
                 f"{failure}; the second save in a row that failed; earlier checkpoints are intact: mend it, and the "

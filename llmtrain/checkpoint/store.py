@@ -99,13 +99,13 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
     for path in sorted(run_dir.glob("step-*.partial-*")):  # nobody else fetches into it while we hold its lock
         warn(f"{path}: a fetch that was cut short, on this host or another; removed")
         _remove(path, warn)
-    for path in sorted(run_dir.glob("step-*")):
-        if not path.name[5:].isdigit():
-            continue
+    folders = [path for path in sorted(run_dir.glob("step-*")) if path.name[5:].isdigit()]
+    for path in folders:  # before anything is changed
         if path.is_symlink() and not path.exists():
             raise UserError(
                 f"{path}: leads to {path.readlink()}, which is not there; mount its disk, or delete the link"
             )
+    for path in folders:
         if not is_committed(path):
             warn(f"{path}: an unfinished checkpoint; removed")
             _remove(path, warn)

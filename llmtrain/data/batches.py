@@ -237,7 +237,7 @@ _loaders = set[Any]()  # that have workers
 @atexit.register
 def _end_workers() -> None:
     """Of loaders that an error still holds: what multiprocessing does next is to wait for them after such a signal."""
-    for loader in _loaders:
+    for loader in list(_loaders):  # some may end meanwhile
         loader._shutdown_workers()
 
 

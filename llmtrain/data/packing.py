@@ -85,11 +85,16 @@ class PackedWindows:
         self._digest = _digest(pieces.begins, pieces.lengths, self._first)
         # What is read of each piece. What opens and what closes a document stands in the row already, also where the
         # stream has none; of a piece that does not open one, the token before its first target is read too.
-        before = ~pieces.open
-        in_window = _sums_before(pieces.lengths) - np.repeat(_sums_before(self._fills), np.diff(self._first))
-        self._starts = pieces.begins - before  # in the stream
-        self._places = (1 + in_window - before).astype(np.int32)  # in the row
-        self._lengths = pieces.lengths - pieces.close + before
+        del parts, counts, fills  # as large as all that follows
+        places = _sums_before(pieces.lengths)
+        places -= np.repeat(_sums_before(self._fills), np.diff(self._first))
+        places += pieces.open
+        self._places = places.astype(np.int32)  # in the row
+        del places
+        self._starts, self._lengths = pieces.begins, pieces.lengths  # in the stream
+        self._starts -= ~pieces.open
+        self._lengths -= pieces.close
+        self._lengths += ~pieces.open
 
     def __len__(self) -> int:
         return len(self._fills)
@@ -151,7 +156,8 @@ def _digest(*columns: npt.NDArray[np.integer[Any]]) -> str:
 
 def _sums_before(values: npt.NDArray[np.integer[Any]]) -> Int64s:
     sums = np.cumsum(values, dtype=np.int64)
-    return sums - values
+    sums -= values
+    return sums
 
 
 def cut(bounds: Int64s, closed: Bools, seq_len: int) -> Pieces:

@@ -6,7 +6,7 @@ are gathered in one call. Of anything larger every row is one `pread` into its p
 - takes a page of page tables (4 KB of each process) for every 2 MB that a row was ever read from: over an epoch of
   20 TB they grow to 40 GB; and the kernel allows 65,530 of them;
 - reads 128 KB around what is not in the page cache, where `pread` of scattered rows reads the pages of the row: good
-  for a stream that soon lies there whole, 300 times as slow for one that does not;
+  for a stream that soon lies there whole, and slow by far for one that does not;
 - ends the process by SIGBUS where a file was cut off, so its size is asked for before each use.
 
 So memory does not grow with the stream, nor with what was read of it, beyond 8 MB: a few numbers for each file, and

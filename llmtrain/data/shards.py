@@ -289,14 +289,6 @@ class TokenStream:
         """
         self._reader.fill(rows, starts)
 
-    def read_into(self, row: Ids, start: int) -> None:
-        """Fill a row with the tokens from `start` on, across shard boundaries; ids not checked.
-
-        Raises:
-            CorruptError: a shard is gone or was cut off.
-        """
-        self._reader.read_into(row, start)
-
     def has_wrong_id(self, rows: Ids) -> bool:
         """Whether an id is outside the vocabulary: one pass over a few kilobytes that are in the cache already.
 

@@ -50,13 +50,6 @@ class Stopping:
             self._heard_at = self._signals.received_at or time.monotonic()
 
     @property
-    def has_time(self) -> bool:
-        """Whether there is time for what may as well be left undone: no signal yet, or most of the grace is left."""
-        if self.reason is None or self._grace_s is None:
-            return True
-        return time.monotonic() - self._heard_at < self._grace_s / 2
-
-    @property
     def left_s(self) -> float:
         """Seconds of the grace that are left; infinite where nothing ends it.
 

@@ -15,8 +15,9 @@ _OF_CONSTRUCTORS = (nn.init.uniform_, nn.init.kaiming_uniform_)
 class Undrawn(TorchFunctionMode):
     """Within it `torch.nn.init` draws nothing, which for 355M values takes seconds on a CPU.
 
-    `normal_`, from which `Transformer.init_weights` has all matrices, puts NaN in their place: a value that nothing
-    overwrites shows in the first loss. What only the constructors of torch's modules draw is left out.
+    `normal_`, from which `Transformer.init_weights` has all matrices but an untied head, puts NaN in their place: were
+    a checkpoint to leave one out, which reading it refuses, it would show in the first loss. What only the constructors
+    of torch's modules draw is left out.
     """
 
     def __torch_function__(

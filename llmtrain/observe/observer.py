@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +18,9 @@ from llmtrain.observe.metrics import RECORDS, MetricsLog
 from llmtrain.observe.record import Record
 from llmtrain.observe.sinks import Sink, open_sinks
 from llmtrain.observe.watch import Watch
+
+_PLOTS_S = 10.0  # so much must be left of the grace to draw them
+_LEAST_S = 1.0  # for sinks, also where a run is interrupted
 
 
 class NullObserver:
@@ -46,7 +51,7 @@ class NullObserver:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Have nothing to go on from."""
 
-    def close(self, outcome: str, draws: bool = True, end: dict[str, Any] | None = None) -> None:
+    def close(self, outcome: str, left_s: float = math.inf, end: dict[str, Any] | None = None) -> None:
         """Have nothing to close."""
 
 
@@ -156,9 +161,10 @@ class Observer(NullObserver):
                 "lost or edited, and the curves with them; the weights are not concerned"
             )
 
-    def close(self, outcome: str, draws: bool = True, end: dict[str, Any] | None = None) -> None:
+    def close(self, outcome: str, left_s: float = math.inf, end: dict[str, Any] | None = None) -> None:
         """Finish all files, draw the last plots where there is time, say how the run ended and where its curves are.
 
+        `left_s` is what is left until this process is killed; sinks, which may wait for a network, get half of it.
         `end` (see `provenance.ending`) goes into run.json, where the launch ends.
 
         To be called however the run ends. Never raises, so that a full disk cannot hide why the run ended; a second
@@ -172,12 +178,23 @@ class Observer(NullObserver):
             self._attempt("run.json does not say how the launch ended", lambda: note_end(self._launches_path, end))
         if self._samples:
             self._attempt("the last samples could not be written", self._samples.close)
-        if self._plotter and draws:
+        if self._plotter and left_s > _PLOTS_S:
             self._attempt("the plots could not be drawn", self._plotter.draw)
-        self._to_sinks(lambda sink: sink.close())
+        self._close_sinks(max(left_s / 2, _LEAST_S))
         curves = "".join(f"\ncurves: {path}" for path in self._plotter.pictures) if self._plotter else ""
         with contextlib.suppress(OSError):  # nobody reads our output any more
             self._console.close(outcome + curves)
+
+    def _close_sinks(self, within_s: float) -> None:
+        if within_s == math.inf:
+            self._to_sinks(lambda sink: sink.close())
+            return
+        names = ", ".join(type(sink).__name__ for sink in self._sinks)
+        closing = threading.Thread(target=self._to_sinks, args=(lambda sink: sink.close(),), daemon=True)
+        closing.start()
+        closing.join(within_s)
+        if closing.is_alive():
+            self.warn(f"{names}: not closed within {within_s:.0f} s; the last records may be missing there")
 
     def _to_sinks(self, action: Callable[[Sink], None]) -> None:
         """Do `action` with every sink; one that fails is left out from now on."""

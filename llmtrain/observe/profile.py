@@ -62,18 +62,20 @@ class Profiler:
         self._profile: profile | None = None
         self._seconds: dict[str, float] = {}
         self._steps, self._has_all = 0, False
+        self._told = ""  # the phase
         self._phase, self._since = "", 0.0
 
     def moved_on(self, step: int, phase: str) -> None:
         """The loop comes to a phase of a step; a step begins with "between steps".
 
-        An exchange that is asked for before the update is answered between steps, so the profile is stopped at the next
-        phase. gloo's threads note the end of an exchange where its beginning was noted: in memory that `stop` frees
-        (torch 2.13; two processes that stopped earlier crashed after some thousand times).
+        An exchange that is asked for before the update is answered between steps; that phase is told of once more then,
+        and the profile stopped. gloo's threads note the end of an exchange where its beginning was noted: in memory
+        that `stop` frees (torch 2.13; two processes that stopped earlier crashed after some thousand times).
         """
         if self._profile and self._has_all:
             self._end()
-        if phase == "between steps":
+        is_new_step, self._told = phase == "between steps" and self._told != phase, phase
+        if is_new_step:
             if self._profile and self._steps == self._section.steps:
                 self._change_to("")
                 self._has_all = True

@@ -11,7 +11,8 @@ import pytest
 
 from llmtrain import train
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import committed_steps
+from llmtrain.checkpoint.folders import BEST, committed_steps, pointed, step_folder
+from llmtrain.checkpoint.progress import Progress
 from llmtrain.observe.observer import Observer
 from llmtrain.run import Run
 
@@ -28,10 +29,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
     return seen
 
 
-def run(config: dict[str, Any], folder: Path) -> None:
+def run(config: dict[str, Any], folder: Path, eval_every: int | None = None) -> None:
     """Twelve steps, a record of each, a save after every fourth."""
     config |= {"logging": {"every": 1, "plots": False}, "checkpoint": {"save_every": 4, "keep_last": 9}}
-    config["training"] |= {"max_steps": 12, "eval_every": None}
+    config["training"] |= {"max_steps": 12, "eval_every": eval_every}
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     train.main(["--config", str(path)])
@@ -67,14 +68,17 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_tried_again(
     config_dict: dict[str, Any], tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has failed by the time that step 5 asks; so it is told before step 6."""
-    write, ask = fmt.write_rank, Run.ask
+    write, ask, step_5_asks = fmt.write_rank, Run.ask, threading.Event()
 
     def fails_once(folder: Path, *arguments: Any) -> None:
         if folder.name == "step-00000004":
+            assert step_5_asks.wait(60)
             raise OSError(5, "Input/output error")
         write(folder, *arguments)
 
     def once_it_has_ended(self: Run) -> None:
+        if self.store.is_under_way:
+            step_5_asks.set()
         self.store.join()
         ask(self)
 
@@ -87,3 +91,23 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_tried_again(
     assert events[index - 1] == ("record", 5) and events[index + 1] == ("record", 6)
     assert "saving step 4 failed: Input/output error; earlier checkpoints are intact" in str(text)
     assert committed_steps(tmp_path / "run") == [8, 12]
+
+
+def test_a_best_whose_save_fails_is_not_the_best(
+    config_dict: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is better than the one on the disk is the best then, though it is worse than what was lost."""
+    write, losses = fmt.write_rank, {4: 3.0, 8: 2.0, 12: 2.5}
+    validated = Progress.validated
+
+    def fails_once(folder: Path, *arguments: Any) -> None:
+        if folder.name == "step-00000008":
+            raise OSError(5, "Input/output error")
+        write(folder, *arguments)
+
+    monkeypatch.setattr(fmt, "write_rank", fails_once)
+    monkeypatch.setattr(Progress, "validated", lambda self, _: validated(self, losses[self.step]))
+    run(config_dict, tmp_path, eval_every=4)
+    assert pointed(tmp_path / "run", BEST) == step_folder(tmp_path / "run", 12)
+    state = json.loads((step_folder(tmp_path / "run", 12) / fmt.STATE).read_text())
+    assert (state["best_val_loss"], state["best_step"]) == (2.5, 12) and "before_best" not in state

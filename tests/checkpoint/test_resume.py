@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 import llmtrain.train
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import FINAL, committed_steps, pointed, step_folder
+from llmtrain.checkpoint.folders import FINAL, MARKER, committed_steps, pointed, step_folder
 from llmtrain.config import make_config
 from llmtrain.errors import Stopped, UserError
 from llmtrain.optim.schedule import make_schedule
@@ -79,6 +80,29 @@ def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(da
     with pytest.raises(UserError, match="its state is of another version of llmtrain"):
         train(data, run_dir, "training.max_steps=40")
     assert committed_steps(run_dir) == [10, 20, 30]
+    manifest = json.loads((newest / fmt.MANIFEST).read_text())
+    text = json.dumps({**manifest, "version": 2, "llmtrain_version": "9.0"})
+    (newest / fmt.MANIFEST).write_text(text)
+    (newest / MARKER).write_text(hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(UserError, match=r"format version 2, written by llmtrain 9.0; llmtrain .* reads version 1"):
+        train(data, run_dir, "training.max_steps=40")
+    assert committed_steps(run_dir) == [10, 20, 30]
+
+
+def test_the_same_command_goes_on_also_after_a_rollback_to_where_it_began(
+    data: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a scheduler that repeats `--resume PATH` would throw away what was trained since, each time."""
+    start = step_folder(run_dir, 10)
+    begin = json.loads((start / fmt.STATE).read_text())["position"]
+    again = ("--resume", str(start), "health.max_skips=3", "health.spike_window=8")
+    monkeypatch.setattr("llmtrain.train.accumulate", faulty(dict.fromkeys(range(begin, begin + 24), "nan loss")))
+    with pytest.raises(Stopped):
+        train(data, run_dir, *again, "training.stop_after=25")
+    assert json.loads((step_folder(run_dir, 25) / fmt.STATE).read_text())["guard"]["rollbacks"] == 1
+    aside = sorted(run_dir.glob("*.aside-*"))
+    train(data, run_dir, *again)
+    assert sorted(run_dir.glob("*.aside-*")) == aside and committed_steps(run_dir)[-1] == 30
 
 
 def test_a_checkpoint_from_before_head_dim_was_a_key_goes_on(data: Path, run_dir: Path) -> None:

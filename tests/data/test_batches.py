@@ -162,8 +162,13 @@ def test_a_process_that_ends_by_an_error_does_not_wait_for_its_workers(tmp_path:
     assert done.stderr.endswith("RuntimeError: a bug of ours\n")
 
 
+def children() -> set[int | None]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_the_same_one_line_as_without(tmp_path: Path) -> None:
+    before = children()
     windows = Windows(stream_of(tmp_path, 1000, shard_tokens=1000), 10, 10)
     np.full(1000, 1000, "<u2").tofile(tmp_path / "train-00000.bin")
     for workers in (0, 2):
@@ -171,22 +176,23 @@ def test_an_error_in_a_worker_is_the_same_one_line_as_without(tmp_path: Path) ->
             consumed(windows, Layout(len(windows), 8, 4), 0, 1, workers=workers)
         assert str(error.value).startswith(f"{tmp_path / 'train-00000.bin'}: token id 1000 at position ")
         assert "\n" not in str(error.value)
-        assert not multiprocessing.active_children(), "what the error holds is done with"
+        assert not children() - before, "what the error holds is done with"
 
 
 @pytest.mark.slow
 def test_workers_end_with_what_reads_from_them_also_in_a_cycle_of_garbage(tmp_path: Path) -> None:
     """Torch tells them by queues that the collector has closed by then; what it tries next they do not obey."""
+    before = children()
     windows = Windows(stream_of(tmp_path, 1000, shard_tokens=1000), 10, 10)
     for in_a_cycle in (False, True):
         stream = batches(windows, Layout(len(windows), 8, 4), plain_order(len(windows), 5), position=0, workers=2)
         held: list[object] = [next(next(stream).micro_batches()), stream]
-        assert len(multiprocessing.active_children()) == 2
+        assert len(children() - before) == 2
         if in_a_cycle:
             held.append(held)
         del stream, held
         gc.collect()
-        assert not multiprocessing.active_children()
+        assert not children() - before
 
 
 def test_the_sampler_is_a_distributed_sampler_that_starts_anywhere(tmp_path: Path) -> None:

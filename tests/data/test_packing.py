@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrain.data import reading
 from llmtrain.data.batches import Layout, batches, inputs_and_targets, plain_order
 from llmtrain.data.documents import document_end, document_groups
 from llmtrain.data.packing import PackedWindows, pack
@@ -55,15 +56,19 @@ def packed(data: TokenDataset, seq_len: int, group: int = 1 << 17) -> PackedWind
     shard=st.integers(1, 50),
     group=st.integers(1, 70),
     last=st.sampled_from(["closed", "ended", "open"]),
+    is_mapped=st.booleans(),
 )
 def test_every_token_of_every_document_is_a_target_once_behind_what_came_before_it(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, shard: int, group: int, last: str
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, shard: int, group: int, last: str,
+    is_mapped: bool,
+) -> None:  # fmt: skip
     if lengths == [1] and last != "open":
         return  # there is not one target
     data = dataset(tmp_path_factory.mktemp("p") / "data", lengths, shard, last)
     stream = data.split("train").gather(np.array([0]), sum(lengths))[0].tolist()
-    windows = packed(data, seq_len, group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "MAPPED_BYTES", 1 << 32 if is_mapped else 0)
+        windows = packed(data, seq_len, group)
     ids = np.arange(len(windows))
     rows = windows.gather(ids)
     assert rows.shape == (len(windows), seq_len + 1)

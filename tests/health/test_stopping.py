@@ -71,7 +71,7 @@ def test_without_a_signal_there_is_all_the_time(signals: StopSignals, clock: lis
     agree(here, there)
     clock[0] += 1e6
     for rank in (here, there):
-        assert rank.reason is None and rank.has_time and rank.left_s == math.inf
+        assert rank.reason is None and rank.left_s == math.inf
         assert rank.too_short_for(1e9) is None
 
 
@@ -87,16 +87,6 @@ def test_the_grace_runs_from_the_signal_and_not_from_when_it_was_heard_of(
     assert (here.left_s, there.left_s) == (70.0, 120.0)
     clock[0] += 100.0
     assert (here.left_s, there.left_s) == (0.0, 20.0), "never negative"
-
-
-def test_what_may_be_left_undone_gets_half_of_the_grace(signals: StopSignals, clock: list[float]) -> None:
-    here, there = two(signals, 120.0)
-    os.kill(os.getpid(), signal.SIGUSR1)
-    agree(here, there)
-    clock[0] += 59.0
-    assert here.has_time
-    clock[0] += 1.0
-    assert not here.has_time
 
 
 @pytest.mark.parametrize(("took_s", "fits"), [(0.0, True), (30.0, True), (30.1, False)])
@@ -122,4 +112,4 @@ def test_null_is_any_grace(signals: StopSignals, clock: list[float]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     clock[0] += 1e6
     agree(here, there)
-    assert here.reason == "SIGTERM" and here.has_time and here.left_s == math.inf and here.too_short_for(1e9) is None
+    assert here.reason == "SIGTERM" and here.left_s == math.inf and here.too_short_for(1e9) is None

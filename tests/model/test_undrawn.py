@@ -25,9 +25,10 @@ def test_nothing_is_drawn_and_what_nothing_overwrites_is_no_number(config_dict: 
     for is_drawn in (True, False):
         engine = make_engine(60.0)
         torch.manual_seed(config.run.seed)
-        before = torch.get_rng_state()
+        state = torch.cuda.get_rng_state if engine.device.type == "cuda" else torch.get_rng_state
+        before = state()
         assemble(config, engine, is_drawn=is_drawn)
-        assert torch.equal(before, torch.get_rng_state()) == (not is_drawn)
+        assert torch.equal(before, state()) == (not is_drawn)
         found.append({fragment.name: fragment.values for fragment in engine.to_fill(optimizer=False)})
         engine.close()
     drawn, undrawn = found
@@ -47,7 +48,8 @@ def test_nothing_is_drawn_and_what_nothing_overwrites_is_no_number(config_dict: 
         ("auto", "run", False),
         ("auto", "other", True),
         ("never", "other", True),
-        ("{run}", "other", False),
+        ("{run}", "other", True),
+        ("{other}", "other", True),
         ("{step}", "run", False),
     ],
 )
@@ -66,6 +68,6 @@ def test_only_a_new_run_draws(
     run_dir = trained_run if folder == "run" else tmp_path / "other"
     config = tmp_path / "config.yaml"
     config.write_text((trained_run / "config.yaml").read_text())
-    start = resume.format(run=trained_run, step=step_folder(trained_run, 10))
+    start = resume.format(run=trained_run, other=run_dir, step=step_folder(trained_run, 10))
     main(["--config", str(config), "--resume", start, "--dry-run", f"run.dir={run_dir}"])
     assert drew == [is_drawn]

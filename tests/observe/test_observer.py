@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -138,6 +139,20 @@ def test_a_sink_that_fails_costs_a_warning_and_not_the_run(tmp_path, observe, ma
     err = capsys.readouterr().err
     assert err == "warning: BrokenSink failed and gets no more records: ConnectionError: the service is down\n"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sink_that_does_not_close_gets_half_of_what_is_left_until_the_end(tmp_path, observe, make_record, capsys):
+    """Or a run that is told to stop is killed while its sink waits for a network, and not started again."""
+    never = threading.Event()
+    slow = ListSink()
+    slow.close = never.wait
+    observer = observe(sinks=[slow], plots=True)
+    observer.log(make_record(1))
+    observer.close("stopped", left_s=2.0)
+    captured = capsys.readouterr()
+    assert captured.err == "warning: ListSink: not closed within 1 s; the last records may be missing there\n"
+    assert captured.out.endswith("stopped\n") and not (tmp_path / "training_curve.png").exists()
+    never.set()
 
 
 def test_a_plot_that_fails_costs_a_warning_and_not_the_run(tmp_path, observe, make_record, capsys):

@@ -47,13 +47,14 @@ def test_a_profile_stops_only_when_what_was_asked_in_its_last_step_is_answered(
     result = tmp_path / "profile" / "rank00000.json"
     for step in (1, 2):
         profiler.moved_on(step, "between steps")
+        profiler.moved_on(step, "between steps")  # once the answer is taken
         profiler.moved_on(step, "data")
-    profiler.moved_on(3, "between steps")  # at the end of which the answer is taken
+    profiler.moved_on(3, "between steps")
     assert not result.exists()
-    profiler.moved_on(3, "data")
+    profiler.moved_on(3, "between steps")
     assert json.loads(result.read_text()) == {
         "first_step": 1,
         "steps": 2,
-        "ms_per_step": {"between steps": 1000, "data": 1000},
+        "ms_per_step": {"between steps": 2000, "data": 1000},
         "exchanges_ms_per_step": 0,
     }
