@@ -212,15 +212,6 @@ def peers(bench: Bench) -> dict[str, tuple[Action, Action | None]]:
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
     zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
 
-    def dcp_state() -> dict[str, Any]:
-        weights, moments = get_state_dict(model, optimizer)
-        return {"model": weights, "optimizer": moments}
-
-    def dcp_load(folder: Path) -> None:
-        state = dcp_state()
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
     return {
         "accelerate": (
             lambda folder: accelerator.save_state(str(folder)) and None,
@@ -230,8 +221,23 @@ def peers(bench: Bench) -> dict[str, tuple[Action, Action | None]]:
             lambda folder: zero.save_checkpoint(str(folder), tag="t") and None,
             lambda folder: zero.load_checkpoint(str(folder), tag="t") and None,
         ),
-        "DCP": (lambda folder: dcp.save(dcp_state(), checkpoint_id=folder) and None, dcp_load),
+        "DCP": dcp_contender(model, optimizer),
     }
+
+
+def dcp_contender(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Action, Action]:
+    """Torch's own, which cuts equal copies over the processes."""
+
+    def state() -> dict[str, Any]:
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments}
+
+    def load(folder: Path) -> None:
+        loaded = state()
+        dcp.load(loaded, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+
+    return lambda folder: dcp.save(state(), checkpoint_id=folder) and None, load
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ DDP is beside `accelerate.save_state` and DCP, ZeRO-3 beside DeepSpeed's own `sa
 model and AdamW state (float32, random). A time is that of the slower process, from a barrier to a barrier. What the
 columns mean is in benchmarks/checkpoint.py; `extra` is the most of any process, as a share of the part that it saves.
 
-Every load is checked: what a process saves of the state is zero before, and after it as it was.
+Every load is checked: what a process saves of the state is zero before, and after it as it was. Otherwise than in
+benchmarks/checkpoint.py optimizers keep their tensors for a load, of which whoever replaces them holds two for a while.
 """
 
 from __future__ import annotations
@@ -25,10 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from benchmarks.checkpoint import PeakMemory, drop_from_cache, files
+from benchmarks.checkpoint import PeakMemory, dcp_contender, drop_from_cache, files
 from benchmarks.common import ROOT, alternate, print_table, write_result
 from benchmarks.synthetic import write_random_data
 from llmtrain.assemble import Assembly, assemble
@@ -140,25 +139,15 @@ def llmtrain_contenders(bench: Bench) -> dict[str, Both]:
 
 
 def peers_of_ddp(bench: Bench) -> dict[str, Both]:
-    """`save_state`, by which rank 0 writes all, and DCP, which cuts equal copies over the processes."""
+    """`save_state`, by which rank 0 writes all, and DCP."""
     model, optimizer, accelerator = bench.engine._bare, bench.engine._optimizer, bench.engine._accelerator
     accelerator.prepare_optimizer(optimizer)
-
-    def state() -> dict[str, Any]:
-        weights, moments = get_state_dict(model, optimizer)
-        return {"model": weights, "optimizer": moments}
-
-    def load(folder: Path) -> None:
-        loaded = state()
-        dcp.load(loaded, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-
     return {
         "accelerate": (
             lambda folder: accelerator.save_state(str(folder)) and None,
             lambda folder: accelerator.load_state(str(folder)),
         ),
-        "DCP": (lambda folder: dcp.save(state(), checkpoint_id=folder) and None, load),
+        "DCP": dcp_contender(model, optimizer),
     }
 
 
