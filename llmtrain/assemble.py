@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -106,18 +106,21 @@ class Assembly:
         return flops_per_token(self.config.model, length)
 
 
-def assemble(config: RunConfig, engine: Engine, *, is_drawn: bool = True) -> Assembly:
+def assemble(
+    config: RunConfig, engine: Engine, *, is_drawn: bool = True, is_told: Callable[[], bool] = lambda: False
+) -> Assembly:
     """Open the data, resolve the config against it and this machine, let the engine build a fresh model.
 
     Args:
         config: as it was read.
         engine: what is to run it.
         is_drawn: give the weights their first values; not where a checkpoint brings all of them.
+        is_told: whether this rank was told to stop, which is asked while data are fetched.
 
     Raises:
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
-    folders = patiently(engine, lambda: fetch_data(config.data))
+    folders = patiently(engine, lambda: fetch_data(config.data), is_told)
     data, config, train, val = together(engine, lambda: _open(folders, config, engine))
     sets = together(engine, lambda: data.set_windows(config.data.seq_len))
     packing = train.digest() if isinstance(train, PackedWindows) else ""

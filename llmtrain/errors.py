@@ -6,11 +6,13 @@ traceback.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import platform
 import select
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,11 @@ from llmtrain import __version__
 
 DEBUG = "--debug"  # shows tracebacks of foreseen ends, too; every verb takes it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_WHAT_TO_DO = {  # about an error of the file system that nobody closer to it has made a line of
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is open to you, or open it"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the same command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "mend the storage, and run the same command again"),
+}
 
 
 class LlmtrainError(Exception):
@@ -112,20 +119,20 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if not error.is_said:
             _say(error)
         return error.exit_code
-    except PermissionError as error:
-        if error.filename is None:
-            raise
-        if DEBUG in argv:
-            traceback.print_exception(error)
-        rank = f" (rank {os.environ['RANK']} on {platform.node()})" if "RANK" in os.environ else ""
-        _say(UserError(f"{error.filename}: {error.strerror}{rank}; choose a place that is open to you, or open it"))
-        return UserError.exit_code
     except BrokenPipeError:
         if not _has_lost_its_reader(sys.stdout):
             raise  # a connection
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None or error.errno not in _WHAT_TO_DO:
+            raise
+        if DEBUG in argv:
+            traceback.print_exception(error)
+        rank = f" (rank {os.environ['RANK']} on {platform.node()})" if "RANK" in os.environ else ""
+        _say(UserError(f"{error.filename}: {error.strerror}{rank}; {_WHAT_TO_DO[error.errno]}"))
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("llmtrain: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -155,6 +162,13 @@ def end_at_once(error: LlmtrainError) -> NoReturn:
     _say(error)
     _leave_exit_code(error.exit_code)
     os._exit(error.exit_code)
+
+
+def end_within(seconds: float, error: LlmtrainError) -> None:
+    """End the process by this error even if what it does until then hangs, on a disk that does not answer."""
+    timer = threading.Timer(seconds, end_at_once, [error])
+    timer.daemon = True
+    timer.start()
 
 
 def _say(error: LlmtrainError) -> None:

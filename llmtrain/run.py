@@ -16,7 +16,7 @@ import torch
 
 from llmtrain.assemble import Assembly, describe
 from llmtrain.checkpoint.claim import claim, naming_what_cannot_be_written
-from llmtrain.checkpoint.folders import FINAL
+from llmtrain.checkpoint.folders import BEST, FINAL
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.mending import mending
@@ -39,7 +39,7 @@ from llmtrain.data.batches import Batch, Windows, batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.engine import Outcome
-from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError
+from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError, end_within
 from llmtrain.health.agreement import patiently, together
 from llmtrain.health.divergence import Stretch
 from llmtrain.health.guard import Guard, first_skip
@@ -73,11 +73,11 @@ class Run:
         self.dir = Path(self.config.run.dir)
         for warning in parts.warnings:
             self._early_warning(warning)
-        resume = bring(self.engine, self.config, resume, lock)
+        self._is_told = signals.is_told  # on this rank, which the others may not know yet
+        resume = bring(self.engine, self.config, resume, lock, self._is_told)
         self.progress = Progress()
         self._changes: list[str] = []
-        timeout_s, is_told = self.config.health.timeout_s, self.stopping.is_told_here
-        self._restorer = Restorer(self.engine, timeout_s, is_told, CheckpointReader)
+        self._restorer = Restorer(self.engine, self.config.health.timeout_s, self._is_told, CheckpointReader)
         self.resumed_from = self._start_or_go_on(resume, lock)
         self.guard = Guard(self.config, self.dir, self.engine.rank)
         self.guard.load_state(self.progress.guard)
@@ -117,7 +117,7 @@ class Run:
             if resume != "auto":
                 self.progress.started_from = str(Path(resume).resolve())
         elif self.config.model.init_from:
-            load_weights(self.engine, self.config, self.parts.data, self.stopping.is_told_here)
+            load_weights(self.engine, self.config, self.parts.data, self._is_told)
         return reader
 
     def _find_rollbacks(self) -> None:
@@ -153,6 +153,7 @@ class Run:
             config.to_yaml(),
             data,
             saved_step=saved_step,
+            last_save_s=self.progress.save_s,
             on_saved=self.mirror.saved,
             is_needed=self.mirror.holds,
         )
@@ -175,9 +176,9 @@ class Run:
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""
         self.progress.launches += 1
-        warn, is_first = self._early_warning, self.engine.rank == 0
+        warn, is_first, is_told = self._early_warning, self.engine.rank == 0, self._is_told
         together(self.engine, lambda: claim(self.dir, lock, self.progress, warn) if is_first else None)
-        patiently(self.engine, lambda: self.mirror.clear_way(self.progress.step, warn) if is_first else None)
+        patiently(self.engine, lambda: self.mirror.clear_way(self.progress.step, warn) if is_first else None, is_told)
         self.observer = together(self.engine, self._open_folder)
         together(self.engine, self._require_shared_folder)
         self._go_on_recording()
@@ -376,7 +377,8 @@ class Run:
     def _begin_save(self, *links: str) -> None:
         self._now("saving")
         self.progress.meter, self.progress.observer = self.meter.state(), self.observer.state()
-        self.progress.guard = self.guard.state()
+        self.progress.guard, self.progress.save_s = self.guard.state(), self.store.last_save_s
+        links = (*links, BEST) if self.progress.regain_best() else links
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links, first_skip(self.progress.guard))
@@ -388,9 +390,6 @@ class Run:
 
     def _now(self, phase: Phase) -> None:
         self.peers.progress(self.progress.step, phase)
-
-    def _finish_save(self, within_s: float) -> None:
-        self.store.finish_within(within_s)
 
     def _report_saves(self) -> None:
         committed, warnings = self.store.news()
@@ -473,16 +472,17 @@ class Run:
     def opened(self, lock: RunLock) -> Iterator[None]:
         """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
         self._open(lock)
-        watchdog = Watchdog(self.peers, self.config.health, self.dir, self._finish_save)
+        watchdog = Watchdog(self.peers, self.config.health, self.dir, self.store.finish_within)
         with self.engine.evaluating() as model:
             hook = model.register_forward_hook(self.peers.forwarded)
         is_interrupted = False
         try:
             with self.peers.watched(), watchdog, profiled(self.config, self.engine, self.peers, self._say):
                 yield
-        except PeerLostError:
+        except PeerLostError as error:
             self.store.hurry()
             self.mirror.hurry()
+            end_within(self.config.health.timeout_s, error)
             raise
         except KeyboardInterrupt:  # at once: the process ends in the middle of a save, which then does not exist
             is_interrupted = True

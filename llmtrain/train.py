@@ -132,9 +132,8 @@ def main(argv: list[str]) -> None:
             together(engine, lambda: lock.acquire() if engine.rank == 0 else None)
         known = together(engine, lambda: engine.rank == 0 and brings_weights(Path(config.run.dir), args.resume))
         goes_on = engine.gather(known)[0]
-        run = Run(
-            assemble(config, engine, is_drawn=not goes_on), args.resume, peers, signals, None if args.dry_run else lock
-        )
+        parts = assemble(config, engine, is_drawn=not goes_on, is_told=signals.is_told)
+        run = Run(parts, args.resume, peers, signals, None if args.dry_run else lock)
         if goes_on and not run.resumed_from:
             raise LlmtrainError(f"{config.run.dir}: its checkpoints have gone since the start; start again")
         if args.dry_run:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import stat
 from pathlib import Path
 
 from llmtrain.data.staging import sync_path
 from llmtrain.observe.files import LAUNCHES
+from llmtrain.storage.again import again
 
 MARKER = "COMMITTED"
 LATEST, BEST, FINAL = "latest", "best", "final"
@@ -15,8 +18,17 @@ _FEW = 3  # runs that are named for an example
 
 
 def is_committed(folder: Path) -> bool:
-    """Whether the folder is a finished checkpoint."""
-    return (folder / MARKER).is_file()
+    """Whether the folder is a finished checkpoint.
+
+    Raises:
+        OSError: storage that does not answer is no answer: an unfinished one is removed.
+    """
+    try:
+        return stat.S_ISREG(again((folder / MARKER).stat).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -38,6 +38,7 @@ from llmtrain.data.shards import FileInfo, Report, check_inside, hash_file, veri
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Fragment
 from llmtrain.errors import CorruptError, UserError
+from llmtrain.storage.again import again
 
 VERSION: Final = 1
 MANIFEST = "manifest.json"
@@ -275,7 +276,7 @@ class CheckpointReader:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return again(lambda: path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path}: cannot be read: {error}") from error
 

@@ -26,7 +26,9 @@ class Progress:
     unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
     guard: dict[str, Any] = field(default_factory=dict)  # what the divergence policy remembers
+    save_s: float = 0.0  # that the last save took
     before_best: tuple[float | None, int | None] = (None, None)  # best loss and step until then; not written
+    lost_best: tuple[float | None, int | None] = (None, None)  # a best that could not be saved; not written
 
     def advance(self, position: int, targets: int) -> None:
         """Count one optimizer step."""
@@ -54,10 +56,18 @@ class Progress:
     def not_saved(self, step: int) -> None:
         """No checkpoint came of this step; was it the best, that is again the one before, which is on the disk."""
         if step == self.best_step:
+            self.lost_best = self.best_val_loss, self.best_step
             self.best_val_loss, self.best_step = self.before_best
+
+    def regain_best(self) -> bool:
+        """Whether this step, which is to be saved once more, is a best that could not be saved; now it is the best."""
+        if self.step != self.lost_best[1]:
+            return False
+        self.best_val_loss, self.best_step = self.lost_best
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """For `state.json`."""
         content = asdict(self)
-        del content["before_best"]
+        del content["before_best"], content["lost_best"]
         return content

@@ -170,7 +170,7 @@ def can_do_without(run_dir: Path, ask: Callable[[], None], warn: Callable[[str],
     return True
 
 
-def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock | None) -> str:
+def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock | None, is_told: Callable[[], bool]) -> str:
     """Fetch what `--resume` needs from a store; return what it then means on this machine.
 
     Without a lock, which stands for the right to write into `run.dir`, only into the cache (a dry run).
@@ -179,10 +179,11 @@ def bring(engine: Engine, config: RunConfig, resume: str, lock: RunLock | None) 
     Raises:
         UserError: the store cannot be read, or holds another run.
         CorruptError: there are checkpoints, all of them only there, and none is good.
+        Stopped: a rank was told to stop, as `is_told` says.
     """
     if config.checkpoint.remote is None and not is_url(resume):
         return resume
-    found = patiently(engine, lambda: _bring(config, resume, lock) if engine.rank == 0 else None)
+    found = patiently(engine, lambda: _bring(config, resume, lock) if engine.rank == 0 else None, is_told)
     return str(engine.gather(found)[0])
 
 

@@ -17,6 +17,7 @@ from llmtrain.checkpoint import format as fmt
 from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, MARKER, committed_steps, is_committed, pointed, step_folder
 from llmtrain.config import CheckpointSection
 from llmtrain.errors import CorruptError
+from llmtrain.storage.again import again
 
 
 class Retention:
@@ -144,7 +145,7 @@ def problem_of(folder: Path) -> str | None:
         return str(error)
     for file in files:
         try:
-            size = (folder / file.path).stat().st_size
+            size = again((folder / file.path).stat).st_size
         except OSError as error:
             return f"{folder / file.path}: cannot be read ({error.strerror})"
         if size != file.bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.checkpoint.store import CheckpointStore, Failure
 from llmtrain.engine import Engine
-from llmtrain.errors import UserError
+from llmtrain.errors import LlmtrainError, UserError
 
 Mark = Callable[[Literal["writing a checkpoint", "waiting for what other ranks write"]], None]
 
@@ -37,6 +37,7 @@ class Saving:
 
         Raises:
             UserError: one more save in a row failed.
+            Exception: that was a bug in saving, on the rank that has it; LlmtrainError on the others.
         """
         if not self._store.is_under_way:
             return True
@@ -50,14 +51,17 @@ class Saving:
         if step is not None and self._store.saved_step != step:  # else it failed once it was committed
             self._not_saved(step)
         if self._failures > forgiven:
-            error = UserError(
-                f"{failure}; the second save in a row that failed; earlier checkpoints are intact: mend it, and the "
-                "same command goes on from the last of them"
-            )
-            error.is_everywhere = True
-            raise error
+            raise failure.bug or self._ended_by(failure)
         warn(f"{failure}; earlier checkpoints are intact; the run tries again at the next save")
         return False
+
+    def _ended_by(self, failure: Failure) -> LlmtrainError:
+        told = f"{failure}; the second save in a row that failed; earlier checkpoints are intact"
+        if failure.is_bug:
+            return LlmtrainError(told)
+        error = UserError(f"{told}: mend it, and the same command goes on from the last of them")
+        error.is_everywhere = True
+        return error
 
     def until_saved(self, save: Callable[[], None], warn: Callable[[str], None]) -> None:
         """Save and wait until it is on disk; where that fails, try once more.

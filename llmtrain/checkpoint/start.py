@@ -55,7 +55,7 @@ def load_weights(engine: Engine, config: RunConfig, data: TrainingData, is_told:
         Stopped: a rank was told to stop.
     """
     start = str(config.model.init_from)
-    path = patiently(engine, lambda: local_checkpoint(start))
+    path = patiently(engine, lambda: local_checkpoint(start), is_told)
     restorer = Restorer(engine, config.health.timeout_s, is_told, open_weights)
 
     def choose(open_one: Callable[[Path], Weights]) -> Weights:

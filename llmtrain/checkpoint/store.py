@@ -9,6 +9,7 @@ import platform
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,10 @@ from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.sources import TrainingData
 from llmtrain.data.staging import sync_path
 from llmtrain.engine import Engine, Fragment
-from llmtrain.errors import CorruptError, LlmtrainError, UserError
+from llmtrain.errors import CorruptError, UserError
 
 OpenCheckpoint = Callable[[Path], fmt.CheckpointReader]  # which raises CorruptError where one is not good
+_PACKAGE = Path(__file__).parents[1]
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 # The same once a rank is lost: who is still there has nothing else to do than to write its file.
 _RECORDS_GRACE_S = 10.0
@@ -152,8 +154,27 @@ class _Told:
     is_consequence: bool = False  # of another rank's failure
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a save failed, alike on all ranks but for the bug, which is with the rank that has it."""
+
+    reason: str
+    is_bug: bool = False  # of some rank
+    bug: Exception | None = None
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class _GivenUpError(OSError):
     """A save that waited in vain for another rank's part."""
+
+
+def _described(bug: Exception) -> str:
+    """What a bug is, and where in our code."""
+    frames = traceback.extract_tb(bug.__traceback__)
+    place = next(frame for frame in reversed(frames) if Path(frame.filename).is_relative_to(_PACKAGE))
+    return f"{bug!r} ({Path(place.filename).name}, line {place.lineno}; a fault of llmtrain {__version__})"
 
 
 class CheckpointStore:
@@ -167,10 +188,12 @@ class CheckpointStore:
         data: TrainingData,
         *,
         saved_step: int | None = None,
+        last_save_s: float = 0.0,
         on_saved: Callable[[Path], None] = lambda _folder: None,
         is_needed: Callable[[Path], bool] = lambda _folder: False,
     ):
-        """`saved_step` is in the run folder already: the run went on from it, or back to it. `on_saved` is told when
+        """`saved_step` is in the run folder already: the run went on from it, or back to it; `last_save_s` is what the
+        launch before knew of it. `on_saved` is told when
         this rank's part is written, on rank 0 when the checkpoint is committed; what `is_needed` is not deleted yet.
         Both are called from the thread that saves."""
         self.run_dir = run_dir
@@ -192,7 +215,7 @@ class CheckpointStore:
         self._warnings: list[str] = []
         self._room = Room(run_dir)
         self._began, self._is_told_late = 0.0, False
-        self.last_save_s = 0.0  # from the copy to the commit; on other ranks than 0, of their part
+        self.last_save_s = last_save_s  # from the copy to the commit; on other ranks than 0, of their part
 
     def expect_saves(self, engine: Engine) -> None:
         """Once the optimizer has its state: get the memory to copy everything to, if it is needed; no exchange."""
@@ -250,7 +273,7 @@ class CheckpointStore:
         """Whether this rank knows already that the save under way failed."""
         return self._error is not None
 
-    def settle(self, engine: Engine, written: Callable[[], None] = lambda: None) -> str | None:
+    def settle(self, engine: Engine, written: Callable[[], None] = lambda: None) -> Failure | None:
         """Wait, with all ranks, until the save under way is over, however long it takes.
 
         A rank that failed makes the others give up: rank 0 would wait in vain for its file.
@@ -260,10 +283,7 @@ class CheckpointStore:
             written: called when all that is left to wait for is what other ranks write.
 
         Returns:
-            why it failed, alike on all ranks; None: it did not, or there was none.
-
-        Raises:
-            Exception: a bug in saving, on the rank that has it; LlmtrainError on the others.
+            why it failed; None: it did not, or there was none.
         """
         if self._thread is None:
             return None
@@ -284,11 +304,9 @@ class CheckpointStore:
         if not failed:
             return None
         self._saved_step = self._clean_up(engine)
-        if any(one.is_bug for one in failed):
-            if error and not isinstance(error, OSError):
-                raise error
-            raise LlmtrainError(next(one.failure for one in failed if one.is_bug))
-        return min(failed, key=lambda one: one.is_consequence).failure
+        first = min(failed, key=lambda one: (one.is_consequence, not one.is_bug))
+        bug = None if isinstance(error, OSError) else error
+        return Failure(str(first.failure), first.is_bug, bug)
 
     def _tell(self, rank: int) -> _Told:
         assert self._thread is not None
@@ -296,7 +314,7 @@ class CheckpointStore:
         if error is None:
             return _Told(is_over)
         is_bug = not isinstance(error, OSError)
-        reason = repr(error) if is_bug else getattr(error, "strerror", None) or str(error)
+        reason = _described(error) if is_bug else getattr(error, "strerror", None) or str(error)
         place = f" (rank {rank} on {platform.node()})" if rank else ""
         text = f"{self.run_dir}: {self._thread.name} failed: {reason}{place}"
         return _Told(is_over, text, is_bug, isinstance(error, _GivenUpError))
@@ -365,12 +383,11 @@ class CheckpointStore:
             if engine.rank == 0:
                 self._unset.update({name: folder.name for name in (LATEST, *links)})
                 self._link()
+            self._on_saved(folder)
+            if engine.rank == 0:
+                self._warnings += self._retention.apply(needed_before)
         except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
-            return
-        self._on_saved(folder)
-        if engine.rank == 0:
-            self._warnings += self._retention.apply(needed_before)
 
     def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))

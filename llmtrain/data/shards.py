@@ -19,7 +19,6 @@ import gc
 import hashlib
 import json
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmtrain.data.outside import SHA256, TokenRange, check_range, hash_samples, read_blocks
 from llmtrain.data.reading import IdFile, Ids, RowReader
 from llmtrain.errors import CorruptError, UserError
+from llmtrain.storage.again import again
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 SAMPLED_SHARDS = 64
-_AGAIN_AFTER_S = 1.0
 Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
 
@@ -392,7 +391,8 @@ def _check_size(path: str | Path, expected: int) -> None:
 
 def _size_problem(path: str | Path, expected: int) -> str | None:
     try:
-        actual = os.stat(path).st_size  # noqa: PTH116 -- of thousands of shards, and a Path takes as long again
+        # Of thousands of shards, and a Path takes as long again.
+        actual = again(lambda: os.stat(path).st_size)  # noqa: PTH116
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return None if actual == expected else f"{path}: has {actual} bytes where the manifest says {expected}; truncated?"
@@ -476,11 +476,7 @@ def verify_files(
         if wrong := _size_problem(path, info.bytes):
             return wrong
         try:
-            try:
-                found = read(path, report)
-            except OSError:  # of a network, perhaps, that is back in a moment
-                time.sleep(_AGAIN_AFTER_S)
-                found = read(path, report)
+            found = again(lambda: read(path, report))
         except OSError as error:  # a bad disk says so only when it is read
             return f"{path}: cannot be read ({error.strerror})"
         except CorruptError as error:

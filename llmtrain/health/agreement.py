@@ -51,12 +51,18 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     raise _everywhere(kind(message))
 
 
-def patiently(engine: Engine, work: Callable[[], Result]) -> Result:
+def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], bool]) -> Result:
     """The same for what may take longer than an exchange between ranks may, such as fetching from a store.
 
     Each rank works in a thread of its own, and until all are done they tell each other so again and again.
 
+    Args:
+        engine: to talk to the others.
+        work: what one can do without at any moment, for it ends with the process.
+        is_told: whether this rank was told to stop.
+
     Raises:
+        Stopped: a rank was told to stop.
         LlmtrainError: see `together`.
     """
     results: list[Result] = []
@@ -78,8 +84,14 @@ def patiently(engine: Engine, work: Callable[[], Result]) -> Result:
     wait_s = 0.01
     while True:
         thread.join(wait_s)
-        if all(engine.gather(not thread.is_alive())):
+        done, told = zip(*engine.gather((not thread.is_alive(), is_told())), strict=True)
+        if all(done):
             return together(engine, take)
+        if any(told):
+            raise Stopped(
+                "stopped by a signal while a store was read or put in order: nothing to save; the same command does it "
+                "anew"
+            )
         wait_s = min(2 * wait_s, _ROUND_S)
 
 

@@ -35,6 +35,7 @@ Phase = Literal[
     "sampling", "saving", "writing a checkpoint", "waiting for what other ranks write", "going back",
 ]  # fmt: skip
 _MOST_NAMED = 4
+STACKS_TELL = "run.dir/stacks-rank*.txt tell: the others are in an exchange"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -221,9 +222,10 @@ class Peers:
             if fine:
                 names += f"; {fine} other rank{'s are' if fine > 1 else ' is'} fine"
         else:
+            inside = "" if self.here.phase == "start" else f"one rank hangs inside this phase ({STACKS_TELL}), "
             names = (
-                f"all {len(found)} other ranks answer and none is behind: the network loses or delays what is sent, or "
-                "health.timeout_s is too short for one exchange"
+                f"all {len(found)} other ranks answer and none is behind: {inside}the network loses or delays what is "
+                "sent, or health.timeout_s is too short for one exchange"
             )
         lost = tuple(status.place.rank for status in culprits)
         reason = f"{self.name} cannot go on {self.here}: {names}; what failed: {failure}"

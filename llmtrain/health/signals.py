@@ -28,6 +28,10 @@ class StopSignals:
             # Once told to stop, the process is about to leave with 75; a scheduler's next signal must not change that.
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
+    def is_told(self) -> bool:
+        """Whether this process has got a signal."""
+        return self.received is not None
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -29,13 +29,9 @@ class Stopping:
         self.reason: str | None = None  # told to stop, by this signal
         self.has_save_failed = False  # on some rank; whoever deals with it sets it back
 
-    def is_told_here(self) -> bool:
-        """Whether this rank has got a signal, which the others may not know yet."""
-        return self._signals.received is not None
-
     def ask(self, save_failed: bool) -> None:
         """Begin to ask whether any rank was told to stop, or knows of a failed save."""
-        self._engine.ask(self.is_told_here(), save_failed)
+        self._engine.ask(self._signals.is_told(), save_failed)
         self._is_asked = True
 
     def hear(self, save_failed: bool) -> None:

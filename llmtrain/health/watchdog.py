@@ -30,7 +30,7 @@ from typing import Self
 
 from llmtrain.config import HealthSection
 from llmtrain.errors import PeerLostError, end_at_once
-from llmtrain.health.peers import Farewell, Here, Peers, PeerStatus, Phase, blame
+from llmtrain.health.peers import STACKS_TELL, Farewell, Here, Peers, PeerStatus, Phase, blame
 
 _PERIOD_S = 1.0
 _STOPPED_S = 2.0  # who sleeps so much longer than asked was stopped as a whole
@@ -221,6 +221,9 @@ class Watchdog:
         if judgement.hangs_itself:
             verdict = Farewell(f"{for_how_long} {here}")
             waiting = f"; {len(found)} other rank{'s wait' if len(found) > 1 else ' waits'} for it" if found else ""
+            if found and judgement.is_stuck_with_all:
+                others = f"so have {len(found)} others" if len(found) > 1 else "so has the other"
+                waiting = f"; {others}: one rank hangs inside this phase ({STACKS_TELL}), or all do"
             said = f"{self._peers.name} hangs {here}: {for_how_long}{waiting}; its stacks are in {self._stacks}"
         else:
             verdict = self._peers.verdict(found, for_how_long)

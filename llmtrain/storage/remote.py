@@ -1,6 +1,7 @@
 """A folder on a store that fsspec knows: list, read, write, remove. Every failure becomes one line for the user.
 
-On an object store a file appears whole or not at all; under file:// and the like it may be seen, and left by a kill or
+A file appears whole or not at all, on an object store and under file:// (a mounted disk), where it is on the disk when
+`write` and `upload` return; on file servers that are spoken to (sftp, smb, hdfs) it may be seen, and left by a kill or
 a power cut, half written. A folder never appears at once: whoever writes several files writes the one that makes them
 count last, and checks sizes before. Credentials are found by the store's own library in its usual places; none is ever
 part of a URL here.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from llmtrain.data.staging import make_folder, sync_path
 from llmtrain.errors import CorruptError, UserError
 
 AT_ONCE = 8  # files that are uploaded or fetched at the same time
@@ -28,7 +30,9 @@ _PACKAGES = {
     "https": "aiohttp",
 }  # fmt: skip
 # Elsewhere folders are only parts of names; making one may even make a bucket.
-_WITH_FOLDERS = {"file", "local", "sftp", "ssh", "smb", "hdfs", "webhdfs"}
+_MOUNTED = {"file", "local"}
+_WITH_FOLDERS = {*_MOUNTED, "sftp", "ssh", "smb", "hdfs", "webhdfs"}
+_UNFINISHED = ".unfinished"  # ends the name of what is being written
 
 
 class RemoteError(UserError):
@@ -62,7 +66,7 @@ class Remote:
                 "in logs; give the credentials as the store's own library expects them (environment or its files)"
             )
         self._fs, self._root = _open(self.url, parts.scheme)
-        self._has_folders = parts.scheme in _WITH_FOLDERS
+        self._has_folders, self._is_mounted = parts.scheme in _WITH_FOLDERS, parts.scheme in _MOUNTED
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Every file in a folder and below it: its name relative to this `Remote`, and its bytes."""
@@ -85,8 +89,7 @@ class Remote:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
         with self._asking(f"{self.url}/{name}", "written"):
-            self._make_folder(name)
-            self._fs.pipe_file(self._path(name), content)
+            self._put(name, lambda path: self._fs.pipe_file(path, content))
 
     def upload(self, local: Path, name: str) -> None:
         """Copy a file of this machine there.
@@ -97,8 +100,7 @@ class Remote:
         if not local.is_file():
             raise FileNotFoundError(local)
         with self._asking(f"{self.url}/{name}", "written"):
-            self._make_folder(name)
-            self._fs.put_file(str(local), self._path(name))
+            self._put(name, lambda path: self._fs.put_file(str(local), path))
 
     def hashed(self, name: str, take: Callable[[bytes], object] = lambda _piece: None) -> tuple[int, str]:
         """Read a file in pieces, each of which is given to `take`; return its bytes and SHA-256."""
@@ -179,6 +181,19 @@ class Remote:
 
     def _relative(self, path: str) -> str:
         return path.removeprefix(self._root).lstrip("/")
+
+    def _put(self, name: str, put: Callable[[str], object]) -> None:
+        path = self._path(name)
+        if not self._is_mounted:
+            self._make_folder(name)
+            put(path)
+            return
+        unfinished = Path(path + _UNFINISHED)
+        make_folder(unfinished.parent)
+        put(str(unfinished))
+        sync_path(unfinished)
+        unfinished.replace(path)
+        sync_path(unfinished.parent)
 
     def _make_folder(self, name: str) -> None:
         if self._has_folders:

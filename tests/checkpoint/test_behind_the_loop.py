@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from llmtrain import train
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, committed_steps, pointed, step_folder
+from llmtrain.checkpoint.folders import BEST, FINAL, committed_steps, pointed, step_folder
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.observe.observer import Observer
 from llmtrain.run import Run
@@ -111,3 +112,23 @@ def test_a_best_whose_save_fails_is_not_the_best(
     assert pointed(tmp_path / "run", BEST) == step_folder(tmp_path / "run", 12)
     state = json.loads((step_folder(tmp_path / "run", 12) / fmt.STATE).read_text())
     assert (state["best_val_loss"], state["best_step"]) == (2.5, 12) and "before_best" not in state
+
+
+def test_a_best_whose_first_save_fails_is_linked_where_the_same_step_is_saved_for_good(
+    config_dict: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, validated, tries = fmt.write_rank, Progress.validated, itertools.count(1)
+
+    def fails_once(folder: Path, *arguments: Any) -> None:
+        if folder.name == "step-00000012" and next(tries) == 1:
+            raise OSError(5, "Input/output error")
+        write(folder, *arguments)
+
+    monkeypatch.setattr(fmt, "write_rank", fails_once)
+    monkeypatch.setattr(Progress, "validated", lambda self, _: validated(self, 100.0 - self.step))
+    run(config_dict, tmp_path, eval_every=4)
+    assert next(tries) == 3
+    last = step_folder(tmp_path / "run", 12)
+    assert [pointed(tmp_path / "run", name) for name in (BEST, FINAL)] == [last, last]
+    state = json.loads((last / fmt.STATE).read_text())
+    assert (state["best_val_loss"], state["best_step"]) == (88.0, 12) and "lost_best" not in state

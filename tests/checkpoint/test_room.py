@@ -14,7 +14,7 @@ import torch
 
 from llmtrain.assemble import Assembly
 from llmtrain.checkpoint.folders import committed_steps
-from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.checkpoint.store import CheckpointStore, Failure
 from llmtrain.config import CheckpointSection
 from llmtrain.engine import Fragment
 from tests.checkpoint.conftest import Rank, Ranks
@@ -45,7 +45,7 @@ def test_uneven_shares_are_added_up_and_not_multiplied(
     monkeypatch.setattr(shutil, "disk_usage", usage)
     ranks = Ranks(len(SIZES))
 
-    def save(rank: int) -> tuple[str | None, list[str]]:
+    def save(rank: int) -> tuple[Failure | None, list[str]]:
         data = parts.data
         store = CheckpointStore(tmp_path, CheckpointSection(), parts.config.to_yaml(), data)
         engine: Any = Saver(rank, ranks)
@@ -58,7 +58,7 @@ def test_uneven_shares_are_added_up_and_not_multiplied(
     failure, warnings = told[0]
     numbers = f"{(TOTAL + spare) / 1e6:,.1f} MB are free, a checkpoint takes {TOTAL / 1e6:,.1f} MB"
     if spare < 0:
-        assert failure == f"{tmp_path}: saving step 1 failed: No space left on device: {numbers}"
+        assert str(failure) == f"{tmp_path}: saving step 1 failed: No space left on device: {numbers}"
         assert not list(tmp_path.glob("step-*")) and committed_steps(tmp_path) == []
     else:
         assert failure is None and committed_steps(tmp_path) == [1]

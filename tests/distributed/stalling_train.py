@@ -2,7 +2,7 @@
 
 STALL holds RANK, SECONDS and CALL: what reads the data on that rank takes so many seconds more, and from that call on
 for ever. STALL_START holds a RANK that never comes to read. STALL_SAVE holds RANK and CALL: what writes checkpoints on
-that rank takes for ever from that call on.
+that rank takes for ever from that call on. STALL_BACKWARD holds RANK and CALL: so does that backward pass.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Any
 
+import torch
+
 from llmtrain import assemble
 from llmtrain.checkpoint import format as fmt
 from llmtrain.data.batches import Windows
@@ -21,11 +23,13 @@ from llmtrain.errors import run_main
 from llmtrain.train import main
 
 read, write, open_data = Windows.gather, fmt.write_rank, assemble.open_data
+differentiate = torch.Tensor.backward
 own_rank = int(os.environ.get("RANK", "0"))
 rank, seconds, last_read = (float(word) for word in os.environ["STALL"].split())
 rank_of_saves, last_save = (float(word) for word in os.environ.get("STALL_SAVE", "-1 0").split())
 rank_of_start = int(os.environ.get("STALL_START", "-1"))
-reads, saves = itertools.count(1), itertools.count(1)
+rank_of_backward, last_backward = (float(word) for word in os.environ.get("STALL_BACKWARD", "-1 0").split())
+reads, saves, passes = itertools.count(1), itertools.count(1), itertools.count(1)
 
 
 def stuck_in_storage() -> None:
@@ -56,6 +60,14 @@ def open_late(*arguments: Any) -> Any:
     return open_data(*arguments)
 
 
+def backward(self: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    """Differentiate as ever, until that call."""
+    if own_rank == rank_of_backward and next(passes) >= last_backward:
+        self.register_hook(lambda _gradient: stuck_in_storage())
+    differentiate(self, *arguments, **options)
+
+
+torch.Tensor.backward = backward  # type: ignore[assignment, method-assign]
 assemble.open_data = open_late  # type: ignore[assignment]
 Windows.gather = gather  # type: ignore[method-assign]
 fmt.write_rank = write_rank

@@ -26,10 +26,15 @@ HOST = socket.gethostname()
 
 
 def write_config(
-    config: dict[str, Any], folder: Path, save_every: int | None = None, timeout_s: float = 300.0, **training: Any
+    config: dict[str, Any],
+    folder: Path,
+    save_every: int | None = None,
+    timeout_s: float = 300.0,
+    hang_after_s: float = HANG_S,
+    **training: Any,
 ) -> Path:
     """An endless run with a watchdog that is quick to bite."""
-    health = {"timeout_s": timeout_s, "hang_after_s": HANG_S}
+    health = {"timeout_s": timeout_s, "hang_after_s": hang_after_s}
     config["checkpoint"] = {**config["checkpoint"], "save_every": save_every}
     config["training"] = {**config["training"], "max_steps": 10_000_000, "eval_every": None, **training}
     config.update(health=health, logging={"every": 1, "plots": False})
@@ -44,9 +49,13 @@ def two(config_dict: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., l
     ranks: list[subprocess.Popen[str]] = []
 
     def start(
-        *entry: str, save_every: int | None = None, timeout_s: float = 300.0, **variables: str
+        *entry: str,
+        save_every: int | None = None,
+        timeout_s: float = 300.0,
+        hang_after_s: float = HANG_S,
+        **variables: str,
     ) -> list[subprocess.Popen[str]]:
-        path = write_config(config_dict, tmp_path, save_every, timeout_s)
+        path = write_config(config_dict, tmp_path, save_every, timeout_s, hang_after_s)
         variables["LLMTRAIN_EXIT_CODE_FILE"] = str(tmp_path / "exit-code")
         ranks.extend(start_ranks([path, path], [tmp_path, tmp_path], entry, **variables))
         return ranks
@@ -139,6 +148,34 @@ def test_a_rank_that_hangs_behind_the_loop_in_a_save_is_named_and_the_save_befor
     latest = (run_dir / "latest").resolve()
     assert latest.name == "step-00000004"
     assert CheckpointReader(latest).verify() == []
+
+
+def test_a_rank_whose_disk_hangs_in_a_save_ends_all_the_same_when_another_is_lost(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    """What ends in order waits for what writes in the run folder, but not for ever."""
+    saves = {"STALL": "0 0 1e9", "STALL_SAVE": "0 2"}
+    ranks, run_dir = two(STALLING, save_every=40, timeout_s=12.0, hang_after_s=1000.0, **saves), tmp_path / "run"
+    wait_for_step(run_dir, 84, ranks)
+    ranks[1].kill()
+    code, error, said = end_of(ranks[0])
+    assert code == 5, said
+    assert f"rank 1 on {HOST} (127.0.0.1): its process is gone" in error
+    assert (tmp_path / "exit-code").read_text() == "5\n"
+    assert (run_dir / "latest").resolve().name == "step-00000040"
+
+
+def test_where_one_of_two_hangs_in_its_backward_pass_neither_says_that_it_was_the_network(
+    two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
+) -> None:
+    """The other waits for its gradients in its own, so nothing says which it is but the stacks."""
+    ends = [end_of(rank) for rank in two(STALLING, STALL="-1 0 0", STALL_BACKWARD="1 20")]
+    assert [code for code, _, _ in ends] == [5, 5], ends
+    step = metrics_so_far(tmp_path / "run") + 1
+    assert any(f"hangs at step {step}, backward: it has not moved on for" in error for _, error, _ in ends), ends
+    assert any("; so has the other: one rank hangs inside this phase (run.dir/stacks" in error for _, error, _ in ends)
+    stacks = [(tmp_path / f"run/stacks-rank{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert ["stuck_in_storage" in text for text in stacks] == [False, True]
 
 
 def test_a_rank_that_hangs_before_the_first_step_is_named(

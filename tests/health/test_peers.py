@@ -132,8 +132,14 @@ def test_the_rank_that_is_behind_is_named_where_all_answer(three: list[Peers]) -
 
 def test_where_nobody_is_behind_the_network_is_suspected(three: list[Peers]) -> None:
     message = fail(three[1])
-    assert "all 2 other ranks answer and none is behind" in message
+    assert "all 2 other ranks answer and none is behind: the network loses" in message
     assert "health.timeout_s" in message
+
+
+def test_where_nobody_is_behind_in_the_loop_a_rank_inside_the_phase_is_suspected_too(three: list[Peers]) -> None:
+    for peers in three:
+        peers.progress(12, "backward")
+    assert "none is behind: one rank hangs inside this phase (run.dir/stacks-rank*.txt tell: " in fail(three[1])
 
 
 def test_what_gloo_says_without_its_name_is_known_too(three: list[Peers]) -> None:

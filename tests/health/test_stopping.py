@@ -35,6 +35,9 @@ class Elsewhere:
     received: str | None = None
     received_at: float | None = None
 
+    def is_told(self) -> bool:
+        return False
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:

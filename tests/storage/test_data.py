@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,32 @@ def test_a_run_on_data_of_a_bucket_gives_the_numbers_of_the_same_data_here(
     code, out, err = call(evaluate, tmp_path / "run", "--json")
     assert code == 0, err
     assert json.loads(out)["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_signal_while_data_are_fetched_stops_the_run(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
+    url, data = f"{bucket.url}/data", Path(config_dict["data"]["path"])
+    upload_data(data, Remote(url))
+    config_dict["data"]["path"] = url
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(config_dict))
+    bucket.server.hold.write_text(f"{bucket.name}/data/train-00000")
+    command = [sys.executable, "-m", "llmtrain.train", "--config", str(config)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        while not list((tmp_path / "cache").rglob("train-00000*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        bucket.server.hold.unlink()
+        process.kill()
+    assert process.returncode == 75, said
+    assert "stopped by a signal while a store was read" in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_prepare_uploads_and_refuses_other_data(bucket: Bucket, tmp_path: Path, call: Call) -> None:

@@ -220,6 +220,37 @@ def test_a_signal_to_one_rank_ends_the_wait_for_the_last_upload_on_all_and_the_r
     assert bucket.steps("run") == [10, 20]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_a_checkpoint_is_fetched_stops_all_ranks_and_the_same_command_goes_on(
+    config_dict: dict[str, Any], bucket: Bucket, tmp_path: Path, call: Call, processes: int
+) -> None:
+    """A fetch may take longer than the grace."""
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10, "remote": f"{bucket.url}/run"})
+    run_dir = tmp_path / "run"
+    assert call(train, "--config", config, "training.stop_after=20")[0] == 75
+    shutil.rmtree(run_dir)
+    bucket.server.hold.write_text(f"{bucket.name}/run/step-00000020/rank00000.safetensors")
+    ranks = start_ranks([config] * processes, [tmp_path] * processes)
+    try:
+        while not list(run_dir.glob("step-00000020.partial-*/state.json")):
+            assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+            time.sleep(0.1)
+        ranks[-1].send_signal(signal.SIGTERM)
+        said = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        bucket.server.hold.unlink()
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [75] * processes, said
+    assert "stopped by a signal while a store was read or put in order: nothing to save" in said[0][1]
+    assert "Traceback" not in said[0][1] + said[-1][1]
+    code, out, err = call(train, "--config", config)
+    assert code == 0, err
+    assert f"removed {run_dir}/step-00000020.partial-" in err and "after step 20" in out
+    assert bucket.steps("run") == [10, 20, 30]
+
+
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
     """Read the output up to a line with this text."""
     assert process.stdout is not None

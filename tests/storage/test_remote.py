@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,32 @@ def test_every_kind_of_store_does_the_same(remote: Remote, tmp_path: Path) -> No
         remote.hashed("none")
     with pytest.raises(FileNotFoundError):
         remote.upload(tmp_path / "none", "none")
+
+
+def test_on_a_mounted_disk_a_file_is_whole_or_not_there_and_on_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run folder: a marker that survives a power cut vouches for files that do, too."""
+    deeds: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        deeds.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: str) -> Path:
+        assert path.stat().st_size == 10_000 and not (tmp_path / "run/step/file").exists()
+        deeds.append(f"rename {path.name}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    (tmp_path / "local").write_bytes(bytes(10_000))
+    (tmp_path / "run").mkdir()
+    remote = Remote(f"file://{tmp_path}/run")
+    remote.upload(tmp_path / "local", "step/file")
+    assert deeds == ["fsync run", "fsync file.unfinished", "rename file.unfinished", "fsync step"]
+    assert remote.sizes() == {"step/file": 10_000}
 
 
 def test_a_full_disk_here_is_not_blamed_on_the_store(remote: Remote) -> None:
