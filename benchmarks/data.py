@@ -14,8 +14,9 @@ widens them too, as is done here for a CPU. `llmtrain, as stored` is what is cop
 First batch: from opening the data, imports done, to the first batch. Resume: the same to the batch of a step far away;
 peers that cannot be told to begin there have none. Megatron has built its indices by then.
 
-Then sizes: sparse files of up to 10^13 ids, really opened and read. Memory is what a process has beyond what it had
-after its imports: own pages, and page tables, but not pages of files, which the kernel takes back when it wants them.
+The order: from positions in 10^13 tokens to windows, many at once. Then sizes: sparse files of up to 10^13 ids, really
+opened and read. Memory is what a process has beyond what it had after its imports: own pages, and page tables, but not
+pages of files, which the kernel takes back when it wants them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -39,6 +41,7 @@ from benchmarks.common import ROOT, alternate, arguments_without_places, print_t
 from benchmarks.delivery import OURS
 from benchmarks.peer_drivers.delivery import PEERS, Spec
 from benchmarks.synthetic import write_random_data, write_virtual_data
+from llmtrain.data.order import sample_ids
 
 DRIVER = Path(__file__).parent / "peer_drivers" / "delivery.py"
 NEEDS_NOTHING = ("bare numpy gather", "bare numpy gather, widened", "torch DataLoader", "nanoGPT's way")
@@ -46,6 +49,7 @@ FLOORS = NEEDS_NOTHING[:2]
 LENGTH, BATCH, DOCUMENT_TOKENS, END = 1024, 8, 500, 0
 SIZES = ((10**8, 1 << 36), (10**10, 1 << 36), (10**12, 1 << 36), (10**13, 1 << 36), (10**13, 1 << 31))  # and of a shard
 FAR = (10**6, 10**7)  # steps
+ORDER_POSITIONS = 4096
 MOST_BYTES = 4e9  # that a peer may be known to need at a size
 
 
@@ -112,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = [row for tokens, shard in args.sizes for row in at_size(folder, tokens, shard, args)]
         if sizes:
             print_table([_printed(row) for row in sizes])
-    facts = {"goals": goals, "left out": left_out, "arguments": arguments_without_places(args)}
+    order = order_us()
+    print(f"order of 10^13 tokens: {order['median']:.2f} µs a position, {ORDER_POSITIONS:,} at once")
+    facts = {"goals": goals, "order, µs a position": order, "left out": left_out}
+    facts["arguments"] = arguments_without_places(args)
     write_result("data", [*rows, *sizes, facts], ["llmtrain", "torch", "numpy"], args.out)
 
 
@@ -243,6 +250,17 @@ def _virtual(folder: Path, tokens: int, shard: int) -> Iterator[Spec]:
         "prepared": str(prepared),
     }  # fmt: skip
     shutil.rmtree(folder)
+
+
+def order_us() -> dict[str, float]:
+    """From positions to windows, per position."""
+    windows, found = 10**13 // LENGTH, []
+    for turn in range(30):
+        positions = np.arange(ORDER_POSITIONS, dtype=np.int64) + BATCH * FAR[1] + turn * ORDER_POSITIONS
+        began = time.perf_counter()
+        sample_ids(positions, windows, 1)
+        found.append(1e6 * (time.perf_counter() - began) / ORDER_POSITIONS)
+    return spread(found)
 
 
 def _printed(row: Mapping[str, Any]) -> dict[str, Any]:

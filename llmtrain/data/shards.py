@@ -36,7 +36,7 @@ from llmtrain.storage.again import again
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-SAMPLED_SHARDS = 64
+SAMPLED_SHARDS = 32
 Report = Callable[[int], None]  # takes the number of bytes that were just dealt with
 
 

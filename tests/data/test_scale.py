@@ -196,5 +196,5 @@ def test_where_documents_end_is_looked_at_in_so_many_shards_and_no_more(
 
     monkeypatch.setattr(documents, "shard_ends", noting)
     assert documents.document_end(data) == 257
-    assert looked_at == list(range(0, 300, 5))
+    assert looked_at == list(range(0, 300, 10))
     assert len(looked_at) <= SAMPLED_SHARDS
