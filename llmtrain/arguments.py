@@ -32,7 +32,7 @@ class VerbParser(argparse.ArgumentParser):
     """
 
     def __init__(self, verb: str, description: str, example: str, instead: str = ""):
-        self.instead = instead
+        self.instead, self.takes_overrides = instead, False
         # Raw: a command that is wrapped cannot be pasted.
         super().__init__(
             prog=f"llmtrain {verb}",
@@ -41,6 +41,11 @@ class VerbParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument(DEBUG, action=_Noted, help="show where an error in the input was found, as a traceback")
+
+    def read(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse a command line."""
+        # Overrides may stand between flags; argparse takes sub-commands or such a mixture, not both.
+        return self.parse_intermixed_args(arguments) if self.takes_overrides else self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage, which would be several lines."""
@@ -51,7 +56,8 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def add_config(parser: VerbParser, purpose: str) -> None:
-    """Add `--config FILE section.key=value …` for what `load_config` reads; parse with `parse_intermixed_args`."""
+    """Add `--config FILE section.key=value …` for what `load_config` reads."""
+    parser.takes_overrides = True
     parser.add_argument("--config", type=Path, metavar="FILE", help=purpose)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
@@ -64,27 +70,6 @@ def add_checkpoint(parser: VerbParser) -> None:
         metavar="PATH",
         help="a run folder (its best checkpoint, else its latest) or a checkpoint; also a URL",
     )
-
-
-def train_parser() -> VerbParser:
-    """The parser of `llmtrain train`."""
-    made = VerbParser(
-        "train",
-        "Train a model from a config, or go on with an interrupted run.",
-        "llmtrain train --config configs/debug.yaml data.path=data/book optimizer.lr=3e-4",
-        instead="keys of the config are written section.key=value, such as optimizer.lr=3e-4",
-    )
-    add_config(made, "YAML file; see configs/. Without it the demo is offered")
-    add = made.add_argument
-    add(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto: go on with the run in run.dir, if there is one (default); never: only begin a new one; PATH: branch"
-        " off from that run or checkpoint, or go back to an earlier one of this run",
-    )
-    add("--dry-run", action="store_true", help="check everything, run one step, write nothing")
-    return made
 
 
 def count(text: str) -> int:

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from llmtrain import __version__
 from llmtrain.errors import DEBUG, UserError, nearest, run_main
+from llmtrain.parsers import EARLY
 
 VERBS = {
     "prepare": "turn text into token shards, with a tokenizer fitted on it",
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
     elif argv[0] in ("-V", "--version"):
         print(f"llmtrain {__version__}")
     elif argv[0] in VERBS:
+        if argv[0] in EARLY:
+            EARLY[argv[0]]().read(argv[1:])  # what ends here need not wait for torch
         _imported(f"llmtrain.{argv[0]}").main(argv[1:])
     else:
         raise UserError(f"unknown verb '{argv[0]}': {nearest(argv[0], list(VERBS))}")

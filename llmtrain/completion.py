@@ -69,7 +69,7 @@ def _is_section(kind: object) -> bool:
 
 def main(argv: list[str]) -> None:
     """`llmtrain completion`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     try:
         import shtab
     except ModuleNotFoundError as error:

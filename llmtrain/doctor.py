@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmtrain.arguments import VerbParser, add_config
 from llmtrain.assemble import Assembly, assemble, describe, resolve_here
 from llmtrain.checkpoint.folders import committed_steps
 from llmtrain.config import RunConfig, load_config
@@ -35,6 +34,7 @@ from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.memory import RankMemory, rank_memory
 from llmtrain.observe.formats import compact
+from llmtrain.parsers import doctor_parser as parser
 from llmtrain.planning.budget import checkpoints_kept, planned_tokens
 
 _TIMEOUT_S = 120.0  # of an exchange: who asks the doctor wants an answer
@@ -210,26 +210,9 @@ def _alone(args: Namespace) -> Iterator[Finding]:
         yield disk_finding(Path.cwd())
 
 
-def parser() -> VerbParser:
-    """The parser of `llmtrain doctor`."""
-    made = VerbParser(
-        "doctor",
-        "Check the machine; with a config, training on one batch, too; launched in several processes, their links.",
-        "llmtrain doctor --config configs/debug.yaml --overfit\n"
-        "  accelerate launch --config_file launch/ddp.yaml -m llmtrain.doctor --config configs/1.3b.yaml",
-    )
-    add_config(made, "check training with this config, too")
-    add = made.add_argument
-    add("--overfit", action="store_true", help="learn one batch by heart, which takes a while")
-    add("--find-lr", action="store_true", help="try 150 rising rates, a batch each; suggest optimizer.lr")
-    add("--rendezvous", metavar="HOST:PORT", help="check that the processes of a launch can meet there")
-    add("--json", action="store_true", help="print the findings as JSON")
-    return made
-
-
 def main(argv: list[str]) -> None:
     """`llmtrain doctor`."""
-    args = parser().parse_intermixed_args(argv)
+    args = parser().read(argv)
     if args.config is None and (args.overfit or args.find_lr or args.overrides):
         raise UserError("--overfit, --find-lr and section.key=value need a config: add --config FILE")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

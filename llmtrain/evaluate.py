@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtrain.arguments import VerbParser, add_checkpoint, count, positive_int
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.checkpoint.resume import check_tokenizer
 from llmtrain.config import ValidationSection
@@ -24,7 +23,7 @@ from llmtrain.errors import UserError, run_main
 from llmtrain.harness.tasks import run_tasks
 from llmtrain.observe.record import Number, finite
 from llmtrain.observe.validation import Validation, mixed, validate, weighted_mean
-from llmtrain.storage.remote import path_or_url
+from llmtrain.parsers import evaluate_parser as parser
 
 
 @dataclass(frozen=True)
@@ -238,30 +237,9 @@ def _report_set(trained: TrainedModel, one: ValidationSection, part: Part) -> di
     return report_one(trained, data, part) if _has(trained, data, part) else None
 
 
-def parser() -> VerbParser:
-    """The parser of `llmtrain evaluate`."""
-    made = VerbParser("evaluate", __doc__.splitlines()[0], "llmtrain evaluate checkpoints --data data/book --json")
-    add = made.add_argument
-    add_checkpoint(made)
-    add(
-        "--data",
-        type=path_or_url,
-        metavar="DIR",
-        help="prepared data (default: the run's own, and its data.validation)",
-    )
-    add("--split", help="which part of it (default: val); each of data.validation has its own")
-    add("--batches", type=positive_int, metavar="N", help="only N global batches, as training.eval_batches=N does")
-    add("--stride", type=positive_int, metavar="N", help="windows begin N tokens apart; of each only the new count")
-    add("--tasks", metavar="A,B", help="instead of data: tasks of lm-evaluation-harness, by name or as YAML files")
-    add("--shots", type=count, metavar="N", help="examples before each question of --tasks (default: as each says)")
-    add("--limit", type=positive_int, metavar="N", help="only N questions of each of --tasks")
-    add("--json", action="store_true", help="print the result as JSON")
-    return made
-
-
 def main(argv: list[str]) -> None:
     """`llmtrain evaluate`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     _refuse_contradictions(args)
     with load_model(args.path, compiled=True) as trained:
         if args.tasks:

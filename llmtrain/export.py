@@ -65,7 +65,7 @@ def parser() -> VerbParser:
 
 def main(argv: list[str]) -> None:
     """`llmtrain export`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
 
     import torch  # here, so that --help answers at once
 

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from llmtrain.arguments import VerbParser, add_checkpoint, positive_int, probability, seed_int, temperature
 from llmtrain.checkpoint.load import TrainedModel, load_model
 from llmtrain.errors import UserError, run_main
 from llmtrain.model.sampling import SamplingOptions, prompt_ids, sample
 from llmtrain.model.writer import Sample, Writer
 from llmtrain.observe.formats import printable
+from llmtrain.parsers import QUIT
+from llmtrain.parsers import generate_parser as parser
 
 # Samples written side by side: more would need the memory of as many key-value caches.
 ROWS_AT_ONCE = 32
-QUIT = "/quit"
 
 
 @dataclass(frozen=True)
@@ -135,32 +135,9 @@ def _request(args: Namespace, trained: TrainedModel) -> Request:
     return Request(options, args.max_new_tokens, tuple(args.stop), args.num_samples, args.seed)
 
 
-def parser() -> VerbParser:
-    """The parser of `llmtrain generate`."""
-    made = VerbParser(
-        "generate",
-        "Sample text from a run or a checkpoint.",
-        'llmtrain generate checkpoints --prompt "Once upon a time" --temperature 0.8 --top-p 0.95',
-    )
-    add = made.add_argument
-    add_checkpoint(made)
-    add("--prompt", default="", metavar="TEXT", help="text to go on from (default: a document begins)")
-    add("--max-new-tokens", type=positive_int, default=200, metavar="N", help="length (default: %(default)s)")
-    add("--temperature", type=temperature, default=0.8, metavar="F", help="0 is greedy (default: %(default)s)")
-    add("--top-k", type=positive_int, metavar="N", help="choose only among the N most likely tokens")
-    add("--top-p", type=probability, metavar="F", help="choose only among the likeliest that make up this probability")
-    add("--greedy", action="store_true", help="always take the most likely token")
-    add("--num-samples", type=positive_int, default=1, metavar="N", help="how many (default: %(default)s)")
-    add("--seed", type=seed_int, metavar="N", help="the same seed gives the same text; sample i has seed N + i")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    add("--interactive", action="store_true", help=f"read prompts, one a line, until {QUIT} or Ctrl-D")
-    add("--json", action="store_true", help="print the samples as JSON")
-    return made
-
-
 def main(argv: list[str]) -> None:
     """`llmtrain generate`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     if "" in args.stop:
         raise UserError("--stop: an empty text would end every sample at once")
     if args.interactive and (args.json or args.prompt):

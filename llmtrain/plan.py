@@ -46,7 +46,7 @@ def parser() -> VerbParser:
 
 def main(argv: list[str]) -> None:
     """`llmtrain plan`."""
-    args = parser().parse_intermixed_args(argv)
+    args = parser().read(argv)
     from llmtrain.config import load_config
     from llmtrain.planning.facts import Asked, plan
     from llmtrain.planning.hardware import find_gpu

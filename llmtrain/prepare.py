@@ -186,7 +186,7 @@ def _gather(flags: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     """Run `llmtrain prepare`."""
-    flags = vars(parser().parse_args(argv))
+    flags = vars(parser().read(argv))
     as_json, part, join = (flags.pop(name) for name in ("json", "part", "join"))
     if part and join:
         raise UserError("--part and --join: a part joins by itself when it is the last; give one of them")

@@ -95,7 +95,7 @@ def parser() -> VerbParser:
 
 def main(argv: list[str]) -> None:
     """`llmtrain report`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     for path in args.paths:
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{path}: no such folder; name a run (such as checkpoints/demo) or prepared data")

@@ -80,7 +80,7 @@ def parser() -> VerbParser:
 
 def main(argv: list[str]) -> None:
     """`llmtrain tokenizer`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     tokenizer = _open(args.path)
     if args.out is not None:
         from llmtrain.data.tokenizer_export import tokenizer_json

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmtrain.arguments import train_parser as parser
 from llmtrain.assemble import assemble, describe
 from llmtrain.checkpoint.folders import BEST
 from llmtrain.checkpoint.lock import RunLock
@@ -27,6 +26,7 @@ from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
 from llmtrain.observe.loss_sums import LossSums
 from llmtrain.observe.meter import peak_memory_gb
+from llmtrain.parsers import train_parser as parser
 from llmtrain.run import Run
 
 
@@ -118,7 +118,7 @@ def dry_run(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     """`llmtrain train`."""
-    args = parser().parse_intermixed_args(argv)
+    args = parser().read(argv)
     config = load_config(args.config or demo_config(args.overrides), args.overrides)
     # Outermost: a scheduler that signals twice must not cut short what follows the first.
     with StopSignals() as signals, ExitStack() as at_the_end:

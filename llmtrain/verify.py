@@ -209,7 +209,7 @@ def parser() -> VerbParser:
 
 def main(argv: list[str]) -> None:
     """`llmtrain verify`."""
-    args = parser().parse_args(argv)
+    args = parser().read(argv)
     verdicts = []
     for subject in find_subjects(args.path):
         verdict = verify(subject, show_progress=sys.stderr.isatty())

@@ -24,6 +24,20 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"example:\n  llmtrain {verb} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("argument", ["--help", "--no-such-flag"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_a_wrong_flag_do_not_wait_for_torch(verb: str, argument: str) -> None:
+    code = (
+        "import sys\nfrom llmtrain.cli import main\nfrom llmtrain.errors import UserError\n"
+        f"try:\n    main([{verb!r}, {argument!r}])\n"
+        "except (SystemExit, UserError) as end:\n    print(type(end).__name__)\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    end = "SystemExit" if argument == "--help" else "UserError"
+    assert result.stdout.splitlines()[-2:] == [end, "False"]
+
+
 def test_a_foreseen_error_is_one_line_whatever_it_quotes(call: Call) -> None:
     def fail(_argv: list[str]) -> None:
         raise UserError("x:\n  first\r\n\tsecond\u2028third, in 'two  blanks'")

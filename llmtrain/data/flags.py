@@ -17,7 +17,7 @@ from llmtrain.data.tokenizer import DEFAULT_VOCAB_SIZE, KINDS
 from llmtrain.storage.remote import path_or_url
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> VerbParser:
     """The parser; what it gives are the fields of `Options`, and some more for `main`."""
     made = VerbParser(
         "prepare",
