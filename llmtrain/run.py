@@ -347,7 +347,7 @@ class Run:
         self.observer.warn(
             f"{told}: {self.config.health.max_skips} steps had to be skipped since step {stretch.step:,}"
         )
-        self.observer.close(f"rolled back to step {self.progress.step:,}")
+        self.observer.close(f"rolled back to step {self.progress.step:,}", self.config.health.timeout_s / 2)
         self.observer = together(self.engine, self._reopen_folder)
         self.mirror.rewind(self.progress.step)  # now that what it leaves is no longer in the run folder
         self._go_on_recording()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = "wandb_id"
+_NOT_IN_AN_ID = ":;,#?/'"  # refused by wandb (Settings.validate_run_id), as is nothing at all
 
 
 class Sink(Protocol):
@@ -183,8 +185,8 @@ class WandbSink:
         except ImportError as error:
             raise _missing("wandb") from error
         id_path = run_dir / WANDB_ID
-        # From the start again is another run.
-        known_id = id_path.read_text().strip() if resume_step and id_path.exists() else None
+        goes_on = resume_step > 0 and id_path.exists()  # from the start again is another run
+        known_id = _known_id(id_path, warn) if goes_on else None
         rewinds = known_id is not None and reached_step > resume_step
 
         def start(*, rewinds: bool, mode: Literal["offline"] | None = None) -> wandb.Run:
@@ -214,7 +216,7 @@ class WandbSink:
             )
             run = other
         if isinstance(run, str):
-            if known_id is None:
+            if not goes_on:
                 raise UserError(f"{run}; run `wandb login`, or set WANDB_MODE=offline, or set logging.wandb=false")
             warn(f"{run}; going on offline; `wandb sync` of the folder in {run_dir / 'wandb'} brings it there later")
             run = start(rewinds=rewinds, mode="offline")
@@ -235,6 +237,20 @@ class WandbSink:
     def close(self) -> None:
         """Finish the upload (online) or the file (offline)."""
         self._run.finish()
+
+
+def _known_id(path: Path, warn: Callable[[str], None]) -> str | None:
+    """The id of the W&B run that earlier launches logged to; None, with a warning: the file does not tell it."""
+    content = path.read_bytes()
+    with contextlib.suppress(UnicodeDecodeError):
+        found = content.decode().strip()
+        if found and found.isprintable() and not set(found) & set(_NOT_IN_AN_ID):
+            return found
+    warn(
+        f"{path}: {content[:80]!r} is no id of a W&B run; records go to a new one from here on, and W&B keeps the run "
+        "before as it is"
+    )
+    return None
 
 
 def _missing(package: str) -> UserError:

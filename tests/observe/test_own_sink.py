@@ -14,6 +14,7 @@ import pytest
 
 from llmtrain.train import main
 from tests.conftest import Call, is_one_clear_line
+from tests.faulty_steps import faulty
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sinks.md"
 
@@ -54,6 +55,41 @@ def test_the_guides_example_gets_what_it_is_promised(here: Path, call: Call) -> 
     assert [re.sub(r"loss [\d.]+", "loss L", line) for line in posted] == [
         f"mine: validation loss L at step {step}" for step in (10, 20, 30)
     ]
+
+
+STUCK = """
+import threading
+
+closed = []
+
+class Sink:
+    def __init__(self, *_):
+        self.waits = threading.Event()
+    def log(self, record):
+        pass
+    def text(self, step, prompt, text):
+        pass
+    def close(self):
+        closed.append(self)
+        if len(closed) == 1:
+            self.waits.wait()
+"""
+
+
+def test_a_run_that_goes_back_does_not_wait_for_a_sink_that_waits_for_its_network(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, config_dict: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("llmtrain.train.accumulate", faulty(dict.fromkeys((96, 104, 120), "nan loss")))
+    config_dict |= {"health": {"spike_window": 8, "max_skips": 3, "max_rollbacks": 1, "timeout_s": 8.0}}
+    (here / "config.yaml").write_text(json.dumps(config_dict))
+    (here / "bad_sink.py").write_text(STUCK)
+    code, out, err = call(main, "--config", "config.yaml", "logging.sinks=['bad_sink:Sink']")
+    assert code == 0, err
+    assert "going back to" in err and "Sink: not closed within 2 s; the last records may be missing there" in err
+    assert "rolled back to step 10" in out
+    first, second = sys.modules["bad_sink"].closed
+    first.waits.set()
+    assert second is not first
 
 
 @pytest.mark.parametrize(("source", "name", "reason"), [

@@ -157,6 +157,22 @@ def test_wandb_is_rewound_where_steps_come_again_and_only_there(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"a/b"])
+def test_a_damaged_id_of_a_wandb_run_costs_a_warning_and_a_new_run(tmp_path, content):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "wandb_id").write_bytes(content)
+    done = wandb_launch(run_dir, 20, 25, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert f"{run_dir / 'wandb_id'}: {content!r} is no id of a W&B run; records go to a new one" in line
+    (records,) = [read_wandb(path) for path in run_dir.glob("wandb/offline-run-*/*.wandb")]
+    assert [record.history.step.num for record in records if record.HasField("history")] == [30, 40]
+    (run,) = [record.run for record in records if record.HasField("run")]
+    assert (run_dir / "wandb_id").read_text().strip() == run.run_id
+
+
+@pytest.mark.slow
 def test_wandb_without_a_key_is_one_clear_line(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
