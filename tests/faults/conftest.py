@@ -126,6 +126,22 @@ def begun(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFacto
     return run_dir
 
 
+def two_ranks(data: Path, run_dir: Path, **checkpoint: Any) -> Config:
+    """The same for two ranks, which wait for a lost one for a while only."""
+    config = config_of(data, run_dir, **{"async_save": True, **checkpoint})
+    config["training"] |= {"micro_batch_size": 2}
+    config["health"] = {"timeout_s": 20}
+    return config
+
+
+@pytest.fixture(scope="session")
+def undisturbed_two(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run of two ranks that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    assert [ended.code for ended in launcher.train_ranks(2, two_ranks(data, run_dir))] == [0, 0]
+    return run_dir
+
+
 def copied(begun: Path, run_dir: Path) -> Path:
     """A copy of a run folder in the place of another."""
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -156,6 +172,14 @@ def assert_as_undisturbed(run_dir: Path, undisturbed: Path) -> None:
     assert numbers(run_dir) == numbers(undisturbed)
     for name in ("training_metrics.json", "samples.jsonl", "samples-rank00000.jsonl"):
         assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def assert_two_as_undisturbed(run_dir: Path, whole: Path) -> None:
+    """The same checkpoints, numbers and samples, bit for bit; stacks that a watchdog wrote may lie there."""
+    assert {name: what for name, what in contents(run_dir).items() if "stacks" not in name} == contents(whole)
+    assert numbers(run_dir) == numbers(whole)
+    for name in ("training_metrics.json", "samples.jsonl", "samples-rank00000.jsonl", "samples-rank00001.jsonl"):
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def contents(run_dir: Path) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Counts what a process does to a folder, and kills it (SIGKILL) at the n-th deed.
 
 A deed is what changes the folder or makes a change last: open for writing, write, fsync, rename, link, delete, make or
-remove a folder. It is killed before the deed, and in the middle of a write: half of the bytes are in the file then.
+remove a folder. It is killed before the deed, and in the middle of a write: half of the bytes are in the file then
+(none, where the disk has larger blocks than that and the write goes past the page cache).
 Writes are seen for what is opened in Python, by `open`, and for `os.write`; all else by its audit events.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
+import fcntl
 import io
 import os
 import signal
@@ -18,6 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate"}
+DIRECTLY = " past the page cache"  # ends the name of such a write
+_DIRECT = getattr(os, "O_DIRECT", 0)
 _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -32,12 +37,17 @@ def path_of(descriptor: int) -> str:
     return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
-class FileEvents:
-    """From now on; `seen` names what was done, in order."""
+def _how(descriptor: int) -> str:
+    return DIRECTLY if fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT else ""
 
-    def __init__(self, folder: Path, at: int | None, end: Callable[[], None] = die):
+
+class FileEvents:
+    """From now on; `seen` names what was done, in order. Of the deeds with `of` in their names, the one `at` is it."""
+
+    def __init__(self, folder: Path, at: int | None, end: Callable[[], None] = die, of: str = ""):
         self.seen: list[str] = []
-        self._folder, self._at, self.end = str(folder), at, end
+        self._folder, self._at, self.end, self._of = str(folder), at, end, of
+        self._met = 0
         self._is_on, self._lock = True, threading.Lock()
         sys.addaudithook(self._audit)
         self._fsync, os.fsync = os.fsync, self._counted_fsync
@@ -53,13 +63,14 @@ class FileEvents:
         """Whether a path lies in the folder."""
         return isinstance(path, (str, os.PathLike)) and str(path).startswith(self._folder)
 
-    def count(self, what: str, path: object) -> bool:
+    def count(self, what: str, path: object, how: str = "") -> bool:
         """Note a deed; return whether this is the one."""
         with self._lock:
             if not self._is_on:
                 return False
-            self.seen.append(f"{what} {path}")
-            return len(self.seen) == self._at
+            self.seen.append(f"{what} {path}{how}")
+            self._met += self._of in self.seen[-1]
+            return self._of in self.seen[-1] and self._met == self._at
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -83,9 +94,10 @@ class FileEvents:
         self._fsync(descriptor)
 
     def _counted_write(self, descriptor: int, data: Any) -> int:
-        if self._is_file_of_ours(descriptor) and self.count("write", path_of(descriptor)):
-            view = memoryview(data).cast("B")
-            half = self._write(descriptor, view[: len(view) // 2])
+        if self._is_file_of_ours(descriptor) and self.count("write", path_of(descriptor), how=_how(descriptor)):
+            view, half = memoryview(data).cast("B"), 0
+            with contextlib.suppress(OSError):  # no whole number of blocks
+                half = self._write(descriptor, view[: len(view) // 2])
             self.end()
             return half
         return self._write(descriptor, data)

@@ -1,10 +1,11 @@
 """A process that has imported everything and forks one that trains for each request: a launch takes half a second.
 
 Requests and answers are lines of JSON on stdin and stdout; see `Launcher` in `tests/faults/conftest.py`. A request
-names the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`), or some
-seconds after the n-th time that the loop enters a phase (`phase`) or that a function of ours is called (`call`, as
-`module:name`). With `withdraws` the process is not killed at the event, but may no longer write where it could;
-`number` is another signal than SIGKILL. Of several `ranks`, this happens to the `victim`.
+names the moment of the kill, if there is to be one: the n-th time that the run folder is changed (`event`; with `of`,
+only changes that have this in their names count), or some seconds after the n-th time that the loop enters a phase
+(`phase`) or that a function of ours is called (`call`, as `module:name`). With `withdraws` the process is not killed at
+the event, but may no longer write where it could; `number` is another signal than SIGKILL. Of several `ranks`, this
+happens to the `victim`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from llmtrain.errors import run_main
 from llmtrain.health.peers import Peers, Phase
 from llmtrain.train import main
 from tests.faults.file_events import FileEvents, die
+from tests.faults.small_files import make_small
 
 NOBODY = 65534  # a user who may write nowhere here
 
@@ -38,6 +40,7 @@ NOBODY = 65534  # a user who may write nowhere here
 def serve() -> None:
     """Answer requests until nobody asks any more. No thread may exist here: it would be missing in the children."""
     torch.set_num_threads(1)
+    make_small()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
@@ -61,7 +64,7 @@ def fork(request: dict[str, Any], rank: int, ranks: int) -> int:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"]),
         }  # fmt: skip
     if "ranks" in request:
-        request["stdout"], request["stderr"] = (f"{request[name]}.{rank}" for name in ("stdout", "stderr"))
+        request |= {name: f"{request[name]}.{rank}" for name in ("stdout", "stderr", "events") if name in request}
     train(request, rank == request.get("victim", 0))
     raise AssertionError("unreachable")
 
@@ -81,7 +84,8 @@ def train(request: dict[str, Any], is_victim: bool) -> NoReturn:
         if "call" in request and is_victim:
             in_call(request["call"], request["nth"], request["delay_s"], blow)
         end = partial(os.seteuid, NOBODY) if request.get("withdraws") else die
-        events = FileEvents(Path(request["run_dir"]), request.get("event") if is_victim else None, end)
+        at = request.get("event") if is_victim else None
+        events = FileEvents(Path(request["run_dir"]), at, end, request.get("of", ""))
         code = run_main(main, request["arguments"])
         events.stop()
         if "events" in request:

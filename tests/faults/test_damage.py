@@ -13,7 +13,7 @@ from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.data.shards import MANIFEST
 from llmtrain.verify import main as verify
 from tests.conftest import Call, is_one_clear_line
-from tests.faults.conftest import Config, Launcher, config_of, contents, copied, numbers
+from tests.faults.conftest import Config, Launcher, config_of, contents, copied, numbers, two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
@@ -49,7 +49,7 @@ def truncate(path: Path) -> None:
 DAMAGES = {"flipped byte": flip, "truncated": truncate, "missing": Path.unlink}
 FILES = [
     "COMMITTED", "manifest.json", "state.json", "config.yaml", "rank00000.json", "rank00000.safetensors",
-    "tokenizer/llmtrain_tokenizer.json",
+    "rank00000-1.safetensors", "rank00000-2.safetensors", "tokenizer/llmtrain_tokenizer.json",
 ]  # fmt: skip
 
 
@@ -80,6 +80,49 @@ def test_a_damaged_file_of_the_newest_checkpoint(
     assert numbers(run_dir) == numbers(undisturbed)
     last = "step-00000008/rank00000.safetensors"
     assert contents(run_dir)[last] == contents(undisturbed)[last]
+    assert call(verify, run_dir)[0] == 0
+
+
+OF_THE_SECOND_RANK = [
+    (name, damage) for name in ("rank00001.json", "rank00001.safetensors", "rank00001-1.safetensors")
+    for damage in DAMAGES
+]  # fmt: skip
+SHORT = [("rank00001.json", "missing"), ("rank00001.safetensors", "flipped byte"),
+         ("rank00001-1.safetensors", "flipped byte"), ("rank00001-1.safetensors", "truncated")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def six_of_two(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same from two ranks."""
+    run_dir = tmp_path_factory.mktemp("six-of-two") / "run"
+    ended = launcher.train_ranks(2, two_ranks(data, run_dir, keep_last=9), "training.stop_after=6")
+    assert [one.code for one in ended] == [75, 75]
+    names = {path.name for path in step_folder(run_dir, 6).iterdir()}
+    assert {name for name, _ in OF_THE_SECOND_RANK} <= names
+    assert {name.replace("rank00000", "rank00001") for name in names} <= names
+    return run_dir
+
+
+@pytest.mark.parametrize(("name", "damage"), OF_THE_SECOND_RANK if LONG else SHORT)
+def test_a_damaged_file_of_the_second_rank(
+    launcher: Launcher, data: Path, tmp_path: Path, six_of_two: Path, undisturbed_two: Path, call: Call, name: str,
+    damage: str,
+) -> None:  # fmt: skip
+    """Whichever rank finds it, both go back to the same checkpoint."""
+    run_dir = copied(six_of_two, tmp_path / "run")
+    folder = step_folder(run_dir, 6)
+    DAMAGES[damage](folder / name)
+    code, out, _ = call(verify, run_dir)
+    assert code == 4 and [line[:4] for line in out.splitlines()] == ["ok  ", "ok  ", "FAIL"]
+    assert f"{folder}/{name}" in out.splitlines()[2]
+    ended = launcher.train_ranks(2, two_ranks(data, run_dir, keep_last=9))
+    assert [one.code for one in ended] == [0, 0] and "after step 4\n" in ended[0].out, ended
+    assert f"{folder}/{name}" in ended[0].err and "going back to an older" in ended[0].err
+    assert len(list(run_dir.glob("step-00000006.aside-*"))) == 1
+    assert committed_steps(run_dir) == [2, 4, 6, 8]
+    assert numbers(run_dir) == numbers(undisturbed_two)
+    for last in (f"step-00000008/{name}" for name, _ in OF_THE_SECOND_RANK if name.endswith(".safetensors")):
+        assert contents(run_dir)[last] == contents(undisturbed_two)[last]
     assert call(verify, run_dir)[0] == 0
 
 

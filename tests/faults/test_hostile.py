@@ -63,9 +63,9 @@ def outside(path: Path, exploded: Path) -> None:
 
 def rehash(folder: Path) -> None:
     """Make every record and hash right again, as whoever prepared the folder would have done."""
-    tensors = folder / "rank00000.safetensors"
+    tensors = sorted(folder.glob("rank00000*.safetensors"))
     record = json.loads((folder / "rank00000.json").read_text())
-    record["files"] = [fmt.describe_file(folder, tensors).model_dump()]
+    record["files"] = [fmt.describe_file(folder, path).model_dump() for path in tensors]
     (folder / "rank00000.json").write_text(json.dumps(record))
     manifest = json.loads((folder / fmt.MANIFEST).read_text())
     manifest["files"] = [fmt.describe_file(folder, folder / file["path"]).model_dump() for file in manifest["files"]]

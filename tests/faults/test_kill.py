@@ -6,6 +6,7 @@ moments, without it a part of them that is spread evenly.
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 from pathlib import Path
@@ -24,12 +25,29 @@ from tests.faults.conftest import (
     copied,
     last_commit,
 )
+from tests.faults.file_events import DIRECTLY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
 DIED = -9
 # All that one process goes through which nothing goes wrong in.
 PHASES = sorted({*get_args(Phase)} - {"waiting for what other ranks write", "going back"})
+
+
+# What happens to each file of tensors, and how often: two pieces and a rest, one and a rest, a rest; see `small_files`.
+DEEDS = {
+    "rank00000.safetensors": {"open": 1, "write": 3, "fsync": 1},
+    "rank00000-1.safetensors": {"open": 1, "write": 2, "fsync": 1},
+    "rank00000-2.safetensors": {"open": 1, "write": 1, "fsync": 1},
+}
+OF_PIECES = [
+    (name, kind, nth)
+    for name, deeds in DEEDS.items() for kind, most in deeds.items() for nth in range(1, most + 1)
+]  # fmt: skip
+SHORT_OF_PIECES = [
+    ("rank00000.safetensors", "write", 1), ("rank00000.safetensors", "write", 2), ("rank00000.safetensors", "write", 3),
+    ("rank00000-1.safetensors", "write", 1), ("rank00000-2.safetensors", "open", 1),
+]  # fmt: skip
 
 
 def distinct(events: list[str]) -> list[int]:
@@ -77,6 +95,45 @@ def test_at_every_change_of_the_run_folder(
         assert launcher.train(config, event=number).code == DIED, events[number - 1]
         goes_on(launcher, config, 4, undisturbed)
     assert len(tries) >= (150 if LONG else 20)
+
+
+def test_in_every_piece_of_every_file_of_tensors(
+    launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path, begun: Path
+) -> None:
+    """They are written at the same time, so a number counts what happens to one of them."""
+    run_dir = tmp_path / "run"
+    events = launcher.events(config_of(data, copied(begun, run_dir)))
+    for name, deeds in DEEDS.items():
+        of_file = [event.split()[0] for event in events if f" {run_dir}/step-00000006/{name}" in event]
+        assert {kind: of_file.count(kind) for kind in deeds} == deeds
+    for name, kind, nth in OF_PIECES if LONG else SHORT_OF_PIECES:
+        config = config_of(data, copied(begun, run_dir))
+        launch = launcher.train(config, event=nth, of=f"{kind} {run_dir}/step-00000006/{name}")
+        assert launch.code == DIED, (name, kind, nth)
+        assert last_commit(run_dir) == 4
+        goes_on(launcher, config, 4, undisturbed)
+
+
+def test_pieces_are_written_past_the_page_cache(launcher: Launcher, data: Path, tmp_path: Path, begun: Path) -> None:
+    """What the tests above are killed in; the rest of a file is no whole number of blocks."""
+    if not takes_direct_writes(tmp_path):
+        pytest.skip(f"the file system of {tmp_path} takes no writes past the page cache (O_DIRECT)")
+    events = launcher.events(config_of(data, copied(begun, tmp_path / "run")))
+    path = tmp_path / "run" / "step-00000006" / "rank00000.safetensors"
+    writes = [event for event in events if event.startswith(f"write {path}")]
+    assert writes == [f"write {path}{DIRECTLY}"] * 2 + [f"write {path}"]
+
+
+def takes_direct_writes(folder: Path) -> bool:
+    piece = mmap.mmap(-1, mmap.PAGESIZE)
+    try:
+        descriptor = os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0))
+        try:
+            return hasattr(os, "O_DIRECT") and os.write(descriptor, piece) == mmap.PAGESIZE
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
 
 
 def test_before_the_first_checkpoint(launcher: Launcher, data: Path, tmp_path: Path, undisturbed: Path) -> None:

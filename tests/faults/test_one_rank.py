@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from llmtrain.checkpoint.folders import committed_steps
-from tests.faults.conftest import STEPS, Config, Launcher, config_of, contents, last_commit, numbers
+from tests.faults.conftest import STEPS, Launcher, assert_two_as_undisturbed, copied, last_commit, two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
@@ -59,11 +59,13 @@ SHORT = [
 EVERY = [Moment(name, rank) for name in (*LOOP, *CALLS) for rank in (0, 1) if not (rank and name in ONLY_RANK_0)]
 
 
-def two_ranks(data: Path, run_dir: Path) -> Config:
-    config = config_of(data, run_dir, async_save=True)
-    config["training"] |= {"micro_batch_size": 2}
-    config["health"] = {"timeout_s": 20}
-    return config
+# Of each rank, two pieces and a rest in the first file, a rest in the second; see `small_files`.
+WRITES = [
+    (rank, f"rank{rank:05d}{part}.safetensors", kind, nth)
+    for rank in (0, 1) for part, most in (("", 3), ("-1", 1)) for kind in ("open", "write", "fsync")
+    for nth in range(1, most + 1 if kind == "write" else 2)
+]  # fmt: skip
+SHORT_WRITES = [(1, "rank00001.safetensors", "write", 2), (0, "rank00000-1.safetensors", "write", 1)]
 
 
 def random_moments(count: int) -> list[Moment]:
@@ -76,23 +78,7 @@ def random_moments(count: int) -> list[Moment]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def whole(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run that nothing disturbed."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert [ended.code for ended in launcher.train_ranks(2, two_ranks(data, run_dir))] == [0, 0]
-    return run_dir
-
-
-def assert_as_whole(run_dir: Path, whole: Path) -> None:
-    """The same checkpoints, numbers and samples, bit for bit; stacks that a watchdog wrote may lie there."""
-    assert {name: what for name, what in contents(run_dir).items() if "stacks" not in name} == contents(whole)
-    assert numbers(run_dir) == numbers(whole)
-    for name in ("training_metrics.json", "samples.jsonl", "samples-rank00000.jsonl", "samples-rank00001.jsonl"):
-        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_path: Path, whole: Path) -> None:
+def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_path: Path, undisturbed_two: Path) -> None:
     """Each launch goes on where the one before was killed; one that gets to the end is followed by a new run."""
     met, finished = set[Moment](), 0
     config = two_ranks(data, tmp_path / "run-0")
@@ -112,13 +98,31 @@ def test_one_rank_killed_again_and_again(launcher: Launcher, data: Path, tmp_pat
             if codes["victim"] == DIED:
                 met.add(moment)
                 break
-            assert_as_whole(run_dir, whole)
+            assert_two_as_undisturbed(run_dir, undisturbed_two)
             finished += 1
             config = two_ranks(data, tmp_path / f"run-{finished}")
     found = last_commit(Path(config["run"]["dir"]))
     ended = launcher.train_ranks(2, config)
     assert [one.code for one in ended] == [0, 0], ended
     assert (f"after step {found}\n" in ended[0].out) == bool(found), ended[0]
-    assert_as_whole(Path(config["run"]["dir"]), whole)
+    assert_two_as_undisturbed(Path(config["run"]["dir"]), undisturbed_two)
     assert met >= set(EVERY if LONG else SHORT)
-    assert committed_steps(whole) == [8]
+    assert committed_steps(undisturbed_two) == [8]
+
+
+def test_one_rank_killed_in_a_piece_of_one_of_its_files(
+    launcher: Launcher, data: Path, tmp_path: Path, undisturbed_two: Path
+) -> None:
+    """The checkpoint that it was writing does not exist, whatever the other has written of it."""
+    launched = two_ranks(data, tmp_path / "run", async_save=False)
+    assert [one.code for one in launcher.train_ranks(2, launched, "training.stop_after=4")] == [75, 75]
+    begun = (tmp_path / "run").rename(tmp_path / "begun")
+    for rank, name, kind, nth in WRITES if LONG else SHORT_WRITES:
+        run_dir = copied(begun, tmp_path / "run")
+        of = f"{kind} {run_dir}/step-00000006/{name}"
+        ended = launcher.train_ranks(2, launched, victim=rank, event=nth, of=of)
+        assert (ended[rank].code, ended[1 - rank].code) == (DIED, LOST), (name, kind, nth, ended)
+        assert last_commit(run_dir) == 4
+        ended = launcher.train_ranks(2, launched)
+        assert [one.code for one in ended] == [0, 0], ended
+        assert_two_as_undisturbed(run_dir, undisturbed_two)

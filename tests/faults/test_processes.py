@@ -18,10 +18,11 @@ from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.verify import main as verify
 from tests.conftest import Call
 from tests.distributed.launching import environment, launch_command
-from tests.faults.conftest import Config, Launcher, config_of, last_commit, numbers
+from tests.faults.conftest import ROOT, Config, Launcher, config_of, last_commit, numbers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FLOAT32 = 1e-5
+PROGRAM = "tests.faults.small_files"
 
 
 def two_processes(data: Path, run_dir: Path) -> Config:
@@ -35,9 +36,9 @@ def two_processes(data: Path, run_dir: Path) -> Config:
 def start(name: str, config: Config) -> subprocess.Popen[str]:
     file = Path(config["run"]["dir"]).with_suffix(".json")
     file.write_text(json.dumps(config))
-    command = launch_command(name, 2, "-m", "llmtrain.train", "--config", file)
+    command = launch_command(name, 2, "-m", PROGRAM, "--config", file)
     with file.with_suffix(".out").open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, text=True, env=environment())
+        return subprocess.Popen(command, stdout=out, stderr=out, text=True, cwd=ROOT, env=environment())
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
@@ -45,7 +46,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # a helper of the launcher's that ended just now
-            rank = child.environ().get("RANK") if "llmtrain.train" in child.cmdline() else None
+            rank = child.environ().get("RANK") if PROGRAM in child.cmdline() else None
             if rank is not None:
                 found[int(rank)] = child.pid
     return [found[rank] for rank in sorted(found)]
