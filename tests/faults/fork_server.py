@@ -5,7 +5,7 @@ names the moment of the kill, if there is to be one: the n-th time that the run 
 only changes that have this in their names count), or some seconds after the n-th time that the loop enters a phase
 (`phase`) or that a function of ours is called (`call`, as `module:name`). With `withdraws` the process is not killed at
 the event, but may no longer write where it could; `number` is another signal than SIGKILL. Of several `ranks`, this
-happens to the `victim`.
+happens to the `victim`. Steps go wrong by `faults`, see `tests.faulty_steps`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo
 
-import llmtrain.engine.accelerate  # noqa: F401
+import llmtrain.engine.accelerate
+import llmtrain.train
 from llmtrain.errors import run_main
 from llmtrain.health.peers import Peers, Phase
 from llmtrain.train import main
 from tests.faults.file_events import FileEvents, die
 from tests.faults.small_files import make_small
+from tests.faulty_steps import faulty
 
 NOBODY = 65534  # a user who may write nowhere here
 
@@ -65,7 +67,7 @@ def fork(request: dict[str, Any], rank: int, ranks: int) -> int:
         }  # fmt: skip
     if "ranks" in request:
         request |= {name: f"{request[name]}.{rank}" for name in ("stdout", "stderr", "events") if name in request}
-    train(request, rank == request.get("victim", 0))
+    train({**request, "rank": rank}, rank == request.get("victim", 0))
     raise AssertionError("unreachable")
 
 
@@ -83,6 +85,9 @@ def train(request: dict[str, Any], is_victim: bool) -> NoReturn:
             in_phase(request["phase"], request["nth"], request["delay_s"], blow)
         if "call" in request and is_victim:
             in_call(request["call"], request["nth"], request["delay_s"], blow)
+        if "faults" in request:
+            faults = {int(begin): kind for begin, kind in request["faults"].items()}
+            llmtrain.train.accumulate = faulty(faults, request["rank"])  # type: ignore[assignment]
         end = partial(os.seteuid, NOBODY) if request.get("withdraws") else die
         at = request.get("event") if is_victim else None
         events = FileEvents(Path(request["run_dir"]), at, end, request.get("of", ""))
