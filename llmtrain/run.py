@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from llmtrain.checkpoint.store import (
     newest_good,
 )
 from llmtrain.data.ahead import ahead
-from llmtrain.data.batches import Batch, Windows, batches
+from llmtrain.data.batches import Batch, batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.engine import Outcome
@@ -45,7 +46,7 @@ from llmtrain.health.divergence import Stretch
 from llmtrain.health.guard import Guard, first_skip
 from llmtrain.health.peers import Peers, Phase
 from llmtrain.health.signals import StopSignals
-from llmtrain.health.stopping import StopDuringEvaluation, Stopping
+from llmtrain.health.stopping import StopAfterStep, Stopping
 from llmtrain.health.watchdog import Watchdog
 from llmtrain.observe.files import LAUNCHES, replacing
 from llmtrain.observe.ledger import SampleLedger
@@ -243,32 +244,31 @@ class Run:
         return every is not None and (self.progress.step % every == 0 or self.progress.step == self.total_steps)
 
     def validate(self, epoch: int, grad_norm: torch.Tensor) -> Validation | None:
-        """Evaluate on the validation split, and on the sets beside it.
-
-        Args:
-            epoch: of the last step; like the next, it is kept where a signal cuts the evaluation short.
-            grad_norm: of the last step.
-
-        Raises:
-            Stopped: told to stop; saved. The resumed run evaluates first.
-        """
-        if not self.parts.judges:
+        """Evaluate on the validation split, and on the sets beside it; for the arguments, see `_cut_short`."""
+        parts, ids = self.parts, self.parts.data.tokenizer.vocab_size
+        if not parts.judges:
             return None
-        parts, limit, ids = self.parts, self.config.training.eval_batches, self.parts.data.tokenizer.vocab_size
-
-        def validated(windows: Mapping[str, Windows]) -> dict[str, Validation]:
-            return validate_each(self.engine, windows, parts.layout, limit=limit, ids=ids, reading=self._arriving)
-
-        try:
-            with self.meter.paused():
-                found, sets = validated(parts.val), validated(parts.sets)
-        except StopDuringEvaluation:
-            self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
-            raise self._stopped(str(self.stopping.reason)) from None
+        measure = partial(validate_each, self.engine, layout=parts.layout, limit=self.config.training.eval_batches)
+        with self._cut_short(epoch, grad_norm):
+            found, sets = (measure(sets, ids=ids, reading=self._arriving) for sets in (parts.val, parts.sets))
         return judged(found, sets, parts.last_weights(self.total_steps))
 
+    @contextmanager
+    def _cut_short(self, epoch: int, grad_norm: torch.Tensor) -> Iterator[None]:
+        """Around what a signal may cut short after a step, of which epoch and gradient norm are kept then.
+
+        Raises:
+            Stopped: told to stop; saved. The resumed run begins with what follows that step.
+        """
+        try:
+            with self.meter.paused():
+                yield
+        except StopAfterStep:
+            self.progress.unfinished = {"epoch": epoch, "grad_norm": finite(grad_norm.item())}
+            raise self._stopped(str(self.stopping.reason)) from None
+
     def unfinished(self) -> tuple[int, float, torch.Tensor]:
-        """Epoch, learning rate and gradient norm of the last step, which a signal kept from its evaluation."""
+        """Epoch, learning rate and gradient norm of the last step, where a signal cut short what follows it."""
         kept = self.progress.unfinished or {}
         return (
             kept["epoch"],
@@ -277,16 +277,13 @@ class Run:
         )
 
     def _arriving(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        return self._until_told(ahead(windows, self.engine.device))
-
-    def _until_told(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for tokens in self.peers.reading(windows, lambda: self.progress.step, ("validation data", "validation")):
-            self.stopping.hear(self.store.has_failed)
-            if self.stopping.reason:
-                raise StopDuringEvaluation
-            self.ask()
-            yield tokens
+        phases: tuple[Phase, Phase] = ("validation data", "validation")
+        moving = self.peers.reading(ahead(windows, self.engine.device), lambda: self.progress.step, phases)
+        yield from self.stopping.until_told(moving, lambda: self.store.has_failed)
         self._now("validation")
+
+    def _written(self, tokens: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        return self.stopping.until_told(self.peers.through(tokens), lambda: self.store.has_failed)
 
     def ask(self) -> None:
         """Begin to ask all ranks whether one was told to stop or failed to save; `stop_if_told` takes the answer."""
@@ -360,11 +357,11 @@ class Run:
             clear_way(self.dir, self.progress.step, self.progress.best_step, self._early_warning)
         return self._make_observer({"going on": f"after step {self.progress.step:,} of {self.total_steps:,}"})
 
-    def sample(self) -> None:
-        """Let the model write, from each of the configured prompts."""
+    def sample(self, epoch: int, grad_norm: torch.Tensor) -> None:
+        """Let the model write, from each of the configured prompts; for the arguments, see `_cut_short`."""
         self._now("sampling")
-        with self.meter.paused(), self.engine.evaluating() as model:
-            for prompt, text in self._samples.write(model, self.engine.device, self.peers.through):
+        with self._cut_short(epoch, grad_norm), self.engine.evaluating() as model:
+            for prompt, text in self._samples.write(model, self.engine.device, self._written):
                 self.observer.sample(self.progress.step, prompt, text)
 
     def save(self, *links: str) -> None:

@@ -41,7 +41,7 @@ def train(run: Run) -> None:
     """
     engine, progress, training = run.engine, run.progress, run.config.training
     stream = run.batches()
-    if progress.unfinished:  # a signal came while the last step was evaluated
+    if progress.unfinished:  # a signal cut short what follows the last step
         conclude(run, *run.unfinished())
     while progress.step < run.total_steps and not run.has_stopped_improving():
         run.stop_if_told()
@@ -70,12 +70,12 @@ def conclude(run: Run, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
     """Whatever is due after a step."""
     training = run.config.training
     validation = run.validate(epoch, grad_norm) if run.due(training.eval_every) else None
+    if run.due(training.sample_every) and (validation is None or math.isfinite(validation.loss)):  # else `log` ends it
+        run.sample(epoch, grad_norm)
     run.progress.unfinished = None
     is_best = validation is not None and run.progress.validated(validation.loss)
     if validation or run.due(run.config.logging.every):
         run.log(epoch, lr, grad_norm, validation)
-    if run.due(training.sample_every):
-        run.sample()
     if is_best:
         run.save(BEST)
     elif run.due(run.config.checkpoint.save_every):

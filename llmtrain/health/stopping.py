@@ -1,22 +1,26 @@
 """All ranks stop at the same place, though the signal may reach only one of them.
 
 A rank asks all others by an exchange of two bytes over the CPU. It is begun at one place of the loop (before the
-update; between two micro-batches of an evaluation) and its answer is taken at the next (before the next step or
-micro-batch), so nobody waits for a device and hardly for each other, and every rank takes the same answers in the same
-order.
+update; between two micro-batches of an evaluation, or two tokens of a sample) and its answer is taken at the next
+(before the next step, micro-batch or token), so nobody waits for a device and hardly for each other, and every rank
+takes the same answers in the same order.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from llmtrain.engine import Engine
 from llmtrain.health.signals import StopSignals
 
+Item = TypeVar("Item")
 
-class StopDuringEvaluation(Exception):  # noqa: N818 -- not an error; never leaves the run
-    """Told to stop between two micro-batches of an evaluation; raised on all ranks at the same one."""
+
+class StopAfterStep(Exception):  # noqa: N818 -- not an error; never leaves the run
+    """Told to stop in what follows a step, an evaluation or a sample; raised on all ranks at the same place in it."""
 
 
 class Stopping:
@@ -44,6 +48,19 @@ class Stopping:
         if is_told and self.reason is None:
             self.reason = self._signals.received or "a signal on another rank"
             self._heard_at = self._signals.received_at or time.monotonic()
+
+    def until_told(self, items: Iterable[Item], has_save_failed: Callable[[], bool]) -> Iterator[Item]:
+        """Go through items, of which all ranks have equally many.
+
+        Raises:
+            StopAfterStep: told to stop.
+        """
+        for item in items:
+            self.hear(has_save_failed())
+            if self.reason:
+                raise StopAfterStep
+            self.ask(has_save_failed())
+            yield item
 
     @property
     def left_s(self) -> float:
