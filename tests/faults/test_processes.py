@@ -18,11 +18,22 @@ from llmtrain.checkpoint.folders import committed_steps, step_folder
 from llmtrain.verify import main as verify
 from tests.conftest import Call
 from tests.distributed.launching import environment, launch_command
-from tests.faults.conftest import ROOT, Config, Launcher, config_of, last_commit, numbers
+from tests.faults.conftest import (
+    ROOT,
+    Config,
+    Launcher,
+    assert_two_as_undisturbed,
+    config_of,
+    last_commit,
+    numbers,
+    two_ranks,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FLOAT32 = 1e-5
 PROGRAM = "tests.faults.small_files"
+HANGS = "tests.faults.hanging_save"
+LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
 
 
 def two_processes(data: Path, run_dir: Path) -> Config:
@@ -33,20 +44,23 @@ def two_processes(data: Path, run_dir: Path) -> Config:
     return config
 
 
-def start(name: str, config: Config) -> subprocess.Popen[str]:
+def start(name: str, config: Config, *program: object, **variables: str) -> subprocess.Popen[str]:
+    """Launch two ranks in a session of their own, as a terminal would; what they say is beside the run folder."""
     file = Path(config["run"]["dir"]).with_suffix(".json")
     file.write_text(json.dumps(config))
-    command = launch_command(name, 2, "-m", PROGRAM, "--config", file)
+    command = launch_command(name, 2, "-m", *(program or (PROGRAM,)), "--config", file)
     with file.with_suffix(".out").open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, text=True, cwd=ROOT, env=environment())
+        return subprocess.Popen(
+            command, stdout=out, stderr=out, text=True, cwd=ROOT, env=environment(**variables), start_new_session=True
+        )
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+def ranks_of(launcher: subprocess.Popen[str], program: str = PROGRAM) -> list[int]:
     """The processes that train, rank 0 first."""
     found = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # a helper of the launcher's that ended just now
-            rank = child.environ().get("RANK") if PROGRAM in child.cmdline() else None
+            rank = child.environ().get("RANK") if program in child.cmdline() else None
             if rank is not None:
                 found[int(rank)] = child.pid
     return [found[rank] for rank in sorted(found)]
@@ -109,3 +123,35 @@ def samples(run_dir: Path) -> list[tuple[int, list[int]]]:
 def wait_for_end(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(60)
+
+
+@pytest.mark.parametrize("to", ["the ranks", "the launcher"] if LONG else ["the ranks"])
+def test_a_second_ctrl_c_while_the_first_waits_for_a_save(
+    launcher: Launcher, data: Path, tmp_path: Path, undisturbed_two: Path, to: str
+) -> None:
+    """It ends ranks at once. The launcher (of torch) hands only the first on, and kills the ranks some time later."""
+    config = two_ranks(data, tmp_path / "run")
+    pipe, code, said = tmp_path / "pipe", tmp_path / "code", tmp_path / "run.out"
+    os.mkfifo(pipe)
+    variables = {"LLMTRAIN_EXIT_CODE_FILE": str(code), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+    process = start("cpu-ddp", config, HANGS, pipe, **variables)
+    wait_for(lambda: said.read_text().count("hangs\n") == 2, process)
+    ranks = ranks_of(process, HANGS)
+    assert len(ranks) == 2
+    if to == "the ranks":
+        for word in ("heard\n", "llmtrain: interrupted\n"):
+            for pid in ranks:
+                os.kill(pid, signal.SIGINT)
+            wait_for(lambda: said.read_text().count(word) == 2, process)  # noqa: B023
+        assert process.wait(200) != 0 and code.read_text() == "130\n"
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: said.read_text().count("heard\n") == 2, process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(200) != 0
+    for pid in ranks:
+        wait_for_end(pid)
+    assert last_commit(tmp_path / "run") == 4
+    ended = launcher.train_ranks(2, config)
+    assert [one.code for one in ended] == [0, 0] and "after step 4\n" in ended[0].out, ended
+    assert_two_as_undisturbed(tmp_path / "run", undisturbed_two)
