@@ -5,7 +5,9 @@ names the moment of the kill, if there is to be one: the n-th time that the run 
 only changes that have this in their names count), or some seconds after the n-th time that the loop enters a phase
 (`phase`) or that a function of ours is called (`call`, as `module:name`). With `withdraws` the process is not killed at
 the event, but may no longer write where it could; `number` is another signal than SIGKILL. Of several `ranks`, this
-happens to the `victim`. Steps go wrong by `faults`, see `tests.faulty_steps`.
+happens to the `victim`. With `leads` (a name and a path) it is not killed, but finds the file of that name in each
+checkpoint that is being written to lead to that path, at so many calls as `times` says. Steps go wrong by `faults`, see
+`tests.faulty_steps`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch._dynamo
 
 import llmtrain.engine.accelerate
 import llmtrain.train
+from llmtrain.checkpoint.folders import is_committed
 from llmtrain.errors import run_main
 from llmtrain.health.peers import Peers, Phase
 from llmtrain.train import main
@@ -81,10 +84,12 @@ def train(request: dict[str, Any], is_victim: bool) -> NoReturn:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = ["llmtrain", "train", *request["arguments"]]
         blow = partial(os.kill, os.getpid(), request.get("number", signal.SIGKILL))
+        if "leads" in request:
+            blow = partial(lead, Path(request["run_dir"]), *request["leads"])
         if "phase" in request and is_victim:
             in_phase(request["phase"], request["nth"], request["delay_s"], blow)
         if "call" in request and is_victim:
-            in_call(request["call"], request["nth"], request["delay_s"], blow)
+            in_call(request["call"], request["nth"], request["delay_s"], blow, request.get("times", 1))
         if "faults" in request:
             faults = {int(begin): kind for begin, kind in request["faults"].items()}
             llmtrain.train.accumulate = faulty(faults, request["rank"])  # type: ignore[assignment]
@@ -118,8 +123,11 @@ def in_phase(phase: str, nth: int, delay_s: float, blow: Callable[[], object]) -
     Peers.progress = progress  # type: ignore[method-assign]
 
 
-def in_call(place: str, nth: int, delay_s: float, blow: Callable[[], object]) -> None:
-    """Strike this process when a function of ours is called for the `nth` time; without a delay, before it begins."""
+def in_call(place: str, nth: int, delay_s: float, blow: Callable[[], object], times: int) -> None:
+    """Strike this process when a function of ours is called for the `nth` time, and so many `times` in a row.
+
+    Without a delay, before it begins.
+    """
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -130,11 +138,18 @@ def in_call(place: str, nth: int, delay_s: float, blow: Callable[[], object]) ->
     @wraps(function)
     def called(*arguments: Any, **named: Any) -> Any:
         left[0] -= 1
-        if not left[0]:
+        if -times < left[0] <= 0:
             strike(delay_s, blow)
         return function(*arguments, **named)
 
     setattr(owner, name, called)
+
+
+def lead(run_dir: Path, name: str, path: str) -> None:
+    """Let a file of the checkpoint that is being written lie elsewhere."""
+    for folder in run_dir.glob("step-????????"):
+        if not is_committed(folder):
+            (folder / name).symlink_to(path)
 
 
 def strike(delay_s: float, blow: Callable[[], object]) -> None:

@@ -16,9 +16,11 @@ from tests.faults.conftest import (
     Config,
     Launcher,
     assert_as_undisturbed,
+    assert_two_as_undisturbed,
     config_of,
     copied,
     last_commit,
+    two_ranks,
 )
 
 pytestmark = pytest.mark.slow
@@ -98,3 +100,32 @@ def test_the_right_to_write_is_withdrawn(
     assert committed_steps(run_dir) == before
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     goes_on(launcher, config, run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_the_disk_of_one_rank_of_two_is_full(
+    launcher: Launcher, data: Path, disk: Path, tmp_path: Path, undisturbed_two: Path, times: int
+) -> None:
+    """From the save of step 6 on, as on a file system of several disks; in its first file, with a piece written.
+
+    Once: all ranks give that save up, and the next one is made. Again and again: all end, and go on when there is room.
+    """
+    run_dir = tmp_path / "run"
+    config = two_ranks(data, run_dir)
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(free - 4096))
+    place = {"call": "llmtrain.checkpoint.format:write_rank", "nth": 3, "delay_s": 0.0, "times": times, "victim": 1}
+    leads = ["rank00001.safetensors", str(disk / "other")]
+    ended = launcher.train_ranks(2, config, **place, leads=leads)
+    failures = [line for line in ended[0].err.splitlines() if "saving step 6 failed: No space left on device" in line]
+    assert len(failures) == 1 and "(rank 1 on" in failures[0] and "tries again at the next save" in failures[0], ended
+    assert (disk / "other").stat().st_size == 4096
+    assert [one.code for one in ended] == ([0, 0] if times == 1 else [2, 2]), ended
+    assert "Traceback" not in ended[0].err + ended[1].err
+    if times > 1:
+        assert last_commit(run_dir) == 4
+        [error] = [line for one in ended for line in one.err.splitlines() if line.startswith("llmtrain: error")]
+        assert "saving step 8 failed: No space left on device (rank 1 on" in error
+        ended = launcher.train_ranks(2, config)
+        assert [one.code for one in ended] == [0, 0] and "after step 4\n" in ended[0].out, ended
+    assert_two_as_undisturbed(run_dir, undisturbed_two)
