@@ -513,10 +513,12 @@ def test_missing_validation_is_said(config_dict: Config, tmp_path: Path, capsys:
 def test_a_validation_loss_that_is_no_number_is_divergence(
     config_dict: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the model, which may have no probabilities any more, is not asked to write before that is said."""
     broken = Validation(math.nan, 0.0, 1)
     monkeypatch.setattr("llmtrain.observe.validation.validate", lambda *_: broken)
     with pytest.raises(DivergedError, match="validation loss nan"):
-        run(config_dict)
+        run(merged(config_dict, training={"sample_every": 10, "sample_prompts": ["The"]}))
+    assert not (Path(config_dict["run"]["dir"]) / "samples.jsonl").exists()
 
 
 @pytest.mark.parametrize(("variable", "value"), [

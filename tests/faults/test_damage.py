@@ -10,10 +10,20 @@ from pathlib import Path
 import pytest
 
 from llmtrain.checkpoint.folders import committed_steps, step_folder
+from llmtrain.data.outside import SAMPLE_BYTES, SAMPLES
 from llmtrain.data.shards import MANIFEST
 from llmtrain.verify import main as verify
-from tests.conftest import Call, is_one_clear_line
-from tests.faults.conftest import Config, Launcher, config_of, contents, copied, numbers, two_ranks
+from tests.conftest import Call, is_one_clear_line, prose, write_data
+from tests.faults.conftest import (
+    Config,
+    Launcher,
+    assert_as_undisturbed,
+    config_of,
+    contents,
+    copied,
+    numbers,
+    two_ranks,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LONG = bool(os.environ.get("LLMTRAIN_LONG_TESTS"))
@@ -195,6 +205,42 @@ def test_a_damaged_tokenizer_of_the_data_gets_into_no_checkpoint(
     path.write_text(text.replace("ac", "ca", 1))
     ended = launcher.train(config)
     assert ended.code == 4 and is_one_clear_line(ended.err) and str(path) in ended.err
+
+
+def test_a_flipped_byte_in_the_data_is_found_by_verify_and_on_the_pages_that_are_looked_at_by_the_next_launch(
+    launcher: Launcher, tmp_path: Path, call: Call
+) -> None:
+    """That launch changes nothing; once the byte is as it was, the same command ends as if nothing had been."""
+    texts = {"train": prose(12_000), "val": prose(1_500, seed=1)}
+    folder = write_data(tmp_path / "data", texts)  # one shard, of which less than all is looked at
+    shard, tokenizer = folder / "train-00000.bin", folder / "tokenizer" / "llmtrain_tokenizer.json"
+    whole, begun, run_dir = (tmp_path / name for name in ("whole", "begun", "run"))
+    assert launcher.train(config_of(folder, whole)).code == 0
+    assert launcher.train(config_of(folder, begun), "training.stop_after=4").code == 75
+    config, size, dice = config_of(folder, copied(begun, run_dir)), shard.stat().st_size, random.Random(0)
+    pages = [(size - SAMPLE_BYTES) * number // (SAMPLES - 1) for number in range(SAMPLES)]
+    looked_at = {place for begin in pages for place in range(begin, begin + SAMPLE_BYTES)}
+    others = sorted({*range(size)} - looked_at)
+    assert len(others) > size // 5
+    most = 40 if LONG else 3
+    places = [(shard, place) for place in (pages[0], size - 1, *dice.sample(sorted(looked_at), most))]
+    places += [(tokenizer, place) for place in dice.sample(range(tokenizer.stat().st_size), most)]
+    before = contents(run_dir), numbers(run_dir)
+    for path, place in places:
+        flip(path, place)
+        code, out, _ = call(verify, folder)
+        assert code == 4 and f"FAIL  {path}: " in out, (path, place, out)
+        ended = launcher.train(config)
+        assert ended.code == 4 and is_one_clear_line(ended.err) and str(path) in ended.err, (path, place, ended)
+        assert (contents(run_dir), numbers(run_dir)) == before
+        flip(path, place)
+    for place in dice.sample(others, most):
+        flip(shard, place)
+        code, out, _ = call(verify, folder)
+        assert code == 4 and f"FAIL  {shard}: " in out, (place, out)
+        flip(shard, place)
+    assert launcher.train(config).code == 0
+    assert_as_undisturbed(run_dir, whole)
 
 
 def test_a_flipped_byte_in_the_manifest_of_the_data(
