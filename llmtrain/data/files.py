@@ -130,8 +130,8 @@ def _files_of(source: str) -> list[SourceFile]:
             raise UserError(f"{source}: the file is empty")
         return [file]
     if glob.has_magic(source):
-        matches = sorted(Path(match) for match in glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
-        return _found(source, [match for match in matches if match.is_file()], "matches no file")
+        matches = map(Path, glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
+        return _found(source, _once(match for match in matches if match.is_file()), "matches no file")
     if leads_in_circle(path):
         raise UserError(f"{source}: a link that leads in a circle")
     raise UserError(f"{source}: {'not a file or folder' if path.exists() else 'no such file or folder'}")
@@ -141,6 +141,14 @@ def _found(source: str, paths: list[Path], if_none: str) -> list[SourceFile]:
     if not paths:
         raise UserError(f"{source}: {if_none}")
     return [_describe(path, named=False) for path in paths]
+
+
+def _once(matches: Iterable[Path]) -> list[Path]:
+    """Each file by one of its paths, sorted: the first of the shortest; links that lead in circles make longer ones."""
+    paths = dict[Path, Path]()
+    for path in sorted(matches, key=lambda path: (len(path.parts), path)):
+        paths.setdefault(path.resolve(), path)
+    return sorted(paths.values())
 
 
 def _walk(folder: Path) -> list[Path]:

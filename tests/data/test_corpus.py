@@ -69,6 +69,19 @@ def test_linked_folders_are_read_too_but_every_folder_once(folder, tmp_path_fact
     assert read(folder) == ["linked", "first", "middle", "last"]
 
 
+def test_a_glob_takes_each_file_once_by_its_shortest_path(folder):
+    (folder / "b/up").symlink_to(folder)  # a circle
+    (folder / "0same.txt").symlink_to(folder / "z.txt")
+    (folder / "1gone.txt").symlink_to(folder / "nowhere")
+    for pattern, names in {
+        "**/*.txt": ["0same.txt", "a.txt"],
+        "**/*.md": ["b/x.md"],
+        "b/**/*": ["b/up/0same.txt", "b/up/a.txt", "b/x.md"],
+    }.items():
+        assert [file.path for file in find_files([f"{folder}/{pattern}"])] == [folder / name for name in names]
+    assert read(f"{folder}/**/*.txt") == ["last", "first"]
+
+
 def test_glob_and_several_inputs_keep_the_order_of_the_inputs(folder):
     assert read(folder / "*.txt", folder / "b") == ["first", "last", "middle"]
     assert read(f"{folder}/**/*.md") == ["middle"]
