@@ -28,6 +28,7 @@ SUFFIXES = (".bin", ".idx")
 LLMC_HEADER_BYTES = 256 * 4
 LLMC: dict[int, tuple[int, Dtype]] = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 LLMC_EVALUATION = 20240522
+MEGATRON_NAME = re.compile(r"_document$")  # as its preprocess_data.py ends every one
 # As nanoGPT (val.bin) and llm.c (fineweb_val_000000.bin) call it.
 VALIDATION_NAME = re.compile(r"(^|[_.-])(val|valid|validation)($|[_.-])")
 TEST_NAME = re.compile(r"(^|[_.-])test")
@@ -152,7 +153,13 @@ def _named(source: str) -> Path | None:
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    files = sorted(file for file in folder.glob("*.bin") if file.is_file() and not file.name.startswith("."))
+    found = sorted(file for file in folder.glob("*.bin") if not file.name.startswith("."))
+    files = [file for file in found if file.is_file()]
+    known = [file for file in files if _is_of_known_format(file)]
+    if known or (folder / "train.bin").is_file() or (folder / "train.bin").is_symlink():
+        for file in found:
+            if file.is_symlink() and not file.exists():
+                raise UserError(f"{file}: a link to {file.readlink()}, which is not there")
     if (folder / "train.bin").is_file():
         for file in files:
             if file.name not in ("train.bin", "val.bin") and not TEST_NAME.search(file.stem):
@@ -163,8 +170,14 @@ def _in_folder(folder: Path) -> list[Path] | None:
         _refuse_text(folder, files[0], but=NANOGPT_TEXT)
         return [file for file in files if file.name in ("train.bin", "val.bin")]
     # Folders of text may hold files of that name, too, which are passed over there.
-    if not files or not all(_is_of_known_format(file) for file in files):
+    if not known:
         return None
+    for file in files:
+        if file not in known:
+            raise UserError(
+                f"{file}: neither a llm.c file nor one of Megatron (there is no {file.with_suffix('.idx').name}),"
+                f" beside {known[0].name}; name the files by --input"
+            )
     _refuse_text(folder, files[0])
     return files
 
@@ -199,6 +212,16 @@ def _describe(path: Path, dtype: Dtype | None) -> TokenFile:
         raise UserError(f"{path}: holds multiple-choice questions for llm.c, not a stream of tokens")
     elif header[0] in LLMC:
         found, header_bytes = _check_llmc(path, header, status.st_size), LLMC_HEADER_BYTES
+    elif _is_like_llmc(path, status.st_size):
+        raise UserError(
+            f"{path}: begins with the header of a llm.c file, but of kind {header[0]}; only"
+            f" {' and '.join(map(str, LLMC))} are known"
+        )
+    elif MEGATRON_NAME.search(path.stem):
+        raise UserError(
+            f"{path}: called as Megatron calls its files, but there is no {index.name} beside it; rename it if it holds"
+            " ids and nothing else"
+        )
     elif dtype is None and _looks_like_uint32(path):
         raise UserError(
             f"{path}: looks like uint32, as every second id is 0 when read as uint16; say --token-dtype uint32, or"
@@ -236,6 +259,14 @@ def _llmc_header(path: Path) -> list[int]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return list(struct.unpack("<3i", data.ljust(12, b"\0")))
+
+
+def _is_like_llmc(path: Path, size: int) -> bool:
+    """Whether a file begins as one of llm.c does but for the magic number: how many ids follow, then zeros."""
+    with path.open("rb") as file:
+        head = np.frombuffer(file.read(LLMC_HEADER_BYTES).ljust(LLMC_HEADER_BYTES, b"\1"), "<i4")
+    follow = size - LLMC_HEADER_BYTES
+    return int(head[2]) > 0 and follow in (2 * int(head[2]), 4 * int(head[2])) and not head[3:].any()
 
 
 def _check_llmc(path: Path, header: list[int], size: int) -> Dtype:

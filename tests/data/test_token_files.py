@@ -327,6 +327,14 @@ BAD = {
     "llm.c count": (lambda f: llmc(f / "x.bin", ids_of(9), count=8), "its llm.c header counts 8 tokens, 9 are in it"),
     "llm.c header alone": (lambda f: llmc(f / "x.bin", ids_of(0)), "x.bin: holds no tokens"),
     "llm.c evaluation": (lambda f: llmc(f / "x.bin", ids_of(9), 20240522), "multiple-choice questions for llm.c"),
+    "llm.c of another kind": (
+        lambda f: llmc(f / "x.bin", ids_of(9), 20250101),
+        "begins with the header of a llm.c file, but of kind 20250101; only 20240520 and 20240801 are known",
+    ),
+    "llm.c of another kind, wide": (
+        lambda f: raw(f / "x.bin", [7, 7, 9, *[0] * 253, *ids_of(9)], "<i4"),
+        "begins with the header of a llm.c file, but of kind 7",
+    ),
     "odd": (lambda f: (f / "x.bin").write_bytes(b"\1\0\2"), "3 bytes are not a whole number of uint16 ids"),
     "empty": (lambda f: (f / "x.bin").touch(), "x.bin: the file is empty"),
     "link to itself": (lambda f: (f / "x.bin").symlink_to(f / "x.bin"), "x.bin: a link that leads in a circle"),
@@ -339,6 +347,49 @@ def test_a_damaged_file_is_one_clear_line(case: str, tmp_path: Path, call: Call)
     damage(tmp_path)
     assert message in refused(call, "--input", tmp_path / "x.bin", "--vocab-size", VOCAB, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_ids_that_only_resemble_a_header_are_ids(tmp_path: Path, call: Call) -> None:
+    for number, words in enumerate(([7, 7, 10], [7, 7, 9, 1], [7, 7, 0])):
+        follow = 0 if words[2] == 0 else 9
+        path = raw(tmp_path / f"{number}.bin", [*words, *[0] * (256 - len(words)), *ids_of(follow)], "<u4")
+        flags = ("--vocab-size", VOCAB, "--val-split", 0, "--token-dtype", "uint32", "--out", tmp_path / f"out{number}")
+        assert prepared(call, "--input", path, *flags)["splits"]["train"]["tokens"] == 256 + follow
+
+
+def test_a_megatron_file_without_its_index_is_not_taken_for_one_document(tmp_path: Path, call: Call) -> None:
+    path = megatron(tmp_path / "m/books_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
+    path.with_suffix(".idx").unlink()
+    flags = ("--vocab-size", VOCAB, "--val-split", 0, "--out", tmp_path / "out")
+    for source in (path, tmp_path / "m/*.bin"):
+        message = refused(call, "--input", source, *flags)
+        assert f"{path}: called as Megatron calls its files, but there is no books_text_document.idx beside" in message
+    assert prepared(call, "--input", path.rename(tmp_path / "raw.bin"), *flags)["splits"]["train"]["tokens"] == 5
+
+
+@pytest.mark.parametrize("known", ["llm.c", "Megatron"])
+def test_beside_token_files_of_a_known_format_no_other_is_passed_over(known: str, tmp_path: Path, call: Call) -> None:
+    first = tmp_path / "web/a.bin"
+    llmc(first, ids_of(9)) if known == "llm.c" else megatron(first, [[[1, 2, 3]]])
+    (tmp_path / "web/a.txt").write_text("some text " * 100)
+    flags = ("--input", tmp_path / "web", "--vocab-size", VOCAB, "--val-split", 0, "--out", tmp_path / "out")
+    other = llmc(tmp_path / "web/b.bin", ids_of(9), 20250101)
+    message = refused(call, *flags)
+    assert f"{other}: neither a llm.c file nor one of Megatron (there is no b.idx), beside a.bin" in message
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "web_000001.bin"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(name: str, tmp_path: Path, call: Call) -> None:
+    is_nanogpt = name in ("train.bin", "val.bin")
+    for seed, file in enumerate(("train.bin", "val.bin") if is_nanogpt else ("web_000000.bin", name)):
+        (raw if is_nanogpt else llmc)(tmp_path / "in" / file, ids_of(100, seed))
+    link = tmp_path / "in" / name
+    target = link.rename(tmp_path / "moved.bin")
+    link.symlink_to(tmp_path / "gone.bin")
+    flags = ("--input", tmp_path / "in", "--vocab-size", VOCAB, "--out")
+    assert f"{link}: a link to {tmp_path / 'gone.bin'}, which is not there" in refused(call, *flags, tmp_path / "out")
+    target.rename(tmp_path / "gone.bin")
+    assert prepared(call, *flags, tmp_path / "out")["splits"].keys() == {"train", "val"}
 
 
 def test_an_input_that_cannot_be_looked_at_is_one_clear_line(tmp_path: Path, call: Call) -> None:
