@@ -81,7 +81,8 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step:08d}" / "rank00000.safetensors")
 
 
-# One setting at a time that has state of its own: dropout (random numbers), Muon and SGD (other moments), accumulation.
+# One setting at a time that has state of its own: dropout (random numbers), Muon and SGD (other moments), accumulation;
+# and bf16, which has none: what is saved are float32 masters.
 RESUMED: dict[str, Config] = {
     "plain": {},
     "dropout": {"model": {"dropout": 0.2}},
@@ -89,6 +90,7 @@ RESUMED: dict[str, Config] = {
     "sgd": {"optimizer": {"name": "sgd", "lr": 0.1}},
     "accumulated": {"training": {"micro_batch_size": 2}},
     "stride": {"data": {"stride": 40}},
+    "bf16": {"training": {"precision": "bf16"}},
 }
 
 
@@ -363,16 +365,52 @@ def test_dry_run_checks_takes_a_step_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(config_dict: Config, tmp_path: Path) -> None:
-    results = []
-    for compiled in (False, True):
-        training = {"compile": compiled, "max_steps": 6, "eval_every": None}
-        config = merged(
-            config_dict, run={"dir": str(tmp_path / str(compiled))}, training=training, logging={"every": 1}
-        )
-        results.append(records(run(config)))
-    for a, b in zip(*results, strict=True):
+def test_compiled_blocks_learn_the_same_also_over_a_resume(config_dict: Config, tmp_path: Path) -> None:
+    """Bit for bit over a resume, which compiles anew, as a process of its own does; else up to fused sums."""
+    base = merged(config_dict, training={"max_steps": 6, "eval_every": None}, logging={"every": 1})
+
+    def trained(name: str, *arguments: str, compiled: bool = True) -> Path:
+        torch._dynamo.reset()
+        return run(merged(base, run={"dir": str(tmp_path / name)}, training={"compile": compiled}), *arguments)
+
+    plain, whole = trained("plain", compiled=False), trained("whole")
+    for a, b in zip(records(plain), records(whole), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)  # fused float32 sums, 6 steps
+    with pytest.raises(Stopped):
+        trained("broken", "training.stop_after=3")
+    resumed = trained("broken")
+    assert numbers(resumed) == numbers(whole) != numbers(plain)
+    before, after = weights(whole, 6), weights(resumed, 6)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_run_may_go_on_in_another_precision_and_says_so(
+    config_dict: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: str, now: str
+) -> None:
+    """Into that of `now` and back before any step costs no bit, for the masters are float32 in both."""
+
+    def goes_on(name: str, precision: str, before: str, *arguments: str) -> Path:
+        config = merged(config_dict, run={"dir": str(tmp_path / name)}, training={"precision": precision})
+        return run(config, "--resume", str(tmp_path / before / "step-00000007"), *arguments)
+
+    whole = run(merged(config_dict, run={"dir": str(tmp_path / "whole")}, training={"precision": saved}))
+    begin = merged(config_dict, run={"dir": str(tmp_path / "begun")}, training={"precision": saved})
+    with pytest.raises(Stopped):
+        run(begin, "training.stop_after=7")
+    capsys.readouterr()
+    with pytest.raises(Stopped):
+        goes_on("other", now, "begun", "training.stop_after=7")
+    assert f"changed since then: training.precision: {saved} → {now}\n" in capsys.readouterr().out
+    before, after = weights(tmp_path / "begun", 7), weights(tmp_path / "other", 7)
+    assert before.keys() == after.keys() and {value.dtype for value in after.values()} == {torch.float32}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    there, back = numbers(goes_on("there", now, "begun")), numbers(goes_on("back", saved, "other"))
+    expected = [record for record in numbers(whole) if record[0] > 7]
+    assert back == expected
+    assert [record[0] for record in there] == [record[0] for record in expected]
+    assert all(a[2] != b[2] for a, b in zip(there, expected, strict=True))  # it does compute in the other
 
 
 def test_bf16_learns_as_float32_does(config_dict: Config, tmp_path: Path) -> None:
