@@ -6,6 +6,7 @@ to the end of the run, without it only across the next epoch's border.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from llmtrain.checkpoint.folders import committed_steps, step_folder
 from tests.distributed.engines import STEPS, Trained, config_of
 from tests.distributed.launching import environment, launch_command, metrics
+from tests.test_train import numbers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -42,18 +44,24 @@ KINDS = [
     Kind("single", 1, 4), Kind("cpu-ddp", 2, 2), Kind("cpu-zero1", 2, 2), Kind("cpu-zero2", 2, 3),
     Kind("cpu-zero3", 2, 3), Kind("zero3", 4, 3),
 ]  # fmt: skip
+OFFLOAD = Kind("cpu-zero3-offload", 2, 2)
 THREE = Kind("ddp", 3, 4)
 # What a rank drops is a function of (seed, step, rank): the same ranks draw it again after a resume.
 DROPPING = [KINDS[1], KINDS[4]]
-# 1 → 2 → 4 → 3 processes in one run: until which step each trains. What it did after its last save is done again.
-ON_THE_WAY = {KINDS[0]: 6, KINDS[2]: 14, KINDS[5]: 22, THREE: UNTIL}
+# Each interrupted in bf16; what one has saved the next one loads, and THREE at last.
+IN_BF16 = [KINDS[1], KINDS[4], OFFLOAD]
+HANDED_ON = list(itertools.pairwise([*IN_BF16, THREE]))
+# 1 → 2 → 4 → 2 → 3 processes in one run: until which step each trains. What it did after its last save is done again.
+ON_THE_WAY = {KINDS[0]: 6, KINDS[2]: 14, KINDS[5]: 22, OFFLOAD: 26, THREE: UNTIL}
+# The launches of an uninterrupted run and of an interrupted one: which of them, and until which step.
+IN_PARTS = ((True, 8), (False, 5), (False, 8))
 
 
 @pytest.fixture(scope="module")
 def folder(trained: Trained, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Do everything: every engine goes on from every engine's checkpoint, one launch for each."""
     folder = tmp_path_factory.mktemp("resumed")
-    for index, kind in enumerate([*KINDS, THREE]):
+    for index, kind in enumerate([*KINDS, OFFLOAD, THREE]):
         jobs = []
         if kind in KINDS:
             for saved in KINDS:
@@ -67,10 +75,17 @@ def folder(trained: Trained, data: Path, tmp_path_factory: pytest.TempPathFactor
                     job(data, copy_folder(folder, index), kind, 3 * index, "--resume", before, optimizer="muon")
                 )
             jobs.append(job(data, chain, kind, 3 * (index + 1), optimizer="muon"))
-        if kind in DROPPING:
-            whole, broken = dropout_folders(folder, kind)
-            for run_dir, stop_after in ((whole, 8), (broken, 5), (broken, 8)):
-                jobs.append(job(data, run_dir, kind, stop_after, "model.dropout=0.2"))
+        for what, kinds, settings in (
+            ("dropout", DROPPING, ["model.dropout=0.2"]),
+            ("bf16", IN_BF16, ["training.precision=bf16", "training.eval_every=4"]),
+        ):
+            for is_whole, stop_after in IN_PARTS if kind in kinds else ():
+                jobs.append(job(data, part_folder(folder, what, kind, is_whole), kind, stop_after, *settings))
+        for saved, resumed in HANDED_ON:
+            if kind == resumed:
+                checkpoint = step_folder(part_folder(folder, "bf16", saved, is_whole=False), 5)
+                handed = handed_folder(folder, saved)
+                jobs.append(job(data, handed, kind, 5, "--resume", checkpoint, "training.precision=bf16"))
         if kind in ON_THE_WAY:
             mixed = folder / "mixed"
             if index:  # as if it had been killed before its last save
@@ -99,8 +114,12 @@ def copy_folder(folder: Path, index: int) -> Path:
     return folder / f"again-{index}"
 
 
-def dropout_folders(folder: Path, kind: Kind) -> tuple[Path, Path]:
-    return folder / f"dropout-{kind.name}-whole", folder / f"dropout-{kind.name}-broken"
+def part_folder(folder: Path, what: str, kind: Kind, is_whole: bool) -> Path:
+    return folder / f"{what}-{kind.name}-{'whole' if is_whole else 'broken'}"
+
+
+def handed_folder(folder: Path, saved: Kind) -> Path:
+    return folder / f"handed-on-by-{saved.name}"
 
 
 def assert_goes_on(run_dir: Path, reference: Path, after: int, until: int, rel: float) -> None:
@@ -110,7 +129,7 @@ def assert_goes_on(run_dir: Path, reference: Path, after: int, until: int, rel: 
     for record, expected in zip(ours, theirs, strict=True):
         for key in ("train_loss", "val_loss"):
             assert (record[key] is None) == (expected[key] is None)
-            assert record[key] is None or record[key] == pytest.approx(expected[key], rel=rel), record["step"]
+            assert record[key] is None or record[key] == pytest.approx(expected[key], rel=rel, abs=0.0), record["step"]
         for key in ("learning_rate", "tokens", "epoch"):
             assert record[key] == expected[key]
     samples = samples_by_step(reference)
@@ -135,19 +154,47 @@ def test_the_run_goes_on_with_the_same_losses_and_samples(
     assert_goes_on(pair_folder(folder, saved, resumed), trained(*KINDS[0]), SAVED, UNTIL, FLOAT32)
 
 
-def test_a_run_on_1_then_2_then_4_then_3_processes_is_the_run_on_one(trained: Trained, folder: Path) -> None:
-    """Each of them was killed after some steps that were not saved, which the next one does again."""
+def test_a_run_on_1_then_2_then_4_then_2_then_3_processes_is_the_run_on_one(trained: Trained, folder: Path) -> None:
+    """Each of them was killed after some steps that were not saved, which the next one does again. One offloads."""
     launches = json.loads((folder / "mixed" / "run.json").read_text())["launches"]
-    assert [launch["launch"]["world_size"] for launch in launches] == [1, 2, 4, 3]
+    assert [launch["launch"]["world_size"] for launch in launches] == [1, 2, 4, 2, 3]
     assert_goes_on(folder / "mixed", trained(*KINDS[0]), 0, UNTIL, FLOAT32)
+
+
+def assert_the_same_bits(folder: Path, what: str, kind: Kind) -> Path:
+    """Numbers, samples and state of the run that was interrupted are those of the other, which is returned."""
+    broken, whole = (part_folder(folder, what, kind, is_whole) for is_whole in (False, True))
+    assert_goes_on(broken, whole, 0, 8, rel=0.0)
+    assert numbers(broken) == numbers(whole)
+    assert different(joined(step_folder(whole, 8)), joined(step_folder(broken, 8))) == []
+    return whole
 
 
 @pytest.mark.parametrize("kind", DROPPING, ids=lambda kind: kind.name)
 def test_every_rank_drops_what_it_would_have_dropped(trained: Trained, folder: Path, kind: Kind) -> None:
-    whole, broken = dropout_folders(folder, kind)
-    assert_goes_on(broken, whole, 0, 8, rel=0.0)
+    whole = assert_the_same_bits(folder, "dropout", kind)
     without = [record["train_loss"] for record in metrics(trained(*KINDS[0]))[:8]]
     assert all(a["train_loss"] != b for a, b in zip(metrics(whole), without, strict=True))
+
+
+@pytest.mark.parametrize("kind", IN_BF16, ids=lambda kind: kind.name)
+def test_in_bf16_the_same_ranks_go_on_bit_for_bit(trained: Trained, folder: Path, kind: Kind) -> None:
+    whole = assert_the_same_bits(folder, "bf16", kind)
+    assert [record["step"] for record in metrics(whole) if record["val_loss"] is not None] == [4, 8]
+    in_float32 = [record["train_loss"] for record in metrics(trained(*KINDS[0]))[:8]]
+    assert all(a["train_loss"] != b for a, b in zip(metrics(whole), in_float32, strict=True))
+
+
+@pytest.mark.parametrize(("saved", "resumed"), HANDED_ON, ids=lambda kind: kind.name)
+def test_in_bf16_other_engines_and_ranks_get_every_bit_of_the_state(folder: Path, saved: Kind, resumed: Kind) -> None:
+    """Loaded, and saved again before any step. From then on sums in another order turn roundings to bf16 about."""
+    before = joined(step_folder(part_folder(folder, "bf16", saved, is_whole=False), 5))
+    after = joined(step_folder(handed_folder(folder, saved), 5))
+    [launch] = json.loads((handed_folder(folder, saved) / "run.json").read_text())["launches"]
+    assert launch["launch"]["world_size"] == resumed.processes
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    assert {name.rsplit("/", 1)[1] for name in before} >= {"exp_avg", "exp_avg_sq", "step"}
+    assert different(before, after) == []
 
 
 def test_muon_goes_on_from_engine_to_engine(trained: Trained, folder: Path) -> None:
@@ -166,12 +213,17 @@ def joined(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
 
 
+def different(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors that differ in a bit, or that only one of the two has."""
+    names = sorted(before.keys() | after.keys())
+    return [n for n in names if n not in before or n not in after or not torch.equal(before[n], after[n])]
+
+
 @pytest.mark.parametrize("index", range(1, len(KINDS)), ids=lambda index: f"in-{KINDS[index].name}")
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(folder: Path, index: int) -> None:
     """Weights, AdamW's moments and Muon's momentum, saved again by another engine before any step."""
     before: dict[str, Any] = joined(step_folder(folder / "muon", 3 * index))
     after = joined(step_folder(copy_folder(folder, index), 3 * index))
     assert {name.rsplit("/", 1)[1] for name in before} >= {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    assert before.keys() == after.keys()
     assert not any(name.startswith("model/head") for name in before)  # tied: saved once
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert different(before, after) == []
