@@ -358,7 +358,9 @@ def _rows_of_group(parquet: Any, group: int, column: str, at_once: int, skip: in
 
     for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
         if skip < len(batch):
-            yield batch.column(0)[skip:].cast(pa.large_binary()).to_pylist()
+            texts = batch.column(0)[skip:]
+            plain = texts.dictionary_decode() if pa.types.is_dictionary(texts.type) else texts
+            yield plain.cast(pa.large_binary()).to_pylist()
         skip = max(0, skip - len(batch))
 
 
@@ -488,6 +490,8 @@ def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
                 names = ", ".join(schema.names)
                 raise UserError(f"{file.path}: no column '{column}' (it has: {names}; --text-field names another)")
             kind = schema.field(column).type
+            if pa.types.is_dictionary(kind):  # as pandas writes categories
+                kind = kind.value_type
             if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
                 raise UserError(f"{file.path}: column '{column}' holds {kind}, not text")
             yield opened

@@ -119,6 +119,18 @@ def test_parquet_streams_the_text_column_by_row_group(tmp_path):
         read(path, text_field="other")
 
 
+@pytest.mark.parametrize("chunk_bytes", [10, 4 << 20])
+def test_a_column_of_categories_is_read_as_text(tmp_path, chunk_bytes):
+    texts = [None if number % 7 == 3 else f"one of {number % 5} é" for number in range(5000)]
+    plain = write_parquet(tmp_path / "plain.parquet", texts, rows_per_group=3000)
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.binary())):
+        column = pa.array(texts, pa.string()).cast(kind).dictionary_encode()
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(pa.table({"text": column}), path, row_group_size=3000)
+        assert pa.types.is_dictionary(parquet.read_schema(path).field("text").type)
+        assert numbered(path, chunk_bytes=chunk_bytes) == numbered(plain, chunk_bytes=chunk_bytes)
+
+
 def test_a_document_that_does_not_fit_into_memory_is_named_and_those_that_do_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("llmtrain.data.corpus._LOOKED_AFTER", 100)
     long = "x" * 999
