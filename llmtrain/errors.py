@@ -22,6 +22,7 @@ from llmtrain import __version__
 
 DEBUG = "--debug"  # shows tracebacks of foreseen ends, too; every verb takes it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LAST_WORDS_S = 5.0
 _WHAT_TO_DO = {  # about an error of the file system that nobody closer to it has made a line of
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is open to you, or open it"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the same command again"),
@@ -38,6 +39,7 @@ class LlmtrainError(Exception):
     exit_code = 1
     is_everywhere = False
     is_said = False  # to the user
+    is_at_once = False  # what goes on in threads is left behind, and not waited for by the interpreter
 
 
 class UserError(LlmtrainError):
@@ -118,6 +120,9 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             traceback.print_exception(error)
         if not error.is_said:
             _say(error)
+        if error.is_at_once:
+            _leave_exit_code(error.exit_code)
+            os._exit(error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         if not _has_lost_its_reader(sys.stdout):
@@ -126,17 +131,27 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None or error.errno not in _WHAT_TO_DO:
+        foreseen = of_storage(error)
+        if foreseen is None:
             raise
         if DEBUG in argv:
             traceback.print_exception(error)
         rank = f" (rank {os.environ['RANK']} on {platform.node()})" if "RANK" in os.environ else ""
-        _say(UserError(f"{error.filename}: {error.strerror}{rank}; {_WHAT_TO_DO[error.errno]}"))
+        _say(UserError(f"{foreseen}{rank}"))
         return UserError.exit_code
     except KeyboardInterrupt:
         print("llmtrain: interrupted", file=sys.stderr)
         return _INTERRUPTED
     return 0
+
+
+def of_storage(error: OSError) -> UserError | None:
+    """What a user is told of an error of the file system that nobody closer to it has made a line of; None: a bug."""
+    what_to_do = _WHAT_TO_DO.get(error.errno or 0)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # told by a write, which knows no name
+    if what_to_do is None or (error.filename is None and not is_full):
+        return None
+    return UserError(f"{error.filename or 'a file'}: {error.strerror}; {what_to_do}")
 
 
 def _has_lost_its_reader(output: TextIO) -> bool:
@@ -158,9 +173,18 @@ def end_everywhere(error: LlmtrainError, rank: int, barrier: Callable[[], None])
 
 
 def end_at_once(error: LlmtrainError) -> NoReturn:
-    """End the process from a thread beside the one that hangs: no clean-up can be waited for."""
-    _say(error)
-    _leave_exit_code(error.exit_code)
+    """End the process from a thread beside the one that hangs: no clean-up can be waited for.
+
+    Nor, for long, that it is said and noted: what hangs may be where that is written.
+    """
+
+    def tell() -> None:
+        _say(error)
+        _leave_exit_code(error.exit_code)
+
+    telling = threading.Thread(target=tell, name="last words", daemon=True)
+    telling.start()
+    telling.join(_LAST_WORDS_S)
     os._exit(error.exit_code)
 
 

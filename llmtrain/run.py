@@ -177,9 +177,10 @@ class Run:
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""
         self.progress.launches += 1
-        warn, is_first, is_told = self._early_warning, self.engine.rank == 0, self._is_told
+        warn, is_first = self._early_warning, self.engine.rank == 0
         together(self.engine, lambda: claim(self.dir, lock, self.progress, warn) if is_first else None)
-        patiently(self.engine, lambda: self.mirror.clear_way(self.progress.step, warn) if is_first else None, is_told)
+        clear_way, deaf = self.mirror.clear_way, bool  # what is renamed file by file is not to be left half done
+        patiently(self.engine, lambda: clear_way(self.progress.step, warn) if is_first else None, deaf)
         self.observer = together(self.engine, self._open_folder)
         together(self.engine, self._require_shared_folder)
         self._go_on_recording()

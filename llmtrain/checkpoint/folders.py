@@ -36,9 +36,26 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / f"step-{step:08d}"
 
 
+def listed(folder: Path, prefix: str) -> list[Path]:
+    """What is in a folder under names that begin so, by name; nothing where there is no folder.
+
+    Raises:
+        OSError: it cannot be listed. `Path.glob` calls that empty, from Python 3.12 on.
+    """
+    try:
+        names = again(lambda: os.listdir(folder))  # noqa: PTH208 -- as `Path.iterdir`, but at once
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names) if name.startswith(prefix)]
+
+
 def committed_steps(run_dir: Path) -> list[int]:
-    """Steps with a finished checkpoint, ascending."""
-    folders = [path for path in run_dir.glob("step-*") if path.name[5:].isdigit() and is_committed(path)]
+    """Steps with a finished checkpoint, ascending.
+
+    Raises:
+        OSError: storage that does not answer is no answer: a run would begin anew.
+    """
+    folders = [path for path in listed(run_dir, "step-") if path.name[5:].isdigit() and is_committed(path)]
     return sorted(int(path.name[5:]) for path in folders)
 
 
@@ -67,11 +84,15 @@ def point(run_dir: Path, name: str, target: str) -> None:
 def pointed(run_dir: Path, name: str) -> Path | None:
     """The committed step folder that `run_dir/name` leads to, if there is one."""
     path = run_dir / name
-    if path.is_symlink():
-        target = str(path.readlink())
-    elif path.is_file():
-        target = path.read_text(encoding="utf-8", errors="replace").strip()  # a damaged one leads nowhere
-    else:
-        return None
-    folder = run_dir / Path(target).name  # never outside the run folder
+    try:
+        target = str(again(path.readlink))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        if error.errno != errno.EINVAL:  # which says: no link, but a file, or what is none of ours
+            raise
+        if not path.is_file():
+            return None
+        target = again(lambda: path.read_text(encoding="utf-8", errors="replace"))  # a damaged one leads nowhere
+    folder = run_dir / Path(target.strip()).name  # never outside the run folder
     return folder if is_committed(folder) else None

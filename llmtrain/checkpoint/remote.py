@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, MARKER, committed_steps, step_folder
+from llmtrain.checkpoint.folders import BEST, MARKER, committed_steps, is_committed, listed, step_folder
 from llmtrain.checkpoint.lock import RunLock
 from llmtrain.config import RunConfig
 from llmtrain.data.lock import FileLock
@@ -21,6 +21,7 @@ from llmtrain.data.staging import make_folder, staged_folder
 from llmtrain.engine import Engine
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.health.agreement import patiently
+from llmtrain.storage.again import again
 from llmtrain.storage.cache import cache_folder, say
 from llmtrain.storage.remote import Remote, RemoteError, in_parallel, is_url
 
@@ -125,9 +126,9 @@ def fetch_newest(remote: Remote, steps: list[int], into: Path, warn: Callable[[s
 
 def is_set_aside(remote: Remote, step: int, run_dir: Path) -> bool:
     """Whether the run went back from this remote checkpoint here, and could not say so there."""
-    asides = list(run_dir.glob(f"{step_name(step)}.aside-*/{MARKER}"))
+    asides = [aside for aside in listed(run_dir, f"{step_name(step)}.aside-") if is_committed(aside)]
     marker = remote.read(f"{step_name(step)}/{MARKER}") if asides else None
-    return any(aside.read_bytes() == marker for aside in asides)
+    return any(again((aside / MARKER).read_bytes) == marker for aside in asides)
 
 
 def require_same_run(remote: Remote, run_dir: Path, steps: list[int]) -> None:

@@ -14,7 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint import format as fmt
-from llmtrain.checkpoint.folders import BEST, FINAL, LATEST, MARKER, committed_steps, is_committed, pointed, step_folder
+from llmtrain.checkpoint.folders import (
+    BEST,
+    FINAL,
+    LATEST,
+    MARKER,
+    committed_steps,
+    is_committed,
+    listed,
+    pointed,
+    step_folder,
+)
 from llmtrain.config import CheckpointSection
 from llmtrain.errors import CorruptError
 from llmtrain.storage.again import again
@@ -126,7 +136,7 @@ class Retention:
         limit = self._config.max_bytes
         if limit is None or "budget" in self._told:
             return
-        used = sum(self._bytes_of(folder) for folder in self._run_dir.glob("step-*"))
+        used = sum(self._bytes_of(folder) for folder in listed(self._run_dir, "step-"))
         if used <= limit:
             return
         self._told.add("budget")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,9 +24,11 @@ from llmtrain.checkpoint.folders import (
     BEST,
     FINAL,
     LATEST,
+    MARKER,
     committed_steps,
     folder_of_runs,
     is_committed,
+    listed,
     point,
     pointed,
     step_folder,
@@ -98,17 +101,19 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
     Step folders without a marker (an interrupted save or deletion) are removed; finished ones of later steps (damaged,
     or rewound past by `--resume PATH`) are renamed, not deleted.
     """
-    for path in sorted(run_dir.glob("step-*.partial-*")):  # nobody else fetches into it while we hold its lock
-        warn(f"{path}: a fetch that was cut short, on this host or another; removed")
-        _remove(path, warn)
-    folders = [path for path in sorted(run_dir.glob("step-*")) if path.name[5:].isdigit()]
-    for path in folders:  # before anything is changed
+    steps = listed(run_dir, "step-")
+    folders = {path: is_committed(path) for path in steps if path.name[5:].isdigit()}  # before anything is changed
+    for path in folders:
         if path.is_symlink() and not path.exists():
             raise UserError(
                 f"{path}: leads to {path.readlink()}, which is not there; mount its disk, or delete the link"
             )
-    for path in folders:
-        if not is_committed(path):
+    for path in steps:  # nobody else fetches into the folder while we hold its lock
+        if ".partial-" in path.name:
+            warn(f"{path}: a fetch that was cut short, on this host or another; removed")
+            _remove(path, warn)
+    for path, is_whole in folders.items():
+        if not is_whole:
             warn(f"{path}: an unfinished checkpoint; removed")
             _remove(path, warn)
         elif int(path.name[5:]) > resumed_step:
@@ -122,7 +127,7 @@ def clear_way(run_dir: Path, resumed_step: int, best_step: int | None, warn: Cal
     for name in (LATEST, BEST, FINAL):
         if pointed(run_dir, name) is None:
             (run_dir / name).unlink(missing_ok=True)
-        for leftover in run_dir.glob(f".{name}.*"):
+        for leftover in listed(run_dir, f".{name}."):
             leftover.unlink()
 
 
@@ -136,6 +141,13 @@ def _remove(folder: Path, warn: Callable[[str], None]) -> None:
         aside = folder.with_name(f"{folder.name}.unfinished-{time.time_ns()}")
         folder.rename(aside)
         warn(f"{folder}: cannot be removed ({error.strerror or error}); renamed to {aside.name}, delete it by hand")
+
+
+def _give_up(folder: Path) -> None:
+    """Remove what an unfinished save left, the marker first; what stays is cleared away by the next launch."""
+    with contextlib.suppress(OSError):
+        (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _not_listed(paths: list[Path]) -> list[Path]:
@@ -173,7 +185,8 @@ class _GivenUpError(OSError):
 def _described(bug: Exception) -> str:
     """What a bug is, and where in our code."""
     frames = traceback.extract_tb(bug.__traceback__)
-    place = next(frame for frame in reversed(frames) if Path(frame.filename).is_relative_to(_PACKAGE))
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    place = (own or frames)[-1]
     return f"{bug!r} ({Path(place.filename).name}, line {place.lineno}; a fault of llmtrain {__version__})"
 
 
@@ -207,6 +220,7 @@ class CheckpointStore:
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._is_committed = False  # what was saved last, as rank 0 knows
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
@@ -241,6 +255,7 @@ class CheckpointStore:
         # The same step again (a best that is also the last) is only linked. All ranks must see that alike, so it is
         # remembered and not looked up: on a shared file system one may still see what rank 0 has renamed.
         is_new = step != self._saved_step
+        self._is_committed = not is_new
         self._saved_step = step
         self._is_given_up.clear()
         self._is_waiting.clear()
@@ -320,12 +335,13 @@ class CheckpointStore:
         return _Told(is_over, text, is_bug, isinstance(error, _GivenUpError))
 
     def _clean_up(self, engine: Engine) -> int | None:
-        """Make room for the next try, now that no rank writes any more; return the step if it was committed."""
-        folder = step_folder(self.run_dir, self._saved_step or 0)
-        is_saved = is_committed(folder)
-        if engine.rank == 0 and not is_saved:
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is cleared away by the next launch
-        return self._saved_step if engine.gather(is_saved)[0] else None
+        """Make room for the next try, now that no rank writes any more; return the step if it was committed.
+
+        Rank 0 knows; the disk, which may be what fails, is not asked.
+        """
+        if engine.rank == 0 and not self._is_committed:
+            _give_up(step_folder(self.run_dir, self._saved_step or 0))
+        return self._saved_step if engine.gather(self._is_committed)[0] else None
 
     def hurry(self) -> None:
         """A rank is lost: a save that is under way waits for the others' files for a short while only."""
@@ -378,16 +394,21 @@ class CheckpointStore:
                 fmt.write_rank(folder, engine.rank, fragments)
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
+                    self._is_committed = True
                     self._committed.append(folder)
                 self.last_save_s = time.monotonic() - self._began
             if engine.rank == 0:
                 self._unset.update({name: folder.name for name in (LATEST, *links)})
                 self._link()
+        except Exception as error:  # of whatever kind: `settle` tells it
+            self._error = error
+            return
+        try:
             self._on_saved(folder)
             if engine.rank == 0:
                 self._warnings += self._retention.apply(needed_before)
-        except Exception as error:  # of whatever kind: `settle` tells it
-            self._error = error
+        except Exception as error:  # a bug, which takes nothing from what is saved
+            self._warnings.append(f"{folder}: saved, but what follows a save failed: {_described(error)}")
 
     def _commit(self, engine: Engine, folder: Path, state: dict[str, Any]) -> None:
         fmt.write_file(folder / fmt.STATE, json.dumps(state, indent=1, allow_nan=False))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
 from llmtrain.engine.rendezvous import is_exchange_failure
-from llmtrain.errors import LlmtrainError, Stopped, UserError, end_everywhere
+from llmtrain.errors import LlmtrainError, Stopped, UserError, end_everywhere, of_storage
 from llmtrain.observe.provenance import package_versions
 
 Result = TypeVar("Result")
@@ -35,20 +35,23 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
     except Exception as error:  # of whatever kind: the others must hear of it
         if is_exchange_failure(error):
             raise  # they cannot: it is them who are not heard
-        failure = error
+        failure = (of_storage(error) if isinstance(error, OSError) else None) or error
     failed_as: type[LlmtrainError] = type(failure) if isinstance(failure, LlmtrainError) else LlmtrainError
     text = str(failure) if isinstance(failure, LlmtrainError) else repr(failure)
-    failures = engine.gather((failed_as, text, platform.node()) if failure else None)
-    if failure and not isinstance(failure, LlmtrainError):
-        raise failure  # a bug of ours keeps its traceback
+    is_bug = failure is not None and not isinstance(failure, LlmtrainError)
+    failures = engine.gather((failed_as, text, platform.node(), is_bug) if failure else None)
+    if is_bug:
+        raise failure  # type: ignore[misc]  # which keeps its traceback
     met = [(rank, *met) for rank, met in enumerate(failures) if met]
     if not met:
         return result  # type: ignore[return-value]  # nothing failed, so there is one
-    rank, kind, message, host = met[0]
-    if kind is not Stopped and (any(other != message for _, _, other, _ in met) or len(met) < engine.world_size):
+    rank, kind, message, host, _ = met[0]
+    if kind is not Stopped and (any(other != message for _, _, other, *_ in met) or len(met) < engine.world_size):
         ranks = f"rank {rank} on {host}" + (f" and {len(met) - 1} more" if len(met) > 1 else "")
         message += f" ({ranks}; {engine.world_size - len(met)} of {engine.world_size} ranks are fine)"
-    raise _everywhere(kind(message))
+    told = kind(message)
+    told.is_everywhere = not any(bug for *_, bug in met)  # who has a bug leaves without the others
+    raise told
 
 
 def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], bool]) -> Result:
@@ -88,10 +91,9 @@ def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], 
         if all(done):
             return together(engine, take)
         if any(told):
-            raise Stopped(
-                "stopped by a signal while a store was read or put in order: nothing to save; the same command does it "
-                "anew"
-            )
+            stopped = Stopped("stopped by a signal while a store was read: nothing to save; the same command goes on")
+            stopped.is_at_once = True
+            raise stopped
         wait_s = min(2 * wait_s, _ROUND_S)
 
 

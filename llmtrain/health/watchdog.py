@@ -238,9 +238,7 @@ class Watchdog:
         self._peers.farewell(verdict, [status.place for status in found if status.state == "alive"])
         if not (judgement.hangs_itself and here.phase in _PATIENT):
             self._settle_saves(self._limits.timeout_s)
-        error = PeerLostError(f"{said}; the same command goes on from the last checkpoint")
-        _within(_WRITE_S, lambda: end_at_once(error))
-        os._exit(error.exit_code)
+        end_at_once(PeerLostError(f"{said}; the same command goes on from the last checkpoint"))
 
 
 def _within(seconds: float, work: Callable[[], object]) -> bool:

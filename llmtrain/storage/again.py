@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
 WAITS_S = (1.0, 4.0)  # before each further try
-_ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# An answer, and not the lack of one: not there, not yours, not that.
+_ANSWERS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EACCES, errno.EPERM,
+}  # fmt: skip
 
 
 def again(read: Callable[[], Result]) -> Result:
@@ -20,8 +24,8 @@ def again(read: Callable[[], Result]) -> Result:
     for wait_s in WAITS_S:
         try:
             return read()
-        except _ANSWERS:
-            raise
-        except OSError:
+        except OSError as error:
+            if error.errno in _ANSWERS:
+                raise
             time.sleep(wait_s)
     return read()

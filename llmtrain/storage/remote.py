@@ -32,7 +32,7 @@ _PACKAGES = {
 # Elsewhere folders are only parts of names; making one may even make a bucket.
 _MOUNTED = {"file", "local"}
 _WITH_FOLDERS = {*_MOUNTED, "sftp", "ssh", "smb", "hdfs", "webhdfs"}
-_UNFINISHED = ".unfinished"  # ends the name of what is being written
+_UNFINISHED = ".unfinished"  # ends the name of what is being written; ranks may write the same file at once
 
 
 class RemoteError(UserError):
@@ -188,7 +188,7 @@ class Remote:
             self._make_folder(name)
             put(path)
             return
-        unfinished = Path(path + _UNFINISHED)
+        unfinished = Path(f"{path}.{platform.node()}-{os.getpid()}-{threading.get_ident()}{_UNFINISHED}")
         make_folder(unfinished.parent)
         put(str(unfinished))
         sync_path(unfinished)

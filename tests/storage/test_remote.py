@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,19 @@ def test_on_a_mounted_disk_a_file_is_whole_or_not_there_and_on_the_disk_before_i
 ) -> None:
     """As in a run folder: a marker that survives a power cut vouches for files that do, too."""
     deeds: list[str] = []
+
+    def plain(path: Path) -> str:
+        return re.sub(r"\..*-\d+-\d+\.", ".", path.name)  # without the writer
+
     fsync, replace = os.fsync, Path.replace
 
     def noted_fsync(descriptor: int) -> None:
-        deeds.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        deeds.append(f"fsync {plain(Path(f'/proc/self/fd/{descriptor}').readlink())}")
         fsync(descriptor)
 
     def noted_replace(path: Path, target: str) -> Path:
         assert path.stat().st_size == 10_000 and not (tmp_path / "run/step/file").exists()
-        deeds.append(f"rename {path.name}")
+        deeds.append(f"rename {plain(path)}")
         return replace(path, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
