@@ -7,9 +7,12 @@ result would depend on how the work is dealt out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +82,13 @@ def parse_filter(text: str) -> tuple[str, float]:
     if not np.isfinite(number):
         raise UserError(f"--filter {text}: '{value}' is no number")
     return name, number
+
+
+def code_digest(names: Iterable[str]) -> str | None:
+    """SHA-256 over the modules that filters are written in, helpers and all; None of no filter."""
+    modules = sorted({inspect.getfile(FILTERS[name].keeps) for name in names})
+    content = b"\0".join(Path(module).read_bytes() for module in modules)
+    return hashlib.sha256(content).hexdigest() if modules else None
 
 
 @cache

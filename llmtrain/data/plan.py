@@ -37,6 +37,13 @@ from llmtrain.errors import CorruptError, UserError
 
 PLAN = "plan.json"
 PART = "part.json"
+# Of a request: what is told by its digest, not by what the user typed.
+CONTENT = {
+    "files": "the input",
+    "files_digest": "the input",
+    "tokenizer_digest": "the tokenizer file",
+    "filter_digest": "the code of a filter",
+}
 
 
 class Stretch(BaseModel):
@@ -73,8 +80,8 @@ class Plan(BaseModel):
         for key in {**request, **self.request}:
             value = request.get(key)
             if self.request.get(key) != value:
-                if key in ("files", "files_digest", "tokenizer_digest"):
-                    return f"{'the tokenizer file' if key == 'tokenizer_digest' else 'the input'} was changed since"
+                if key in CONTENT:
+                    return f"{CONTENT[key]} was changed since"
                 flag = {"inputs": "input"}.get(key, key).replace("_", "-")
                 return f"it was begun with --{flag} {_plain(self.request.get(key))}, not {_plain(value)}"
         return None if llmtrain == self.llmtrain else f"it was begun by llmtrain {self.llmtrain}, this is {llmtrain}"

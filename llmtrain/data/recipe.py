@@ -14,6 +14,7 @@ from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, leads_in_circle
+from llmtrain.data.filters import code_digest
 from llmtrain.data.fit import choose_splitter, fit
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
@@ -69,6 +70,7 @@ class Options:
             "min_chars": self.refine.min_chars,
             "max_chars": self.refine.max_chars,
             "filter": [f"{name}={value!r}" for name, value in self.refine.filters],
+            "filter_digest": code_digest(name for name, _ in self.refine.filters),
             "dedup": self.dedup,
             "digits": self.pieces.digits,
             "whitespace": self.pieces.whitespace,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -80,6 +81,47 @@ def test_files_and_documents_are_taken_as_asked_and_the_rest_is_counted(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "manifest.json", "tokenizer", "train-00000.bin", "train-00000.ends", "val-00000.bin", "val-00000.ends",
     ]  # fmt: skip
+
+
+def test_documents_over_max_chars_are_left_out_and_counted(tmp_path: Path, call: Call) -> None:
+    texts = ["a" * 20, "é" * 21, "b" * 22, "short", "c" * 500]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ("--max-chars", "21", "--tokenizer", "byte", "--val-split", "0")
+    code, out, err = call(main, "--input", tmp_path / "in.jsonl", *flags, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["skipped"] == {"documents over --max-chars": 2}
+    recipe = json.loads((tmp_path / "out/manifest.json").read_text())["recipe"]
+    assert recipe["skipped"] == {"documents over --max-chars": 2} and recipe["request"]["max_chars"] == 21
+    assert documents_of(tmp_path / "out", "train") == [texts[0], texts[1], texts[3]]
+
+
+def test_a_filter_that_was_edited_is_another(tmp_path: Path, call: Call) -> None:
+    for number in range(30):
+        (tmp_path / f"in/{number:02}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / f"in/{number:02}.txt").write_text(f"text {number} " * 9)
+    source = tmp_path / "mine.py"
+
+    def prepared(word: str, *flags: str) -> tuple[int, str, str]:
+        source.write_text(
+            "from llmtrain.data.filters import quality_filter\n\n\n"
+            "@quality_filter('mine', 1, 'has a word')\n"
+            f"def mine(text, least):\n    return text.count({word!r}) >= least\n"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(FILTERS, "mine", None)
+            runpy.run_path(str(source))
+            flags = (*flags, "--tokenizer", "byte", "--val-split", "0", "--filter", "mine", "--json")
+            return call(main, "--input", tmp_path / "in", *flags)
+
+    out, parts = str(tmp_path / "out"), str(tmp_path / "parts")
+    code, said, _ = prepared("text 1", "--out", out)
+    assert code == 0 and json.loads(said)["splits"]["train"]["documents"] == 11
+    assert json.loads(prepared("text 1", "--out", out)[1])["already_prepared"]
+    code, _, err = prepared("text 2", "--out", out)
+    assert code == 2 and is_one_clear_line(err) and "holds data prepared from other input or options" in err
+    assert prepared("text 1", "--out", parts, "--part", "1/2")[0] == 0
+    code, _, err = prepared("text 2", "--out", parts, "--part", "2/2")
+    assert code == 2 and is_one_clear_line(err) and "the code of a filter was changed since" in err, err
 
 
 @pytest.mark.slow
@@ -197,7 +239,7 @@ def test_paths_are_matched_below_the_input_wherever_that_lies(tmp_path: Path) ->
 
 def test_what_is_not_chosen_is_not_in_the_request() -> None:
     """So that data from before there was a choice is that of the same command today."""
-    chosen = {"include", "max_file_bytes", "normalize", "min_chars", "max_chars", "filter", "dedup"}
+    chosen = {"include", "max_file_bytes", "normalize", "min_chars", "max_chars", "filter", "filter_digest", "dedup"}
     assert not chosen & Options().request([]).keys()
     every = Options(
         selection=Selection(("*.py",), 10), refine=Refinement("nfc", 1, 2, (("line-length", 1234567.0),)), dedup=True
