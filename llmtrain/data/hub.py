@@ -23,6 +23,7 @@ PREFIX = "hf:"
 KINDS = ("parquet", "json", "arrow", "csv", "text")
 OLDEST = 4  # before, it ran scripts of datasets where told to
 ROWS_AT_ONCE = 1000
+_BUFFERED = 8 << 20  # bytes of a Parquet column, and of one request to the hub
 UNKNOWN_BYTES = 64 << 20  # of a file whose size is not told; decides only how many processes are started
 PINNED = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
 
@@ -44,8 +45,7 @@ class DatasetShard:
         """
         import pyarrow as pa
 
-        dataset = _open(self.source, self.revision)[1].shard(num_shards=self.count, index=self.index)
-        tables = (dataset.skip(skip) if skip else dataset).with_format("arrow").iter(ROWS_AT_ONCE)
+        tables = self._tables(column, skip)
         while (table := self._next(tables)) is not None:
             if column not in table.column_names:
                 names = ", ".join(table.column_names)
@@ -56,9 +56,39 @@ class DatasetShard:
             # As bytes, because only then one row that is not UTF-8 does not spoil the others.
             yield texts.cast(pa.large_binary()).to_pylist()
 
+    def _tables(self, column: str, skip: int) -> Iterator[Any]:
+        builder, dataset = _open(self.source, self.revision)
+        files = [str(file) for file in (builder.config.data_files or {}).get(_parts(self.source)[2], [])]
+        is_parquet = builder.name == "parquet" and all(file.endswith(".parquet") for file in files)
+        if is_parquet and len(files) == dataset.num_shards == self.count:
+            return _parquet_tables(files[self.index], column, skip)
+        shard = dataset.shard(num_shards=self.count, index=self.index)
+        return (shard.skip(skip) if skip else shard).with_format("arrow").iter(ROWS_AT_ONCE)  # type: ignore[no-any-return]
+
     def _next(self, tables: Iterator[Any]) -> Any:
         with _told_in_one_line(self.source, "cannot be read"):
             return next(tables, None)
+
+
+def _parquet_tables(file: str, column: str, skip: int) -> Iterator[Any]:
+    """One column of a file of a dataset, some rows at a time; `datasets` decodes all columns of a whole row group."""
+    import fsspec
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with Path(file).open("rb") if Path(file).is_file() else fsspec.open(file, "rb") as raw:
+        opened = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFERED)
+        if column not in opened.schema_arrow.names:
+            yield opened.schema_arrow.empty_table()  # whose names are told
+            return
+        for group in range(opened.num_row_groups):
+            if skip >= (rows := opened.metadata.row_group(group).num_rows):
+                skip -= rows
+                continue
+            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+                if skip < len(batch):
+                    yield pa.Table.from_batches([batch[skip:]])
+                skip = max(0, skip - len(batch))
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,8 @@ def _open(source: str, revision: str | None) -> tuple[Any, Any]:
     if builder.name not in KINDS:
         raise UserError(f"{source}: a dataset of kind {builder.name}; only these are read: {', '.join(KINDS)}")
     _refuse_files_elsewhere(source, name, builder.config.data_files or {})
+    if builder.name == "parquet":  # else that of the first group of a file, and of one without rows an error
+        builder.config.batch_size = ROWS_AT_ONCE
     with _told_in_one_line(source, "cannot be opened"):
         return builder, builder.as_streaming_dataset(split=split)
 

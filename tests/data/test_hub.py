@@ -69,6 +69,29 @@ def test_all_documents_come_in_order_however_they_are_cut_and_wherever_reading_b
         assert list(cut_into_chunks(files, reading, 300, start=chunks[number].start)) == chunks[number:]
 
 
+def test_an_empty_parquet_file_among_others_gives_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder, texts = write_dataset(tmp_path / "set", "parquet")
+    empty = pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())})
+    for number in (0, 2):  # the first of all, and one between others
+        with parquet.ParquetWriter(folder / f"train-{number:05}-empty.parquet", empty.schema) as writer:
+            writer.write_table(empty)
+    files = find_files([f"hf:{folder}"])
+    assert len(files) == 5 and read(f"hf:{folder}") == list(enumerate(texts))
+
+
+def test_reading_of_parquet_begins_at_any_row_of_any_group(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    texts = [f"document {number}" for number in range(3500)]
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1500)
+    files, reading = find_files([f"hf:{tmp_path}"]), ReadOptions()
+    assert read(f"hf:{tmp_path}") == list(enumerate(texts))
+    whole = list(cut_into_chunks(files, reading, 5000))
+    assert len(whole) > 5 and any(chunk.start.place > 1000 and chunk.start.place % 1000 for chunk in whole)
+    for chunk in whole:
+        assert next(cut_into_chunks(files, reading, 5000, start=chunk.start)) == chunk
+
+
 @pytest.mark.slow
 def test_neither_workers_nor_parts_change_a_byte_and_a_changed_dataset_is_another(tmp_path: Path, call: Call) -> None:
     pytest.importorskip("datasets")

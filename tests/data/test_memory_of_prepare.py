@@ -61,7 +61,7 @@ def write_corpus(folder: Path, count: int) -> Path:
     return folder
 
 
-def peak(source: Path, out: Path, *options: str) -> int:
+def peak(source: Path | str, out: Path, *options: str) -> int:
     """Bytes of memory that one process had at most."""
     command = [sys.executable, "-c", PREPARE, "--input", str(source), "--out", str(out), "--workers", "1", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -80,6 +80,19 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
         for count in (small, large)
     ]
     assert peaks[1] - peaks[0] < 4 * (large - small) * OF_A_DOCUMENT + 2 * CHUNK_BYTES
+
+
+def test_of_a_dataset_no_row_group_is_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 32 MB in the one row group of a Parquet file to 128."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small, large = 8_000, 32_000
+    peaks = []
+    for count in (small, large):
+        (folder := tmp_path / f"{count}").mkdir()
+        parquet.write_table(pa.table({"text": list(documents(count))}), folder / "a.parquet", row_group_size=count)
+        peaks.append(peak(f"hf:{folder}", tmp_path / f"out{count}", "--tokenizer", "byte"))
+    assert peaks[1] - peaks[0] < (large - small) * DOCUMENT // 2
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
