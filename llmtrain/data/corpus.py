@@ -358,9 +358,7 @@ def _rows_of_group(parquet: Any, group: int, column: str, at_once: int, skip: in
 
     for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
         if skip < len(batch):
-            texts = batch.column(0)[skip:]
-            plain = texts.dictionary_decode() if pa.types.is_dictionary(texts.type) else texts
-            yield plain.cast(pa.large_binary()).to_pylist()
+            yield batch.column(0)[skip:].cast(pa.large_binary()).to_pylist()
         skip = max(0, skip - len(batch))
 
 
