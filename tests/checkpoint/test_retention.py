@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -152,8 +151,8 @@ def test_a_folder_that_cannot_be_looked_through_costs_a_warning(
     store = store_of(parts, tmp_path, keep_last=1)
     save(store, parts, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("llmtrain.storage.again.WAITS_S", (0.0, 0.0))
-        patched.setattr(os, "listdir", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        failing = "llmtrain.checkpoint.retention.committed_steps"
+        patched.setattr(failing, lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         save(store, parts, 2)
     (said,) = store.news()[1]
     assert "no longer kept failed: Input/output error; tried again" in said
