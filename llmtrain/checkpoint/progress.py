@@ -23,10 +23,10 @@ class Progress:
     stages: list[Any] = field(default_factory=list)  # of a mixture: [position from which they hold, weights]
     packing: str | None = None  # digest of what packed windows are made of; empty: they are not packed
     meter: dict[str, Any] = field(default_factory=dict)  # sums since the last record
-    unfinished: dict[str, Any] | None = None  # the last step was not evaluated and logged; what that needs
+    unfinished: dict[str, Any] | None = None  # what follows the last step was cut short; what that needs
     observer: dict[str, Any] = field(default_factory=dict)  # what the warnings remember
     guard: dict[str, Any] = field(default_factory=dict)  # what the divergence policy remembers
-    save_s: float = 0.0  # that the last save took
+    save_s: float = 0.0  # that the save before took
     before_best: tuple[float | None, int | None] = (None, None)  # best loss and step until then; not written
     lost_best: tuple[float | None, int | None] = (None, None)  # a best that could not be saved; not written
 

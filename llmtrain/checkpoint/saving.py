@@ -67,7 +67,7 @@ class Saving:
         """Save and wait until it is on disk; where that fails, try once more.
 
         Raises:
-            UserError: that failed too.
+            UserError: that failed too; see `settle` for a bug.
         """
         self.settle(warn, forgiven=2)  # whatever became of the one before, this one has its two tries
         self._failures = 0

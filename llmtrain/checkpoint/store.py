@@ -206,9 +206,8 @@ class CheckpointStore:
         is_needed: Callable[[Path], bool] = lambda _folder: False,
     ):
         """`saved_step` is in the run folder already: the run went on from it, or back to it; `last_save_s` is what the
-        launch before knew of it. `on_saved` is told when
-        this rank's part is written, on rank 0 when the checkpoint is committed; what `is_needed` is not deleted yet.
-        Both are called from the thread that saves."""
+        launch before knew. `on_saved` is told when this rank's part is written, on rank 0 when the checkpoint is
+        committed; what `is_needed` is not deleted yet. Both are called from the thread that saves."""
         self.run_dir = run_dir
         self._is_async, self._on_saved = config.async_save, on_saved
         self._retention = Retention(run_dir, config, is_needed)
