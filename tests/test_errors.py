@@ -156,3 +156,16 @@ def test_a_fault_of_ours_always_shows_its_traceback_and_says_whose_it_is(options
     program = "import sys; from llmtrain.errors import run_main\ndef main(_): 1 / 0\nsys.exit(run_main(main))"
     done = subprocess.run([sys.executable, "-c", program, *options], check=False, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "fault of llmtrain" in done.stderr
+
+
+def test_the_last_words_of_a_process_that_ends_for_a_hung_disk_do_not_hang_with_it(tmp_path: Path) -> None:
+    """The exit code's file lies there as well: a pipe that nobody reads."""
+    code = (
+        "import os, time\nfrom llmtrain import errors\nerrors._LAST_WORDS_S = 0.5\n"
+        "os.mkfifo(f\"{os.environ['LLMTRAIN_EXIT_CODE_FILE']}.{os.getpid()}\")\n"
+        "errors.end_within(0.1, errors.PeerLostError('rank 1 is gone'))\ntime.sleep(60)"
+    )
+    environment = {**os.environ, "LLMTRAIN_EXIT_CODE_FILE": str(tmp_path / "code")}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert result.returncode == 5 and result.stderr == "llmtrain: error: rank 1 is gone\n"

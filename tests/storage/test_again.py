@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.checkpoint.folders import MARKER, committed_steps
+from llmtrain.checkpoint.folders import MARKER, committed_steps, point, pointed
 from llmtrain.checkpoint.format import MANIFEST
 from llmtrain.storage import again as retrying
 from llmtrain.storage.again import again
@@ -88,3 +88,39 @@ def test_a_server_that_stays_away_ends_the_launch_and_no_checkpoint_counts_as_un
         f"llmtrain: error: {marker}: Stale file handle; mend the storage, and run the same command again"
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(
+    config_dict: dict[str, Any], tmp_path: Path, call: Call, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run would begin anew, and set all that it had aside."""
+    config = written(config_dict, tmp_path, checkpoint={"save_every": 10})
+    assert call(train, "--config", config, "training.stop_after=20")[0] == 75
+    before = sorted(tmp_path.rglob("*"))
+    plain, left = os.listdir, [10**6]
+
+    def failing(path: Any = ".") -> list[str]:
+        if str(path) == str(tmp_path / "run") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    code, _, err = call(train, "--config", config)
+    assert code == 2 and f"{tmp_path / 'run'}: Input/output error; mend the storage" in err
+    left[0] = 0
+    assert sorted(tmp_path.rglob("*")) == before
+    left[0] = 2
+    code, out, err = call(train, "--config", config, "training.stop_after=21")
+    assert code == 75 and "after step 20" in out, err
+
+
+def test_a_link_that_cannot_be_read_for_a_moment_is_not_gone(tmp_path: Path, fail: Fail) -> None:
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / MARKER).touch()
+    point(tmp_path, "best", "step-00000001")
+    fail("readlink", "best", 2)
+    assert pointed(tmp_path, "best") == tmp_path / "step-00000001"
+    fail("readlink", "best", 3)
+    with pytest.raises(OSError, match="Stale file handle"):
+        pointed(tmp_path, "best")
