@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush, heappushpop
+from itertools import islice
 from math import gcd, lcm
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from llmtrain.data.batches import Windows, WindowSet
@@ -26,6 +26,7 @@ from llmtrain.data.order import Int64s, sample_ids, seed_of_source
 from llmtrain.data.reading import Ids
 
 LONGEST_CYCLE = 100_000  # positions; finer weights are rounded to this many parts
+FIRST_PLACES = 2048  # of a cycle that are laid out at first, within a millisecond
 
 Weights = tuple[float, ...]  # one for each source, ≥ 0
 
@@ -93,13 +94,8 @@ class MixedOrder:
         self._seeds = [seed_of_source(seed, source) for source in range(len(windows))]
         self._first = np.cumsum([0, *windows])
         self._begins = np.array([stage.begin for stage in stages], dtype=np.int64)
-        self._cycles: list[_Cycle] = []
-        self._consumed = [np.zeros(len(windows), dtype=np.int64)]  # of each source, before each stage
-        for stage, after in zip(stages, [*stages[1:], None], strict=True):
-            self._cycles.append(_Cycle(whole_numbers(stage.weights)))
-            if after:
-                taken = self._cycles[-1].consumed(after.begin - stage.begin)
-                self._consumed.append(self._consumed[-1] + taken)
+        self._cycles = [_Cycle(whole_numbers(stage.weights)) for stage in stages]
+        self._before = {0: np.zeros(len(windows), dtype=np.int64)}  # see `_consumed_before`
 
     def __call__(self, positions: Int64s) -> Int64s:
         """Map (n,) positions ≥ 0 to (n,) window ids."""
@@ -110,10 +106,17 @@ class MixedOrder:
             source_of, index = self._cycles[stage].locate(positions[here] - self._begins[stage])
             for source in np.unique(source_of).tolist():
                 of_source = source_of == source
-                own = index[of_source] + self._consumed[stage][source]
+                own = index[of_source] + self._consumed_before(stage)[source]
                 windows = sample_ids(own, self._windows[source], self._seeds[source])
                 ids[here[of_source]] = windows + self._first[source]
         return ids
+
+    def _consumed_before(self, stage: int) -> Int64s:
+        """How many samples of each source come before a stage: known once the run is there."""
+        if stage not in self._before:
+            length = int(self._begins[stage] - self._begins[stage - 1])
+            self._before[stage] = self._consumed_before(stage - 1) + self._cycles[stage - 1].consumed(length)
+        return self._before[stage]
 
     @property
     def sources(self) -> int:
@@ -133,7 +136,7 @@ class MixedOrder:
         """How many samples of each source come before `position`."""
         stage = int(np.searchsorted(self._begins, position, "right")) - 1
         taken = self._cycles[stage].consumed(position - int(self._begins[stage]))
-        total: list[int] = (self._consumed[stage] + taken).tolist()
+        total: list[int] = (self._consumed_before(stage) + taken).tolist()
         return total
 
     def epochs(self, position: int) -> list[float]:
@@ -142,46 +145,77 @@ class MixedOrder:
 
 
 class _Cycle:
-    """The order of sources that repeats: source s has `counts[s]` of sum(counts) positions."""
+    """The order of sources that repeats: source s has `counts[s]` of sum(counts) positions.
+
+    It is laid out as far as it was asked for: all 100,000 positions of the longest take tens of milliseconds.
+    """
 
     def __init__(self, counts: Sequence[int]):
         self._counts = np.array(counts, dtype=np.int64)
-        self._source_of = _fair_cycle(counts)
-        self._before = np.empty_like(self._source_of)  # how often the source came before in the cycle
-        for source, count in enumerate(counts):
-            self._before[self._source_of == source] = np.arange(count)
+        self._total = sum(counts)
+        self._laid = (np.empty(0, np.int64), np.empty(0, np.int64))  # of each place, see `fair_order`
+
+    def _lay(self, places: int) -> tuple[Int64s, Int64s]:
+        """The first `places` at least; two threads that ask at once do the same work and get the same."""
+        laid = self._laid
+        if len(laid[0]) < places:
+            wanted = max(places, 2 * len(laid[0]), FIRST_PLACES)
+            self._laid = laid = fair_order(self._counts.tolist(), min(wanted, self._total))
+        return laid
 
     def locate(self, offsets: Int64s) -> tuple[Int64s, Int64s]:
         """The (n,) sources of (n,) offsets, and the index of each sample within its source."""
-        cycles, places = np.divmod(offsets, len(self._source_of))
-        source_of = self._source_of[places]
-        return source_of, cycles * self._counts[source_of] + self._before[places]
+        cycles, places = np.divmod(offsets, self._total)
+        sources, before = self._lay(int(places.max(initial=-1)) + 1)
+        source_of = sources[places]
+        return source_of, cycles * self._counts[source_of] + before[places]
 
     def consumed(self, offset: int) -> Int64s:
         """The (sources,) numbers of samples before `offset`."""
-        cycles, place = divmod(offset, len(self._source_of))
-        return cycles * self._counts + np.bincount(self._source_of[:place], minlength=len(self._counts))
+        cycles, place = divmod(offset, self._total)
+        sources, _ = self._lay(place)
+        return cycles * self._counts + np.bincount(sources[:place], minlength=len(self._counts))
 
 
-def _fair_cycle(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+def fair_order(counts: Sequence[int], places: int) -> tuple[Int64s, Int64s]:
     """Lay out `counts[s]` samples of each source s so that every beginning has its share to within less than one.
 
     The j-th sample of a source may not come before slot floor(j × N / count), and must come before slot
     ceil((j + 1) × N / count). Taking the one that is due first, out of those that may come, keeps all these bounds.
+
+    Returns:
+        of each of the first `places` slots the source, and how many of the source come before: j.
     """
-    total = sum(counts)
-    order = np.empty(total, dtype=np.int64)
-    waiting = [(0, source, 0) for source, count in enumerate(counts) if count]  # (may come at, source, j)
-    heapify(waiting)
-    ready: list[tuple[int, int, int]] = []  # (due before, source, j)
-    for slot in range(total):
-        while waiting and waiting[0][0] <= slot:
-            _, source, j = heappop(waiting)
-            heappush(ready, (-((j + 1) * total // -counts[source]), source, j))
-        _, source, j = heappop(ready)
-        order[slot] = source
-        heappush(waiting, ((j + 1) * total // counts[source], source, j + 1))
-    return order
+    total, sources = sum(counts), len(counts)
+    may_come, keys = list[Int64s](), list[Int64s]()  # a key has both: when it is due, and of equal ones the source
+    begun = np.zeros(places, np.int64)  # how many may come from each slot on
+    for source, count in enumerate(counts):
+        if count:
+            steps = np.arange(-(-places * count // total) + 1) * total
+            slots, due = steps[:-1] // count, -(steps[1:] // -count)
+            begun[slots] += 1  # of one source no two may come from the same slot on
+            may_come.append(slots)
+            keys.append(due * sources + source)
+    by_slot = np.empty(int(begun.sum()), np.int64)
+    free = np.cumsum(begun) - begun
+    for slots, its_keys in zip(may_come, keys, strict=True):
+        by_slot[free[slots]] = its_keys
+        free[slots] += 1
+    due, source_of = np.divmod(_earliest_due(by_slot.tolist(), begun.tolist()), sources)
+    return source_of, due * np.array(counts)[source_of] // total - 1
+
+
+def _earliest_due(keys: Sequence[int], begun: Sequence[int]) -> Int64s:
+    """For each slot the smallest key that is left, when `begun[slot]` more of them have joined."""
+    coming, ready, taken = iter(keys), list[int](), list[int]()
+    for count in begun:
+        if count == 1:
+            taken.append(heappushpop(ready, next(coming)))
+        else:
+            for key in islice(coming, count):
+                heappush(ready, key)
+            taken.append(heappop(ready))
+    return np.array(taken, np.int64)
 
 
 def whole_numbers(weights: Weights) -> list[int]:

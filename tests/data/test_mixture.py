@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 
 from llmtrain.data import reading
 from llmtrain.data.batches import Layout, Windows, batches, plain_order
-from llmtrain.data.mixture import LONGEST_CYCLE, MixedOrder, MixedWindows, Stage, plan_stages, whole_numbers
+from llmtrain.data.mixture import (
+    LONGEST_CYCLE,
+    MixedOrder,
+    MixedWindows,
+    Stage,
+    fair_order,
+    plan_stages,
+    whole_numbers,
+)
 from llmtrain.data.shards import ShardWriter, TokenStream
 from llmtrain.errors import CorruptError
 from tests.data.test_batches import stream_of
@@ -62,6 +71,52 @@ def test_each_source_is_gone_through_epoch_by_epoch_in_new_orders(
     assert all(
         np.array_equal(order(np.array([position])), ids[position : position + 1]) for position in range(0, 300, 23)
     )
+
+
+def cycle_slot_by_slot(counts: list[int]) -> tuple[list[int], list[int]]:
+    """The order that runs have had from the first version on, written down plainly: source and j of each slot."""
+    total, order, index = sum(counts), list[int](), list[int]()
+    waiting = [(0, source, 0) for source, count in enumerate(counts) if count]  # (may come at, source, j)
+    ready: list[tuple[int, int, int]] = []  # (due before, source, j)
+    for slot in range(total):
+        while waiting and waiting[0][0] <= slot:
+            _, source, j = heappop(waiting)
+            heappush(ready, (-((j + 1) * total // -counts[source]), source, j))
+        _, source, j = heappop(ready)
+        order.append(source)
+        index.append(j)
+        heappush(waiting, ((j + 1) * total // counts[source], source, j + 1))
+    return order, index
+
+
+def test_the_order_of_sources_never_changes_however_far_it_is_laid_out() -> None:
+    """Runs that are resumed go on in it: all small mixtures, and large ones drawn at random."""
+    small = [list(counts) for n in (1, 2, 3, 4) for counts in itertools.product(range(6), repeat=n) if any(counts)]
+    generator = np.random.default_rng(0)
+    drawn = [generator.integers(0, most, n) for most in (3, 40, 1000) for n in (2, 3, 7, 20) for _ in range(20)]
+    skewed = [[9997, 1, 1, 1], [1, 5000, 4999], [500] * 19 + [499, 1], [0, 0, 7, 0]]
+    fine = whole_numbers((0.123457, 0.5, 0.376543))
+    assert sum(fine) == LONGEST_CYCLE
+    for counts in [*small, *(counts.tolist() for counts in drawn if counts.any()), *skewed, fine]:
+        sources, index = cycle_slot_by_slot(counts)
+        for places in (len(sources), int(generator.integers(0, len(sources)))):
+            laid, before = fair_order(counts, places)
+            assert (laid.tolist(), before.tolist()) == (sources[:places], index[:places]), (counts, places)
+
+
+def test_a_position_has_the_same_sample_whatever_was_asked_for_before() -> None:
+    """Forwards, backwards and at random through cycles and stages, of which no more is laid out than needed."""
+    windows, begins = [10**6, 10**5, 7], (0, 150_001, 160_000)
+    weights = ((0.123457, 0.5, 0.376543), (0.3, 0.7, 0.0), (0.511111, 0.222222, 0.266667))
+    stages = [Stage(begin, each) for begin, each in zip(begins, weights, strict=True)]
+    whole = MixedOrder(windows, 5, stages)(np.arange(300_000))
+    generator = np.random.default_rng(0)
+    for starts in (range(0, 300_000, 9973), range(299_000, 0, -9973), generator.integers(0, 299_000, 30).tolist()):
+        order = MixedOrder(windows, 5, stages)
+        for start in starts:
+            assert np.array_equal(order(np.arange(start, start + 8)), whole[start : start + 8])
+            taken = np.searchsorted(np.cumsum(windows), whole[:start], "right")
+            assert order.consumed(start) == np.bincount(taken, minlength=3).tolist()
 
 
 def test_the_only_source_comes_in_the_order_of_a_run_on_it_alone() -> None:
