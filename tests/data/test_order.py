@@ -65,6 +65,34 @@ def test_neighbours_and_epochs_are_uncorrelated() -> None:
     assert abs(np.corrcoef(first, np.arange(size))[0, 1]) < bound
 
 
+@pytest.mark.parametrize("size", [10**10, 10**13 // 1025])
+def test_windows_of_a_huge_run_are_spread_evenly_and_apart_from_those_of_other_epochs_and_seeds(size: int) -> None:
+    """100,000 consecutive positions from anywhere in an epoch, of three seeds and three epochs.
+
+    Chi-square of their windows over 100 equal bins, and of the distances from one to the next: against the quantile of
+    99 degrees of freedom that chance passes once in 10^6 (180.8, by Wilson and Hilferty's formula; 36 of these are
+    looked at here). Correlations of n independent pairs have standard deviation 1/√n; five of them is the bound.
+    """
+    count, bins, quantile, bound = 100_000, 100, 180.8, 5 / math.sqrt(100_000)
+    starts = (0, size // 3, size - count)
+    drawn = {
+        (seed, epoch, start): sample_ids(np.arange(count, dtype=np.int64) + epoch * size + start, size, seed)
+        for seed in (1, 1337, 2**62)
+        for epoch in (0, 1, 10**5)
+        for start in starts
+    }
+    for windows in drawn.values():
+        assert len(np.unique(windows)) == count
+        for places in (windows, np.diff(windows) % size):
+            cells = np.bincount(places // -(-size // bins), minlength=bins)
+            expected = len(places) / bins
+            assert ((cells - expected) ** 2 / expected).sum() < quantile
+        assert abs(np.corrcoef(windows[:-1], windows[1:])[0, 1]) < bound
+        assert abs(np.corrcoef(windows, np.arange(count))[0, 1]) < bound
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < bound
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     positions = np.arange(4096, dtype=np.int64) + 10**15
     peaks = []
