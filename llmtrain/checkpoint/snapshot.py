@@ -37,25 +37,39 @@ class Snapshot:
             self._getting.start()
 
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """Copy the fragments; what the last call returned is overwritten, so its writer must be done."""
+        """Copy the fragments; what the last call returned is overwritten, so its writer must be done.
+
+        Raises:
+            MemoryError: there is none for a copy.
+        """
         sources = list(fragments)
         *begins, size = _begins(sources)
         if self._getting:
             self._getting.join()
         if self._memory.nbytes != size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = _memory(size)
         return [
             replace(fragment, values=self._copy(fragment.values, begin))
             for fragment, begin in zip(sources, begins, strict=True)
         ]
 
     def _get(self, size: int) -> None:
-        memory = torch.empty(size, dtype=torch.uint8)
+        try:
+            memory = _memory(size)
+        except MemoryError:
+            return  # `take` tries again, and tells
         memory.numpy()[:: mmap.PAGESIZE] = 0  # a page is there once written; numpy holds no lock meanwhile
         self._memory = memory
 
     def _copy(self, values: Tensor, begin: int) -> Tensor:
         return self._memory[begin : begin + values.nbytes].view(values.dtype).copy_(values)
+
+
+def _memory(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:  # as torch's allocator has it
+        raise MemoryError(f"{size / 1e6:,.1f} MB") from error
 
 
 def _begins(fragments: Sequence[Fragment]) -> list[int]:

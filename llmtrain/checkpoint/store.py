@@ -44,6 +44,7 @@ from llmtrain.engine import Engine, Fragment
 from llmtrain.errors import CorruptError, UserError
 
 OpenCheckpoint = Callable[[Path], fmt.CheckpointReader]  # which raises CorruptError where one is not good
+_FORESEEN = (OSError, MemoryError)  # in a save; anything else is a bug
 _PACKAGE = Path(__file__).parents[1]
 _RECORDS_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files before it gives a save up
 # The same once a rank is lost: who is still there has nothing else to do than to write its file.
@@ -222,6 +223,7 @@ class CheckpointStore:
         self._is_committed = False  # what was saved last, as rank 0 knows
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
+        self._is_written = threading.Event()  # this rank's part, or it will not be
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
         self._unset: dict[str, str] = {}  # pointers, and where they are to lead
         self._committed: list[Path] = []
@@ -240,7 +242,8 @@ class CheckpointStore:
     ) -> None:
         """Begin to write the training state; the save before must be settled.
 
-        Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once.
+        Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once. Where
+        there is no memory for that, this waits until the state is written.
 
         Args:
             engine: whose fragments are saved.
@@ -258,13 +261,30 @@ class CheckpointStore:
         self._saved_step = step
         self._is_given_up.clear()
         self._is_waiting.clear()
-        fragments = None
-        if is_new:  # where the loop waits anyway, what it holds is written itself
-            fragments = self._snapshot.take(engine.fragments()) if self._is_async else list(engine.fragments())
+        self._is_written.clear()
+        fragments, waits = None, False
+        if is_new:
+            fragments = self._copied(engine) if self._is_async else None
+            waits = self._is_async and fragments is None
+            # Where the loop waits anyway, what it holds is written itself.
+            fragments = list(engine.fragments()) if fragments is None else fragments
             self._room.measure(engine, sum(fragment.values.nbytes for fragment in fragments))
         arguments = (engine, fragments, state, links, needed_before)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
+        if waits:
+            self._is_written.wait()
+
+    def _copied(self, engine: Engine) -> list[Fragment] | None:
+        """The state in host memory; None: there is no room for it. No exchange, so each rank may find it otherwise."""
+        try:
+            return self._snapshot.take(engine.fragments())
+        except MemoryError as error:
+            self._warnings.append(
+                f"no host memory for a copy of this rank's state ({error}): the loop waits while it is written; free "
+                "some, or set checkpoint.async_save=false"
+            )
+            return None
 
     def gone_back_to(self, step: int) -> None:
         """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""
@@ -319,7 +339,7 @@ class CheckpointStore:
             return None
         self._saved_step = self._clean_up(engine)
         first = min(failed, key=lambda one: (one.is_consequence, not one.is_bug))
-        bug = None if isinstance(error, OSError) else error
+        bug = None if isinstance(error, _FORESEEN) else error
         return Failure(str(first.failure), first.is_bug, bug)
 
     def _tell(self, rank: int) -> _Told:
@@ -327,8 +347,8 @@ class CheckpointStore:
         is_over, error = not self._thread.is_alive(), self._error  # in this order
         if error is None:
             return _Told(is_over)
-        is_bug = not isinstance(error, OSError)
-        reason = _described(error) if is_bug else getattr(error, "strerror", None) or str(error)
+        is_bug = not isinstance(error, _FORESEEN)
+        reason = _described(error) if is_bug else getattr(error, "strerror", None) or str(error) or repr(error)
         place = f" (rank {rank} on {platform.node()})" if rank else ""
         text = f"{self.run_dir}: {self._thread.name} failed: {reason}{place}"
         return _Told(is_over, text, is_bug, isinstance(error, _GivenUpError))
@@ -391,6 +411,7 @@ class CheckpointStore:
                 self._warnings += self._room.require()
                 folder.mkdir(parents=True, exist_ok=True)
                 fmt.write_rank(folder, engine.rank, fragments)
+                self._is_written.set()
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
                     self._is_committed = True
@@ -402,6 +423,8 @@ class CheckpointStore:
         except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
             return
+        finally:
+            self._is_written.set()
         try:
             self._on_saved(folder)
             if engine.rank == 0:

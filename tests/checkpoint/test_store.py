@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmtrain.assemble import Assembly
 from llmtrain.checkpoint import format as fmt
@@ -139,6 +140,41 @@ def test_a_bug_in_saving_costs_a_warning_and_the_second_time_in_a_row_the_run(pa
         )
         for line in said
     )
+
+
+def test_without_memory_for_a_copy_the_loop_waits_while_the_state_is_written(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it changes then is not in the checkpoint; the next save has its copy again."""
+    store = store_of(parts, tmp_path)
+    before = {f.name: f.values.clone() for f in parts.engine.fragments()}
+    plain, write = torch.empty, fmt.write_rank
+
+    def no_memory(*size: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return plain(*size, **options)
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    monkeypatch.setattr(fmt, "write_rank", slowly)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory)
+        store.expect_saves(parts.engine)
+        store.save(parts.engine, {"step": 1}, ())
+    for fragment in parts.engine.fragments():
+        fragment.values.zero_()
+    assert store.settle(parts.engine) is None
+    (warning,) = store.news()[1]
+    assert warning.startswith("no host memory for a copy of this rank's state (") and "the loop waits" in warning
+    reader = open_verified(step_folder(tmp_path, 1))
+    assert not reader.load(parts.engine.to_fill(optimizer=False), ())
+    after = {f.name: f.values for f in parts.engine.fragments()}
+    assert all(before[name].equal(after[name]) for name in before)
+    save(store, parts, 2)
+    assert store.news()[1] == []
 
 
 def test_a_save_waits_only_shortly_for_the_file_of_a_lost_rank(
