@@ -70,7 +70,7 @@ def test_windows_of_a_huge_run_are_spread_evenly_and_apart_from_those_of_other_e
     """100,000 consecutive positions from anywhere in an epoch, of three seeds and three epochs.
 
     Chi-square of their windows over 100 equal bins, and of the distances from one to the next: against the quantile of
-    99 degrees of freedom that chance passes once in 10^6 (180.8, by Wilson and Hilferty's formula; 36 of these are
+    99 degrees of freedom that chance passes once in 10^6 (180.8; 54 of these are
     looked at here). Correlations of n independent pairs have standard deviation 1/√n; five of them is the bound.
     """
     count, bins, quantile, bound = 100_000, 100, 180.8, 5 / math.sqrt(100_000)
