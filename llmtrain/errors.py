@@ -122,6 +122,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             _say(error)
         if error.is_at_once:
             _leave_exit_code(error.exit_code)
+            sys.stdout.flush()
             os._exit(error.exit_code)
         return error.exit_code
     except BrokenPipeError:
