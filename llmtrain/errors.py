@@ -23,10 +23,11 @@ from llmtrain import __version__
 DEBUG = "--debug"  # shows tracebacks of foreseen ends, too; every verb takes it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LAST_WORDS_S = 5.0
+NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of storage, which may be there again later
 _WHAT_TO_DO = {  # about an error of the file system that nobody closer to it has made a line of
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is open to you, or open it"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the same command again"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "mend the storage, and run the same command again"),
+    **dict.fromkeys(NO_ANSWER, "mend the storage, and run the same command again"),
 }
 
 

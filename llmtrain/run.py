@@ -380,6 +380,8 @@ class Run:
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links, first_skip(self.progress.guard))
+            self._now("writing a checkpoint")
+            self.store.wait_until_free()
 
     def _settle(self) -> None:
         with self.meter.paused():

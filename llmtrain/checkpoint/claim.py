@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from llmtrain.checkpoint.lock import RunLock
 from llmtrain.checkpoint.progress import Progress
 from llmtrain.checkpoint.store import clear_way
 from llmtrain.data.staging import make_folder
-from llmtrain.errors import UserError, of_storage
+from llmtrain.errors import NO_ANSWER, UserError, of_storage
 
 
 def claim(run_dir: Path, lock: RunLock, progress: Progress, warn: Callable[[str], None]) -> None:
@@ -34,6 +33,6 @@ def naming_what_cannot_be_written(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT) and (told := of_storage(error)):
+        if error.errno in NO_ANSWER and (told := of_storage(error)):
             raise told from error  # in another folder the run would begin anew
         raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}; choose another run.dir") from error

@@ -223,6 +223,7 @@ class CheckpointStore:
         self._is_committed = False  # what was saved last, as rank 0 knows
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
+        self._is_copied = True
         self._is_written = threading.Event()  # this rank's part, or it will not be
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
         self._unset: dict[str, str] = {}  # pointers, and where they are to lead
@@ -243,7 +244,7 @@ class CheckpointStore:
         """Begin to write the training state; the save before must be settled.
 
         Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once. Where
-        there is no memory for that, this waits until the state is written.
+        there is no memory for that, it may do so after `wait_until_free`.
 
         Args:
             engine: whose fragments are saved.
@@ -262,21 +263,23 @@ class CheckpointStore:
         self._is_given_up.clear()
         self._is_waiting.clear()
         self._is_written.clear()
-        fragments, waits = None, False
+        self._is_copied = True
+        fragments = None
         if is_new:
-            fragments = self._copied(engine) if self._is_async else None
-            waits = self._is_async and fragments is None
             # Where the loop waits anyway, what it holds is written itself.
-            fragments = list(engine.fragments()) if fragments is None else fragments
+            fragments = self._copied(engine) if self._is_async else list(engine.fragments())
             self._room.measure(engine, sum(fragment.values.nbytes for fragment in fragments))
         arguments = (engine, fragments, state, links, needed_before)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
-        if waits:
+
+    def wait_until_free(self) -> None:
+        """Wait until the loop may change the state, where there was no memory for a copy."""
+        if not self._is_copied:
             self._is_written.wait()
 
-    def _copied(self, engine: Engine) -> list[Fragment] | None:
-        """The state in host memory; None: there is no room for it. No exchange, so each rank may find it otherwise."""
+    def _copied(self, engine: Engine) -> list[Fragment]:
+        """The state in host memory; itself, where there is no room for it. No exchange: ranks may differ in that."""
         try:
             return self._snapshot.take(engine.fragments())
         except MemoryError as error:
@@ -284,7 +287,8 @@ class CheckpointStore:
                 f"no host memory for a copy of this rank's state ({error}): the loop waits while it is written; free "
                 "some, or set checkpoint.async_save=false"
             )
-            return None
+            self._is_copied = False
+            return list(engine.fragments())
 
     def gone_back_to(self, step: int) -> None:
         """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""

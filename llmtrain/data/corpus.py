@@ -28,7 +28,7 @@ from typing import IO, Any, TypeVar, cast
 import zstandard
 
 from llmtrain.data.files import SourceFile
-from llmtrain.data.hub import DatasetShard
+from llmtrain.data.hub import DatasetShard, batches_of_group
 from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
 from llmtrain.data.workers import ordered_map
@@ -356,10 +356,8 @@ def _rows_of_group(parquet: Any, group: int, column: str, at_once: int, skip: in
     """The texts of a row group as bytes, because only then one that is not UTF-8 does not spoil the others."""
     import pyarrow as pa
 
-    for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
-        if skip < len(batch):
-            yield batch.column(0)[skip:].cast(pa.large_binary()).to_pylist()
-        skip = max(0, skip - len(batch))
+    for batch in batches_of_group(parquet, group, column, at_once, skip):
+        yield batch.column(0).cast(pa.large_binary()).to_pylist()
 
 
 def _cut_examples(

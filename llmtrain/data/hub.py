@@ -85,10 +85,17 @@ def _parquet_tables(file: str, column: str, skip: int) -> Iterator[Any]:
             if skip >= (rows := opened.metadata.row_group(group).num_rows):
                 skip -= rows
                 continue
-            for batch in opened.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-                if skip < len(batch):
-                    yield pa.Table.from_batches([batch[skip:]])
-                skip = max(0, skip - len(batch))
+            for batch in batches_of_group(opened, group, column, ROWS_AT_ONCE, skip):
+                yield pa.Table.from_batches([batch])
+            skip = 0
+
+
+def batches_of_group(parquet: Any, group: int, column: str, at_once: int, skip: int = 0) -> Iterator[Any]:
+    """One column of a row group of an opened Parquet file, some rows at a time, the first `skip` left out."""
+    for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
+        if skip < len(batch):
+            yield batch[skip:]
+        skip = max(0, skip - len(batch))
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ def test_without_memory_for_a_copy_the_loop_waits_while_the_state_is_written(
         patch.setattr(torch, "empty", no_memory)
         store.expect_saves(parts.engine)
         store.save(parts.engine, {"step": 1}, ())
+        store.wait_until_free()
     for fragment in parts.engine.fragments():
         fragment.values.zero_()
     assert store.settle(parts.engine) is None
