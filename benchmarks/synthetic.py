@@ -7,16 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from llmtrain.data.outside import hash_samples
-from llmtrain.data.shards import (
-    MANIFEST,
-    TOKENIZER_FOLDER,
-    FileInfo,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    SplitInfo,
-    describe,
-)
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, FileInfo, Manifest, ShardInfo, SplitInfo, describe
 from llmtrain.data.tokenizer import fit_tokenizer, tokenizer_info
 
 NO_HASH = "0" * 64

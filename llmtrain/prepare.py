@@ -1,11 +1,11 @@
 """`llmtrain prepare`: text in, token shards out.
 
     find files → divide into training and validation → fit the tokenizer on training → encode, in several processes
-    → shards and manifest in `OUT.partial-HOST-PID` → renamed to OUT
+    → shards and manifest in `OUT.parts` → renamed to OUT
 
 With `--part I/N` many such commands, on any machines that share a file system, encode a stretch of the input each, and
-whichever comes last joins them (`data/parts.py`). Existing token files are not encoded, only checked and referred to
-(`data/adopt.py`).
+whichever comes last joins them; both ways are in `data/parts.py`. Existing token files are not encoded, only checked
+and referred to (`data/adopt.py`).
 
 What is written depends on the input and the options only, never on the number of workers or parts or on their speed.
 OUT appears in one step at the end: whatever happens before leaves nothing that looks finished.
@@ -15,37 +15,25 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from llmtrain.data.adopt import adopt
-from llmtrain.data.corpus import cut_into_chunks, told
-from llmtrain.data.dedup import DUPLICATES
-from llmtrain.data.encode import encode_to_shards
+from llmtrain.data.corpus import told
 from llmtrain.data.fetch import upload_data
 from llmtrain.data.filters import parse_filter
 from llmtrain.data.flags import parser
-from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_part
+from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_all, prepare_part
 from llmtrain.data.pieces import Pieces
-from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
     Options,
     Outcome,
     check_unused,
-    default_workers,
-    divide,
-    find_existing,
-    fit_into,
-    total_bytes,
-    write_manifest,
 )
 from llmtrain.data.refine import Refinement
 from llmtrain.data.select import Selection, patterns_of
-from llmtrain.data.shards import TOKENIZER_FOLDER, SplitInfo
-from llmtrain.data.staging import staged_folder
+from llmtrain.data.shards import SplitInfo
 from llmtrain.data.token_files import are_token_files
-from llmtrain.data.tokenizer import id_dtype
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.errors import UserError, run_main
 from llmtrain.storage.cache import cache_folder
@@ -60,36 +48,11 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
     Token files are looked through and referred to; anything else is text, which is encoded.
 
     Raises:
-        UserError: bad input, options that do not fit it, or a folder that cannot be written; nothing is left.
+        UserError: bad input, options that do not fit it, or a folder that cannot be written.
     """
     if are_token_files(options.inputs):
         return adopt(options, say=_say, show_progress=show_progress)
-    found = options.find()
-    files = found.files
-    request = options.request(files)
-    if (existing := find_existing(options.out, request)) is not None:
-        return Outcome(existing, already_prepared=True)
-    with staged_folder(options.out, say=_say) as folder:
-        started = time.perf_counter()
-        division = divide(files, options, folder, show_progress)
-        tokenizer = fit_into(folder, files, division, options)
-        fitted = time.perf_counter()
-        with progress_bar("encoding", total_bytes(files), show_progress) as report:
-            encoded = encode_to_shards(
-                cut_into_chunks(files, division.reading),
-                division,
-                folder / TOKENIZER_FOLDER,
-                id_dtype(tokenizer.vocab_size),
-                folder=folder,
-                shard_tokens=options.shard_tokens,
-                workers=options.workers or default_workers(total_bytes(files)),
-                report=report,
-            )
-        (folder / DUPLICATES).unlink(missing_ok=True)
-        manifest = write_manifest(
-            folder, encoded, tokenizer, division.splitter.by, request=request, left_out=found.left_out
-        )
-    return Outcome(manifest, False, fitted - started, time.perf_counter() - fitted)
+    return prepare_all(options, say=_say, show_progress=show_progress)
 
 
 def _say(line: str) -> None:

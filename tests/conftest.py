@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest
 from llmtrain.data.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer, tokenizer_info
 from llmtrain.errors import run_main
 

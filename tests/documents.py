@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest
 from llmtrain.data.tokenizer import fit_tokenizer, tokenizer_info
 from tests.conftest import prose
 

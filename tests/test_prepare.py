@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,7 +284,7 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_clear_line(texts, tmp_path):
     out = "o" * 250  # itself no longer than a name may be, but with what marks it as unfinished
     problem = refused("--input", texts, "--tokenizer", "byte", cwd=tmp_path, out=out)
-    assert f"{out}: cannot be written (File name too long); nothing was kept" in problem
+    assert f"{out}.parts/plan: cannot be read (File name too long)" in problem
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "counts"])
@@ -303,7 +305,9 @@ def test_damaged_data_is_not_taken_for_prepared(texts, tmp_path, damage):
 
 def test_an_out_that_cannot_be_made_is_one_clear_line(texts, tmp_path):
     (tmp_path / "file").touch()
-    assert "file/out: cannot be" in refused("--input", texts, "--tokenizer", "byte", cwd=tmp_path, out="file/out")
+    assert "file/out.parts/plan.lock: cannot be written (Not a directory)" in refused(
+        "--input", texts, "--tokenizer", "byte", cwd=tmp_path, out="file/out"
+    )
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(texts, tmp_path):
@@ -317,18 +321,22 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(texts, tmp_path):
     command = ("--input", texts, "--tokenizer", "byte", "--out", "out")
     result = run(*command, cwd=tmp_path, preexec_fn=at_most_64_kb_a_file)
     assert result.returncode == 2
-    assert result.stderr == "llmtrain: error: out: cannot be written (File too large); nothing was kept\n"
+    joined = tmp_path / "out.parts" / "joined"
+    assert result.stderr == f"llmtrain: error: {joined}: cannot be written (File too large); nothing was kept\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
 
 
-def slow_command(tmp_path: Path) -> subprocess.Popen[str]:
+SLOW = [*COMMAND, "--input", "many.jsonl", "--tokenizer", "word", "--vocab-size", "500", "--out", "out"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def slow_command(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
     """A prepare that is in the middle of its work with two workers."""
     (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"word {i} " * 60}) + "\n" for i in range(60_000)))
-    command = [*COMMAND, "--input", "many.jsonl", "--tokenizer", "word", "--vocab-size", "500", "--out", "out"]
     process = subprocess.Popen(
-        [*command, "--workers", "2"],
+        [*SLOW, *flags, "--workers", "2"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -336,11 +344,15 @@ def slow_command(tmp_path: Path) -> subprocess.Popen[str]:
         # A shell ignores SIGINT for what it starts with `&`.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 -- no other thread runs here
     )
+    wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob("out.parts/*/data/train-*.bin")), process)
+    return process
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob("out.partial-*/train-*.bin")):
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
-    return process
 
 
 def no_process_left(group: int) -> bool:
@@ -361,12 +373,59 @@ def test_a_killed_prepare_leaves_no_out_and_no_process_and_the_next_one_cleans_u
     process.communicate()
     assert no_process_left(process.pid)
     assert not (tmp_path / "out").exists()
-    (left,) = tmp_path.glob("out.partial-*")
-    assert not (left / "manifest.json").exists()
+    left = tmp_path / "out.parts"
+    assert not list(left.rglob("manifest.json"))
     (tmp_path / "short.txt").write_text("text " * 100)
-    assert run("--input", "short.txt", "--tokenizer", "byte", "--out", "out", cwd=tmp_path).returncode == 0
+    again = run("--input", "short.txt", "--tokenizer", "byte", "--out", "out", cwd=tmp_path)
+    removed = f"llmtrain: removed {left}, which was not finished: it was begun with --input many.jsonl, not short.txt\n"
+    assert (again.returncode, again.stderr) == (0, removed)
     assert not left.exists()
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends_by", [signal.SIGINT, signal.SIGKILL])
+def test_the_same_command_goes_on_behind_the_shards_that_are_finished(tmp_path, ends_by):
+    shards = ("--shard-tokens", "100000")
+    process = slow_command(tmp_path, *shards)
+    journal = tmp_path / "out.parts" / f"joined.partial-{platform.node()}" / "journal.jsonl"
+    wait_until(lambda: journal.exists() and journal.stat().st_size > 0, process)
+    os.killpg(process.pid, ends_by)
+    _, errors = process.communicate(timeout=30)
+    kept = f"llmtrain: what was finished is kept in {journal.parent}: the same command goes on from there\n"
+    assert errors == (f"{kept}llmtrain: interrupted\n" if ends_by == signal.SIGINT else "")
+    finished = journal.parent / "data" / "train-00000.bin"
+    inode = finished.stat().st_ino
+
+    again = subprocess.run(
+        [*SLOW, *shards, "--workers", "1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert re.fullmatch(rf"llmtrain: going on behind [0-9,]+ finished shards in {finished.parent}\n", again.stderr)
+    assert (tmp_path / "out" / "train-00000.bin").stat().st_ino == inode
+    whole = [*SLOW[:-1], "whole", *shards]
+    subprocess.run(whole, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "out", "whole"]
+
+
+@pytest.mark.parametrize("damage", ["finished shard", "open shard", "journal"])
+def test_what_was_finished_and_then_damaged_is_made_again(texts, tmp_path, damage):
+    command = ("--input", texts, "--tokenizer", "byte", "--shard-tokens", "50", "--out", "out")
+    (texts / "z.jsonl").write_bytes(b'{"text": "good"}\nbad\n')
+    stopped = run(*command, cwd=tmp_path)
+    assert stopped.returncode == 2
+    partial = tmp_path / "out.parts" / f"joined.partial-{platform.node()}"
+    assert f"llmtrain: what was finished is kept in {partial}: the same command goes on from there\n" in stopped.stderr
+    journal, open_shard = partial / "journal.jsonl", max((partial / "data").glob("train-*.bin"))
+    damaged = {"finished shard": partial / "data" / "train-00000.bin", "open shard": open_shard, "journal": journal}
+    data = bytearray(damaged[damage].read_bytes())
+    data[0] ^= 1
+    damaged[damage].write_bytes(data)
+    again = run(*command, cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"llmtrain: {journal}: " in again.stderr and "; what was finished is made again\n" in again.stderr
+    assert "going on" not in again.stderr
 
 
 @pytest.mark.slow

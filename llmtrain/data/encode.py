@@ -12,9 +12,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrain.data.corpus import Chunk, ReadOptions, Skipped, read_documents, source_of
+from llmtrain.data.corpus import Chunk, Position, ReadOptions, Skipped, read_documents, source_of
+from llmtrain.data.journal import Done, Journal
 from llmtrain.data.progress_bar import Report
-from llmtrain.data.shards import ShardWriter, SplitInfo
+from llmtrain.data.shard_writer import NOTHING, ShardWriter
+from llmtrain.data.shards import SplitInfo
 from llmtrain.data.split import Splitter, augmented
 from llmtrain.data.tokenizer import Ids, Lengths, Tokenizer, load_tokenizer
 from llmtrain.data.workers import ordered_map
@@ -76,6 +78,7 @@ class EncodedDocuments:
 class EncodedChunk:
     """A chunk's documents in each split, and what was left out of it."""
 
+    start: Position
     splits: dict[SplitName, EncodedDocuments]
     skipped: Skipped
     source_bytes: int
@@ -99,7 +102,7 @@ class ChunkEncoder:
         skipped: Skipped = Counter()
         documents, sources = self._divide(chunk, skipped)  # before they are encoded, all else of them is let go
         splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
-        return EncodedChunk(splits, skipped, chunk.source_bytes, sources)
+        return EncodedChunk(chunk.start, splits, skipped, chunk.source_bytes, sources)
 
     def _divide(
         self, chunk: Chunk, skipped: Skipped
@@ -121,6 +124,7 @@ def encode_to_shards(
     dtype: Literal["uint16", "uint32"],
     *,
     folder: Path,
+    journal: Journal,
     shard_tokens: int,
     workers: int,
     report: Report,
@@ -128,30 +132,51 @@ def encode_to_shards(
     """Encode chunks in several processes and write them as shards, in the order of the chunks.
 
     Args:
-        chunks: whole documents.
+        chunks: whole documents, from the first that is not done.
         division: how they are divided.
         tokenizer_folder: where the tokenizer is saved.
         dtype: holds all its ids.
         folder: where the shards go.
+        journal: of this folder; says what is done, and is told.
         shard_tokens: tokens of each shard but the last of a split.
         workers: number of processes; what is written does not depend on it.
         report: is told of the progress.
     """
-    writers = {name: ShardWriter(folder, name, dtype, shard_tokens) for name in division.split_names()}
-    skipped, unknown, written = Counter[str](), Counter[str](), 0
-    sources = {name: Counter[int]() for name in division.split_names()}
+    done, names = journal.done, division.split_names()
+    writers: dict[str, ShardWriter] = {
+        name: ShardWriter(folder, name, dtype, shard_tokens, state=done.splits.get(name, NOTHING)) for name in names
+    }
+    skipped, unknown = Counter(done.skipped), Counter(done.unknown)
+    sources: dict[str, Counter[int]] = {name: Counter(done.sources.get(name, {})) for name in names}
+    written, source_bytes = sum(state.documents for state in done.splits.values()), done.source_bytes
+    report(source_bytes)
     make_encoder: Callable[[], ChunkEncoder] = partial(ChunkEncoder.load, division, tokenizer_folder)
-    for chunk in ordered_map(make_encoder, chunks, workers):
+    for number, chunk in enumerate(ordered_map(make_encoder, chunks, workers), done.chunks + 1):
         for name, documents in chunk.splits.items():
             writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
             unknown[name] += documents.unknown
             sources[name] += chunk.sources[name]
         skipped += chunk.skipped
         written += sum(len(documents.lengths) for documents in chunk.splits.values())
+        source_bytes += chunk.source_bytes
+        if any(writer.has_finished for writer in writers.values()):
+            done = Done(
+                chunks=number,
+                last=chunk.start,
+                source_bytes=source_bytes,
+                skipped=skipped,
+                unknown=unknown,
+                sources={name: dict(count) for name, count in sources.items()},
+            )
+            journal.add(writers, done)
         report(chunk.source_bytes, f"{written:,} documents")
     splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
-    counts: dict[str, dict[int, int]] = {name: dict(count) for name, count in sources.items()}
-    return Encoded(splits=splits, skipped=skipped, unknown=unknown, sources=counts)
+    return Encoded(
+        splits=splits,
+        skipped=skipped,
+        unknown=unknown,
+        sources={name: dict(count) for name, count in sources.items()},
+    )
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> EncodedDocuments:

@@ -18,7 +18,8 @@ import numpy as np
 
 from llmtrain.data.encode import Encoded
 from llmtrain.data.progress_bar import Report
-from llmtrain.data.shards import ShardInfo, ShardWriter, SplitInfo
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import ShardInfo, SplitInfo
 from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
@@ -116,7 +117,7 @@ class _ShardCopier:
         split, begin = item
         number = begin // self._shard_tokens
         try:
-            writer = ShardWriter(self._folder, split, self._dtype, self._shard_tokens, number)
+            writer = ShardWriter(self._folder, split, self._dtype, self._shard_tokens, first_shard=number)
             first = bisect_right(self._begins[split], begin) - 1
             for source in self._sources[split][first:]:
                 if source.begin >= begin + self._shard_tokens:

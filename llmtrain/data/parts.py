@@ -1,22 +1,26 @@
-"""`prepare` as many independent processes, each with a part of the input, that end as if they had been one."""
+"""`prepare` as one process, or as many, each with a part of the input, that end as if they had been one.
+
+    plan: the split, the tokenizer, where each part begins → shards, of all or of each part → joined → OUT
+
+What a killed process had finished is gone on with: the plan, the parts, and the shards of a part or of the whole.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from llmtrain import __version__
-from llmtrain.data.corpus import cut_into_chunks, survey
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks, survey
 from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
-from llmtrain.data.files import Found
 from llmtrain.data.join import join_parts
-from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, cut_evenly
+from llmtrain.data.journal import Journal
+from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
     Options,
@@ -28,9 +32,9 @@ from llmtrain.data.recipe import (
     total_bytes,
     write_manifest,
 )
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, describe
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, describe
 from llmtrain.data.split import Splitter
-from llmtrain.data.staging import Say, make_once
+from llmtrain.data.staging import JOURNAL, Say, make_once
 from llmtrain.errors import UserError
 
 
@@ -45,29 +49,64 @@ class PartOutcome:
     missing: list[int]
 
 
+def prepare_all(options: Options, *, say: Say, show_progress: bool = False) -> Outcome:
+    """Write prepared data of text to `options.out`, or find that the same request was written there before.
+
+    Where a process of this host was killed or stopped that had begun the same, it goes on behind the shards that are
+    finished; what was begun with other input or options is removed.
+
+    Args:
+        options: what to prepare and how.
+        say: is told one line of what is waited for, gone on with, kept or removed.
+        show_progress: on the terminal.
+
+    Raises:
+        UserError: bad input, options that do not fit it, or a folder that cannot be written.
+    """
+    work = _Parts(options, say, show_progress)
+    if (existing := work.find_existing()) is None:
+        work.drop_another()
+        started = time.perf_counter()
+        try:
+            work.make_plan(1)
+            plan = work.read_plan(1)
+            fitted = time.perf_counter()
+            return replace(
+                work.make_all(plan), fit_seconds=fitted - started, encode_seconds=time.perf_counter() - fitted
+            )
+        except BaseException as error:
+            # Another process may have made all of it meanwhile, and removed what this one was at.
+            if not isinstance(error, UserError) or (existing := work.find_existing()) is None:
+                work.folder.remove_unless_begun()
+                raise
+    work.folder.remove()
+    return Outcome(existing, already_prepared=True)
+
+
 def prepare_part(
     options: Options, number: int | None, count: int | None, *, say: Say, show_progress: bool = False
 ) -> Outcome | PartOutcome:
     """Write part `number` (from 1) of `count` unless it is done, and join all parts if none is missing.
 
     The parts of one `options.out` run in any order, at once or one after another, on any machines that share the file
-    system; each may be killed and run again. What they make together is what `prepare` would have made.
+    system; each may be killed and run again. What they make together is what `prepare_all` would have made, and the
+    only part of one is that.
 
     Args:
         options: the same for all parts.
         number: None only joins.
         count: None is what the parts were begun with.
-        say: is told one line of what is waited for or cleaned up.
+        say: is told one line of what is waited for, gone on with, kept or removed.
         show_progress: on the terminal.
 
     Raises:
-        UserError: as `prepare`; also options or input that differ from those of other parts, and, where it shall only
-            join, missing parts (named).
+        UserError: as `prepare_all`; also options or input that differ from those of other parts, and, where it shall
+            only join, missing parts (named).
     """
-    found = options.find()
-    request = options.request(found.files)
-    work = _Parts(options, found, request, say, show_progress)
-    if (existing := find_existing(options.out, request)) is None:
+    if (number, count) == (1, 1):
+        return prepare_all(options, say=say, show_progress=show_progress)
+    work = _Parts(options, say, show_progress)
+    if (existing := work.find_existing()) is None:
         try:
             if number is not None and count is not None:
                 work.make_plan(count)
@@ -82,22 +121,44 @@ def prepare_part(
                     )
                 encoded = work.folder.read_part(number, count).encoded
                 return PartOutcome(number, count, already_done, encoded, missing)
-            return work.join(plan)
+            started = time.perf_counter()
+            return replace(work.join(plan), encode_seconds=time.perf_counter() - started)
         except UserError:
             # Another process may have joined all parts meanwhile, and removed what this one was at.
-            if (existing := find_existing(options.out, request)) is None:
+            if (existing := work.find_existing()) is None:
                 raise
     work.folder.remove()
     return Outcome(existing, already_prepared=True)
 
 
 class _Parts:
-    """The steps of `prepare_part`; each is taken by one process, while others that need its result wait."""
+    """The steps of a prepare; each is taken by one process, while others that need its result wait."""
 
-    def __init__(self, options: Options, found: Found, request: dict[str, Any], say: Say, show: bool):
+    def __init__(self, options: Options, say: Say, show: bool):
+        found = options.find()
         self.folder = PartsFolder(options.out)
         self._options, self._files, self._left_out = options, found.files, found.left_out
-        self._request, self._say, self._show = request, say, show
+        self._request, self._say, self._show = options.request(found.files), say, show
+
+    def find_existing(self) -> Manifest | None:
+        """The manifest of data that the same request made; see there."""
+        return find_existing(self._options.out, self._request)
+
+    def drop_another(self) -> None:
+        """Remove what one process left that began with other input or options; refuse it if that may be alive."""
+        if not self.folder.has_plan():
+            return
+        plan = self.folder.read_plan()
+        difference = plan.difference(__version__, self._request, None)
+        if len(plan.stretches) > 1 or difference is None:
+            return
+        if self.folder.may_be_in_use():
+            raise UserError(
+                f"{self.folder.path}: {difference}, and another process may be at it; wait for it, choose another"
+                " --out, or delete it"
+            )
+        self.folder.remove()
+        self._say(f"removed {self.folder.path}, which was not finished: {difference}")
 
     def make_plan(self, count: int) -> None:
         """Decide once for all parts: the split, the tokenizer, and where each part begins."""
@@ -106,25 +167,31 @@ class _Parts:
         def make(folder: Path) -> None:
             division = divide(files, options, folder, self._show)
             tokenizer = fit_into(folder, files, division, options)
-            to_read = total_bytes([file for file in files if file.format in ("jsonl", "dataset")])
-            outlines = list(survey(files, division.reading, options.workers or default_workers(to_read)))
-            is_known = all(file.dataset is None for file in files)
-            size = total_bytes(files) if is_known else sum(outline.source_bytes for outline in outlines)
             plan = Plan(
                 llmtrain=__version__,
                 request=self._request,
                 split_by=division.splitter.by,
                 tokenizer=tokenizer,
                 duplicates=describe(folder / DUPLICATES) if options.dedup else None,
-                stretches=cut_evenly(outlines, size, count),
+                stretches=self._stretches(division.reading, count),
             )
             (folder / PLAN).write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
         self._once(self.folder.plan, make, "fitting the tokenizer")
 
+    def _stretches(self, reading: ReadOptions, count: int) -> tuple[Stretch, ...]:
+        files = self._files
+        if count == 1:
+            return (Stretch(chunks=None, source_bytes=total_bytes(files)),)
+        to_read = total_bytes([file for file in files if file.format in ("jsonl", "dataset")])
+        outlines = list(survey(files, reading, self._options.workers or default_workers(to_read)))
+        is_known = all(file.dataset is None for file in files)
+        size = total_bytes(files) if is_known else sum(outline.source_bytes for outline in outlines)
+        return cut_evenly(outlines, size, count)
+
     def read_plan(self, count: int | None) -> Plan:
         """Read the plan; refuse it if it is for other input, options or (unless None) another count of parts."""
-        if not self.folder.plan.is_dir():
+        if not self.folder.has_plan():
             raise UserError(
                 f"{self.folder.path}: no parts to join; make them with --part 1/N, --part 2/N, … --part N/N"
             )
@@ -138,40 +205,53 @@ class _Parts:
 
     def make_part(self, plan: Plan, number: int) -> bool:
         """Write a part; return whether it was there already."""
-        count, stretch, options = len(plan.stretches), plan.stretches[number - 1], self._options
-        out, plan_sha256 = self.folder.part(number, count), self.folder.plan_hash()
+        count, plan_sha256 = len(plan.stretches), self.folder.plan_hash()
+
+        def make(folder: Path) -> None:
+            encoded = self._encode(plan, plan.stretches[number - 1], folder, f"part {number}/{count}")
+            record = PartRecord(plan_sha256=plan_sha256, encoded=encoded)
+            (folder / PART).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+        return not self._once(self.folder.part(number, count), make, f"making part {number}/{count}", resumes=True)
+
+    def make_all(self, plan: Plan) -> Outcome:
+        """Write all into OUT."""
+
+        def make(folder: Path) -> None:
+            encoded = self._encode(plan, plan.stretches[0], folder, "encoding")
+            self._complete(folder, plan, encoded)
+
+        return self._publish(self._once(self.folder.joined, make, "encoding", resumes=True))
+
+    def _encode(self, plan: Plan, stretch: Stretch, folder: Path, task: str) -> Encoded:
+        """Write the shards of a stretch into a folder, from where its journal ends."""
+        options, journal = self._options, Journal(folder.with_name(JOURNAL), folder, self._say)
         reading = options.reading(self.folder.plan / DUPLICATES if plan.duplicates else None)
         division = Division(
             reading, Splitter(options.val_split, plan.split_by, options.seed), options.augment, options.seed
         )
-
-        def make(folder: Path) -> None:
-            chunks = islice(cut_into_chunks(self._files, reading, start=stretch.start), stretch.chunks)
-            with progress_bar(f"part {number}/{count}", stretch.source_bytes, self._show) as report:
-                encoded = encode_to_shards(
-                    chunks,
-                    division,
-                    self.folder.tokenizer,
-                    plan.dtype,
-                    folder=folder,
-                    shard_tokens=options.shard_tokens,
-                    workers=options.workers or default_workers(stretch.source_bytes),
-                    report=report,
-                )
-            record = PartRecord(plan_sha256=plan_sha256, encoded=encoded)
-            (folder / PART).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-        return not self._once(out, make, f"making part {number}/{count}")
+        done = journal.done.chunks
+        chunks = cut_into_chunks(self._files, reading, start=journal.done.last if done else stretch.start)
+        first = min(done, 1)  # the last that is done comes first again
+        end = None if stretch.chunks is None else first + stretch.chunks - done
+        with progress_bar(task, stretch.source_bytes, self._show) as report:
+            return encode_to_shards(
+                islice(chunks, first, end),
+                division,
+                self.folder.tokenizer,
+                plan.dtype,
+                folder=folder,
+                journal=journal,
+                shard_tokens=options.shard_tokens,
+                workers=options.workers or default_workers(stretch.source_bytes),
+                report=report,
+            )
 
     def join(self, plan: Plan) -> Outcome:
         """Copy all parts into OUT and remove them."""
         options, count = self._options, len(plan.stretches)
-        started = time.perf_counter()
 
         def make(folder: Path) -> None:
-            (folder / TOKENIZER_FOLDER).mkdir()
-            for file in plan.tokenizer.files:  # checked when the plan was read
-                shutil.copyfile(self.folder.plan / file.path, folder / file.path)
             sizes = [self.folder.read_part(number, count).size() for number in range(1, count + 1)]
             with progress_bar("checking", sum(sizes), self._show) as report:
                 parts = [
@@ -187,25 +267,33 @@ class _Parts:
                     workers=options.workers or default_workers(sum(sizes)),
                     report=report,
                 )
-            write_manifest(
-                folder, encoded, plan.tokenizer, plan.split_by, request=self._request, left_out=self._left_out
-            )
+            self._complete(folder, plan, encoded)
 
-        made = self._once(self.folder.joined, make, "joining the parts")
-        self.folder.publish(options.out)
-        manifest = find_existing(options.out, self._request)
+        return self._publish(self._once(self.folder.joined, make, "joining the parts"))
+
+    def _complete(self, folder: Path, plan: Plan, encoded: Encoded) -> None:
+        """Put the tokenizer and the manifest beside all shards."""
+        (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for file in plan.tokenizer.files:  # checked when the plan was read
+            shutil.copyfile(self.folder.plan / file.path, folder / file.path)
+        write_manifest(folder, encoded, plan.tokenizer, plan.split_by, request=self._request, left_out=self._left_out)
+
+    def _publish(self, made: bool) -> Outcome:
+        """Make what is joined OUT, and remove all else."""
+        self.folder.publish(self._options.out)
+        manifest = self.find_existing()
         if manifest is None:
-            raise UserError(f"{options.out}: was removed while it was made")
+            raise UserError(f"{self._options.out}: was removed while it was made")
         self.folder.remove()
-        return Outcome(manifest, not made, 0.0, time.perf_counter() - started)
+        return Outcome(manifest, not made)
 
-    def _once(self, folder: Path, make: Callable[[Path], None], task: str) -> bool:
+    def _once(self, folder: Path, make: Callable[[Path], None], task: str, resumes: bool = False) -> bool:
         """Make a folder, unless it is there or all is joined already; return whether this process made it."""
 
         def is_made() -> bool:
             return folder.is_dir() or (self._options.out / MANIFEST).is_file()
 
-        return make_once(folder, make, is_made=is_made, say=self._say, task=task)
+        return make_once(folder, make, is_made=is_made, say=self._say, task=task, resumes=resumes)
 
 
 def numbers_as_ranges(numbers: list[int]) -> str:

@@ -4,10 +4,11 @@
         plan/                  plan.json and tokenizer/, made by whichever process comes first and used by all
         part-00003-of-00016/   part.json and shards: one stretch of the input
         joined/                all of it together; renamed to OUT at once
+        *.partial-HOST/        what of such a folder is written, and a journal of what is finished of it
         *.lock
 
 Each of these folders appears whole, by a rename. A stretch is a run of the chunks that the whole input is cut into, so
-the parts, one after another, hold what a single process would write.
+the parts, one after another, hold what a single process writes, for which all is one stretch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.data.corpus import BEGINNING, Outline, Position
 from llmtrain.data.encode import Encoded
+from llmtrain.data.lock import is_locked
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shards import (
     MANIFEST,
@@ -31,7 +33,7 @@ from llmtrain.data.shards import (
     check_inside,
     verify_files,
 )
-from llmtrain.data.staging import sync_path
+from llmtrain.data.staging import is_begun, sync_path
 from llmtrain.data.tokenizer import id_dtype
 from llmtrain.errors import CorruptError, UserError
 
@@ -47,11 +49,11 @@ CONTENT = {
 
 
 class Stretch(BaseModel):
-    """What one part prepares: so many chunks from a position on."""
+    """What one part prepares: so many chunks from a position on; None: all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     start: Position = BEGINNING
-    chunks: int = Field(default=0, ge=0)
+    chunks: int | None = Field(default=0, ge=0)
     source_bytes: int = Field(default=0, ge=0)
 
 
@@ -75,8 +77,8 @@ class Plan(BaseModel):
 
     def difference(self, llmtrain: str, request: dict[str, Any], parts: int | None) -> str | None:
         """Say in what this plan is another than one would make now; None if in nothing."""
-        if parts not in (None, len(self.stretches)):
-            return f"it was begun in {len(self.stretches)} parts, not {parts}"
+        if parts not in (None, (begun := len(self.stretches))):
+            return f"it was begun in {begun} part{'s' * (begun > 1)}, not {parts}"
         for key in {**request, **self.request}:
             value = request.get(key)
             if self.request.get(key) != value:
@@ -120,6 +122,17 @@ class PartsFolder:
     def missing(self, count: int) -> list[int]:
         """The numbers of the parts that are not done."""
         return [number for number in range(1, count + 1) if not self.part(number, count).is_dir()]
+
+    def has_plan(self) -> bool:
+        """Whether there is one.
+
+        Raises:
+            UserError: that cannot be seen.
+        """
+        try:
+            return self.plan.is_dir()
+        except OSError as error:
+            raise UserError(f"{self.plan}: cannot be read ({error.strerror})") from error
 
     def read_plan(self) -> Plan:
         """Read the plan and check the files of its tokenizer.
@@ -177,6 +190,15 @@ class PartsFolder:
             if not (out / MANIFEST).is_file():
                 raise UserError(f"{out}: cannot be written ({error.strerror}); {self.joined} is whole") from error
 
+    def may_be_in_use(self) -> bool:
+        """Whether a process is at something in here that all wait for, as far as can be seen from here."""
+        return any(is_locked(path) is not False for path in self.path.glob("*.lock"))
+
+    def remove_unless_begun(self) -> None:
+        """Delete all of it unless there is more than a plan: something whole, or a journal of what is finished."""
+        if not self.joined.is_dir() and not any(is_begun(path) for path in self.path.glob("*.partial-*")):
+            self.remove()
+
     def remove(self) -> None:
         """Delete all of it, when OUT is there; what another process is holding on to may be left for the next call."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -223,7 +245,7 @@ def cut_evenly(outlines: Iterable[Outline], total_bytes: int, parts: int) -> tup
         before = stretches[part]
         stretches[part] = Stretch(
             start=before.start if before.chunks else outline.start,
-            chunks=before.chunks + 1,
+            chunks=(before.chunks or 0) + 1,
             source_bytes=before.source_bytes + outline.source_bytes,
         )
         done += outline.source_bytes

@@ -19,6 +19,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -157,83 +158,6 @@ class Manifest(BaseModel):
         if isinstance(ids, TokenRange) and ids.dtype != self.dtype:
             return f"{ids.sha256} {ids.dtype}"
         return ids.sha256
-
-
-class ShardWriter:
-    """Appends documents to one split, cutting shards of exactly `shard_tokens` tokens (the last may be shorter).
-
-    The first shard is number `first_shard`: one split may be written by several writers.
-    """
-
-    def __init__(
-        self, folder: Path, split: str, dtype: Literal["uint16", "uint32"], shard_tokens: int, first_shard: int = 0
-    ):
-        self._folder, self._split, self._shard_tokens, self._first_shard = folder, split, shard_tokens, first_shard
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._shards: list[ShardInfo] = []
-        self._tokens = self._documents = self._text_bytes = 0
-        self._open_shard()
-
-    def _open_shard(self) -> None:
-        self._path = self._folder / f"{self._split}-{self._first_shard + len(self._shards):05d}.bin"
-        self._file = self._path.open("wb")
-        self._hash = hashlib.sha256()
-        self._filled = 0
-        self._ends: list[npt.NDArray[np.int64]] = []
-
-    def append(self, ids: Ids, document_lengths: npt.NDArray[np.int64], text_bytes: int) -> None:
-        """Append documents.
-
-        Args:
-            ids: (tokens,) token ids of all of them in order, end-of-document ids included.
-            document_lengths: (documents,) how many of these ids each has that ends here; what is left belongs to a
-                document that goes on with the next call.
-            text_bytes: how many bytes of UTF-8 text they encode.
-        """
-        ids = np.ascontiguousarray(ids, dtype=self._dtype)
-        ends = np.cumsum(document_lengths, dtype=np.int64)
-        self._tokens += len(ids)
-        self._documents += len(ends)
-        self._text_bytes += text_bytes
-        done = 0
-        while done < len(ids):
-            if self._filled == self._shard_tokens:
-                self._close_shard()
-                self._open_shard()
-            take = min(self._shard_tokens - self._filled, len(ids) - done)
-            part = ids[done : done + take].view(np.uint8).data
-            self._file.write(part)
-            self._hash.update(part)
-            here = ends[np.searchsorted(ends, done, "right") : np.searchsorted(ends, done + take, "right")]
-            self._ends.append(here - done + self._filled)
-            self._filled += take
-            done += take
-
-    def _close_shard(self) -> None:
-        self._file.close()
-        ends = np.concatenate([*self._ends, np.empty(0, np.int64)]).astype("<i8")
-        ends_path = self._path.with_suffix(".ends")
-        ends_path.write_bytes(ends.tobytes())
-        ids_info = FileInfo(
-            path=self._path.name, bytes=self._filled * self._dtype.itemsize, sha256=self._hash.hexdigest()
-        )
-        ends_info = FileInfo(path=ends_path.name, bytes=ends.nbytes, sha256=hashlib.sha256(ends.tobytes()).hexdigest())
-        self._shards.append(
-            ShardInfo(
-                tokens=self._filled,
-                documents=len(ends),
-                ids=ids_info,
-                ends=ends_info,
-                sample_sha256=hash_samples(self._path, 0, ids_info.bytes),
-            )
-        )
-
-    def close(self) -> SplitInfo:
-        """Finish the last shard; return what the manifest says of this split."""
-        self._close_shard()
-        return SplitInfo(
-            tokens=self._tokens, documents=self._documents, text_bytes=self._text_bytes, shards=tuple(self._shards)
-        )
 
 
 class TokenStream:
@@ -444,13 +368,15 @@ def check_inside(folder: Path, name: str, manifest: Path) -> None:
         raise CorruptError(f"{manifest}: names '{name}', which lies outside the folder; refused")
 
 
-def hash_file(path: Path, report: Report = lambda _bytes: None) -> str:
-    """SHA-256 of a file, read in pieces, each of which is reported."""
+def hash_file(path: Path, report: Report = lambda _bytes: None, begin: int | None = None) -> str:
+    """SHA-256 of a file, or of its first `begin` bytes, read in pieces, each of which is reported."""
     digest = hashlib.sha256()
     memory = memoryview(bytearray(1 << 20))  # the same for all pieces: fresh pages cost more than the hashing
+    left = sys.maxsize if begin is None else begin
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(memory):
+        while count := file.readinto(memory[:left]):
             digest.update(memory[:count])
+            left -= count
             report(count)
     return digest.hexdigest()
 

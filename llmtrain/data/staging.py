@@ -16,6 +16,7 @@ from llmtrain.errors import UserError
 
 Say = Callable[[str], None]  # tells the user one line
 POLL_S = 0.2
+JOURNAL = "journal.jsonl"
 
 
 def _say_nothing(line: str) -> None:
@@ -55,7 +56,57 @@ def staged_folder(out: Path, *, alone: bool = False, say: Say = _say_nothing) ->
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], bool], say: Say, task: str) -> bool:
+@contextlib.contextmanager
+def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
+    """As `staged_folder`, but what a process of this host left unfinished is there again, if it kept a journal.
+
+    The block is given a folder and may keep the file `JOURNAL` beside it. When the block fails or the process is
+    killed, both stay as `OUT.partial-HOST`, unless the journal is empty. Only one that is `alone` (see there) on its
+    host finds what was left; any other begins with nothing, and leaves nothing.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    target = out.resolve()
+    partial = target.with_name(f"{target.name}.partial-{platform.node()}" + ("" if alone else f"-{os.getpid()}"))
+    folder = partial / "data"
+    try:
+        _remove_abandoned(target, alone, say)
+        if not is_begun(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        _sync(folder)
+        folder.rename(target)
+        sync_path(target.parent)
+    except BaseException as error:
+        is_kept = alone and is_begun(partial)
+        if is_kept:
+            say(f"what was finished is kept in {partial}: the same command goes on from there")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            kept = "" if is_kept else "; nothing was kept"
+            raise UserError(f"{out}: cannot be written ({error.strerror or error}){kept}") from error
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_begun(partial: Path) -> bool:
+    """Whether there is something to go on with; no longer when the folder has been renamed."""
+    journal = partial / JOURNAL
+    return (partial / "data").is_dir() and journal.is_file() and journal.stat().st_size > 0
+
+
+def make_once(
+    out: Path,
+    make: Callable[[Path], None],
+    *,
+    is_made: Callable[[], bool],
+    say: Say,
+    task: str,
+    resumes: bool = False,
+) -> bool:
     """Make a folder unless it is made, through `staged_folder`; while another process is at it, wait.
 
     When that one dies, this one takes over. The lock, `OUT.lock`, only saves work: where it does not reach another
@@ -67,6 +118,7 @@ def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], 
         is_made: whether there is nothing (more) to do.
         say: is told whom we wait for.
         task: what is waited for, as in "… is fitting the tokenizer".
+        resumes: `make` keeps a journal: through `resumed_folder`.
 
     Returns:
         Whether this process made it.
@@ -86,7 +138,8 @@ def make_once(out: Path, make: Callable[[Path], None], *, is_made: Callable[[], 
         try:
             if is_made():  # by the one that held the lock until now
                 break
-            with staged_folder(out, alone=lock.is_exclusive, say=say) as folder:
+            staged = resumed_folder if resumes else staged_folder
+            with staged(out, alone=lock.is_exclusive, say=say) as folder:
                 make(folder)
             return True
         except UserError:
@@ -107,13 +160,14 @@ def _take(lock: FileLock) -> str | None:
 
 
 def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
-    ours = f"{target.name}.partial-{platform.node()}-"
+    resumed = f"{target.name}.partial-{platform.node()}"
     for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
-        owner = folder.name.removeprefix(ours)
+        owner = folder.name.removeprefix(f"{resumed}-")
         # A lock may hold on one machine only, so what another one makes is left alone for a day.
-        is_old = time.time() - folder.stat().st_mtime > 86_400
+        is_old = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > 86_400
         is_dead = owner.isdecimal() and not _is_alive(int(owner))
-        if is_dead or (alone and (is_old or folder.name.startswith(ours))):
+        is_of_another = is_old and folder.name != resumed
+        if is_dead or (alone and (is_of_another or folder.name.startswith(f"{resumed}-"))):
             shutil.rmtree(folder, ignore_errors=True)
             say(f"removed {folder}, which a killed process left unfinished")
 

@@ -93,7 +93,7 @@ def _receive(connection: Connection) -> Any:
 
 
 def _worker_died() -> UserError:
-    return UserError("a worker process was killed (out of memory?); nothing was written; try fewer --workers")
+    return UserError("a worker process was killed (out of memory?); try fewer --workers")
 
 
 @contextmanager

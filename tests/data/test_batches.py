@@ -25,7 +25,8 @@ from llmtrain.data.batches import (
     plain_order,
     validation_batches,
 )
-from llmtrain.data.shards import ShardWriter, TokenStream
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import TokenStream
 from llmtrain.errors import CorruptError
 from llmtrain.model.loss import IGNORE_INDEX
 

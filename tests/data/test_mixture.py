@@ -24,7 +24,8 @@ from llmtrain.data.mixture import (
     plan_stages,
     whole_numbers,
 )
-from llmtrain.data.shards import ShardWriter, TokenStream
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import TokenStream
 from llmtrain.errors import CorruptError
 from tests.data.test_batches import stream_of
 

@@ -16,7 +16,8 @@ from llmtrain.data import reading
 from llmtrain.data.batches import Layout, batches, inputs_and_targets, plain_order
 from llmtrain.data.documents import document_end, document_groups
 from llmtrain.data.packing import PackedWindows, pack
-from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, ShardWriter, TokenDataset
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset
 from llmtrain.data.tokenizer import tokenizer_info
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.errors import CorruptError, UserError

@@ -34,7 +34,8 @@ from llmtrain.data.encode import Encoded
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import numbers_as_ranges, prepare_part
 from llmtrain.data.plan import PartsFolder, cut_evenly
-from llmtrain.data.shards import ShardWriter, read_manifest, verify_files
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import read_manifest, verify_files
 from llmtrain.data.staging import Say, make_once
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options, main, prepare
@@ -376,7 +377,8 @@ def held_by_another_process(lock: Path) -> Iterator[subprocess.Popen[str]]:
 def two_days_ago(folder: Path) -> None:
     """Make it look abandoned."""
     then = time.time() - 2 * 86_400
-    os.utime(folder, (then, then))
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (then, then))
 
 
 @pytest.mark.slow
@@ -388,7 +390,7 @@ def test_a_part_killed_in_the_middle_is_redone_alone(tmp_path):
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").rglob("*")}
     process = start(tmp_path, *flags, "--part", "2/3")
     partial = "out.parts/part-00002-of-00003.partial-*"
-    wait_until(lambda: list(tmp_path.glob(f"{partial}/train-*.bin")), process)
+    wait_until(lambda: list(tmp_path.glob(f"{partial}/data/train-*.bin")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (left,) = tmp_path.glob(partial)

@@ -17,7 +17,8 @@ from benchmarks.synthetic import write_manifest, write_virtual_data
 from llmtrain.data import documents, reading
 from llmtrain.data.batches import Layout, Windows, batches, plain_order
 from llmtrain.data.reading import MAPPED_BYTES
-from llmtrain.data.shards import SAMPLED_SHARDS, ShardWriter, TokenDataset, TokenStream
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import SAMPLED_SHARDS, TokenDataset, TokenStream
 
 TOKENS, SHARD = 10**13, 1 << 36  # 20 TB in 146 files of 137 GB
 LENGTH, BATCH = 1000, 8  # windows then begin anywhere in a page, and lie across shards

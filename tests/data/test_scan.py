@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llmtrain.data import outside, scan
 from llmtrain.data.scan import Scan, found_in, repeats, scan_split
-from llmtrain.data.shards import Manifest, ShardWriter, TokenDataset, TokenizerInfo
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import Manifest, TokenDataset, TokenizerInfo
 from llmtrain.errors import CorruptError
 
 VOCAB = 7

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data import reading
-from llmtrain.data.shards import MANIFEST, FileInfo, Manifest, ShardWriter, TokenDataset, TokenizerInfo, verify_files
+from llmtrain.data.shard_writer import ShardWriter
+from llmtrain.data.shards import MANIFEST, FileInfo, Manifest, TokenDataset, TokenizerInfo, verify_files
 from llmtrain.errors import CorruptError, UserError
 
 VOCAB = 100

@@ -1,0 +1,89 @@
+"""What is finished of a folder of shards, so that a prepare that was killed goes on behind it.
+
+Whenever a chunk has finished a shard, all that is written is synced, and then a line is added to the journal: how many
+chunks are done, and where each split is. A process that comes later takes the last whole line and drops what was
+written after it. So nothing is lost but the shards that were open, and of these only what came since the line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmtrain.data.corpus import BEGINNING, Position
+from llmtrain.data.shard_writer import NOTHING, ShardWriter, WriterState
+from llmtrain.data.shards import hash_file, verify_files
+from llmtrain.data.staging import Say, sync_path
+
+
+class Done(BaseModel):
+    """What is done of an input: so many chunks, of which the last began at a position, and what they came to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    chunks: int = Field(default=0, ge=0)
+    last: Position = BEGINNING
+    source_bytes: int = Field(default=0, ge=0)
+    splits: dict[str, WriterState] = {}
+    skipped: dict[str, int] = {}
+    unknown: dict[str, int] = {}
+    sources: dict[str, dict[int, int]] = {}
+
+
+class Journal:
+    """The lines about one folder, in a file beside it.
+
+    Args:
+        path: the file; what is in it is read, and what it says is done is checked, at once.
+        folder: of the shards.
+        say: is told that work goes on, or why it cannot.
+    """
+
+    def __init__(self, path: Path, folder: Path, say: Say):
+        self._path, self._folder = path, folder
+        path.touch()
+        try:
+            self.done = self._read()
+        except ValueError as error:
+            say(f"{path}: {str(error).splitlines()[0]}; what was finished is made again")
+            os.truncate(path, 0)
+            self.done = Done()
+        if self.done.chunks:
+            shards = sum(len(state.shards) for state in self.done.splits.values())
+            say(f"going on behind {shards:,} finished shards in {folder}")
+
+    def add(self, writers: Mapping[str, ShardWriter], done: Done) -> None:
+        """Note `done`, and where all writers are, whatever it says of that."""
+        states = {name: writer.sync() for name, writer in writers.items()}
+        sync_path(self._folder)
+        line = done.model_copy(update={"splits": states}).model_dump_json() + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> Done:
+        """Put the lines together; one that was not written to its end is dropped. ValueError: something is damaged."""
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        os.truncate(self._path, whole)
+        lines = [Done.model_validate_json(line) for line in data[:whole].splitlines()]
+        if not lines:
+            return Done()
+        splits = dict[str, WriterState]()
+        for name, last in lines[-1].splits.items():
+            shards = tuple(shard for line in lines for shard in line.splits.get(name, NOTHING).shards)
+            splits[name] = last.model_copy(update={"shards": shards})
+        self._check(splits)
+        return lines[-1].model_copy(update={"splits": splits})
+
+    def _check(self, splits: Mapping[str, WriterState]) -> None:
+        finished = [file for state in splits.values() for shard in state.shards for file in shard.files()]
+        for problem in verify_files(self._folder, finished):
+            raise ValueError(problem)
+        for file in (file for state in splits.values() for file in (state.open_ids, state.open_ends) if file):
+            path = self._folder / file.path
+            if not path.is_file() or hash_file(path, begin=file.bytes) != file.sha256:
+                raise ValueError(f"{path} was changed")
