@@ -107,9 +107,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     finally:
         _leave_exit_code(code)
     if "LOCAL_RANK" in os.environ or code in (PeerLostError.exit_code, _INTERRUPTED):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end(code)
     return code
 
 
@@ -123,14 +121,13 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
             _say(error)
         if error.is_at_once:
             _leave_exit_code(error.exit_code)
-            sys.stdout.flush()
-            os._exit(error.exit_code)
+            _end(error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         if not _has_lost_its_reader(sys.stdout):
             raise  # a connection
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return 0
     except OSError as error:
         foreseen = of_storage(error)
@@ -142,7 +139,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         _say(UserError(f"{foreseen}{rank}"))
         return UserError.exit_code
     except KeyboardInterrupt:
-        print("llmtrain: interrupted", file=sys.stderr)
+        tell("llmtrain: interrupted", sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -154,6 +151,34 @@ def of_storage(error: OSError) -> UserError | None:
     if what_to_do is None or (error.filename is None and not is_full):
         return None
     return UserError(f"{error.filename or 'a file'}: {error.strerror}; {what_to_do}")
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Print a line that nothing depends on: where nobody reads it any more, or its disk is full, go on in silence.
+
+    Ctrl-C ends the `tee` behind a pipe, too: the run before it must still save, and leave with its own exit code.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Write nothing more; what is in its buffer would fail once more when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process at once, with what it has printed; not with 0 where that is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 1
+    os._exit(code)
 
 
 def _has_lost_its_reader(output: TextIO) -> bool:
@@ -201,7 +226,7 @@ def _say(error: LlmtrainError) -> None:
     prefix = "llmtrain" if isinstance(error, Stopped) else "llmtrain: error"
     # What we quote (a library, a file name) may have lines of its own.
     message = " ".join(line.strip() for line in str(error).splitlines())
-    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+    tell(f"{prefix}: {message}", sys.stderr)
 
 
 def _leave_exit_code(code: int) -> None:
@@ -214,7 +239,7 @@ def _leave_exit_code(code: int) -> None:
         Path(staged).write_text(f"{code}\n")
         Path(staged).replace(path)
     except OSError as error:
-        print(f"llmtrain: warning: LLMTRAIN_EXIT_CODE_FILE={path} cannot be written: {error}", file=sys.stderr)
+        tell(f"llmtrain: warning: LLMTRAIN_EXIT_CODE_FILE={path} cannot be written: {error}", sys.stderr)
 
 
 def nearest(name: str, known: list[str]) -> str:

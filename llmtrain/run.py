@@ -40,7 +40,7 @@ from llmtrain.data.batches import Batch, batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.engine import Outcome
-from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError, end_within
+from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError, end_within, tell
 from llmtrain.health.agreement import patiently, together
 from llmtrain.health.divergence import Stretch
 from llmtrain.health.guard import Guard, first_skip
@@ -172,7 +172,7 @@ class Run:
 
     def _early_warning(self, text: str) -> None:
         if self.engine.rank == 0:
-            print(f"llmtrain: warning: {text}", file=sys.stderr)
+            tell(f"llmtrain: warning: {text}", sys.stderr)
 
     def _open(self, lock: RunLock) -> None:
         """Write what a launch leaves before its first step."""

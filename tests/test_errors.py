@@ -110,6 +110,36 @@ def test_only_who_reads_the_output_may_leave_without_an_error(code_file: Path, p
         assert head.wait(60) == 0 and head.stderr.read() == b"" and code_file.read_text() == "0\n"
 
 
+@pytest.mark.parametrize("place", [{}, {"RANK": "0", "LOCAL_RANK": "0"}])
+@pytest.mark.parametrize(("raised", "code"), [
+    ("raise Stopped('saved')", 75), ("error = Stopped('x'); error.is_at_once = True; raise error", 75),
+    ("raise UserError('x')", 2), ("raise PeerLostError('rank 1 is gone')", 5), ("raise KeyboardInterrupt", 130),
+    ("tell('saved', sys.stdout); raise Stopped('saved')", 75),
+])  # fmt: skip
+@pytest.mark.parametrize("output", ["nobody reads it", "its disk is full"])
+def test_the_exit_code_does_not_depend_on_whether_the_last_line_can_be_said(
+    code_file: Path, place: dict[str, str], raised: str, code: int, output: str
+) -> None:
+    """As where Ctrl-C ends the `tee` behind the pipe, too, or the disk of the log is full."""
+    program = f"import sys\nfrom llmtrain.errors import *\ndef main(_): {raised}\nsys.exit(run_main(main, []))"
+    reader, writer = os.pipe() if output == "nobody reads it" else (None, os.open("/dev/full", os.O_WRONLY))
+    if reader is not None:
+        os.close(reader)
+    environment = {**os.environ, "LLMTRAIN_EXIT_CODE_FILE": str(code_file), **place}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=writer, check=False, timeout=60)
+    os.close(writer)
+    assert (done.returncode, code_file.read_text()) == (code, f"{code}\n")
+
+
+def test_what_was_to_be_read_and_is_lost_is_no_success(code_file: Path) -> None:
+    program = "from llmtrain.errors import run_main; run_main(lambda _: print('a result'), [])"
+    environment = {**os.environ, "LOCAL_RANK": "0", "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=full, check=False, timeout=60)
+    assert done.returncode == 1
+
+
 def test_an_interrupted_process_ends_at_once_whatever_still_runs(code_file: Path) -> None:
     """A thread that never ends, as a save on a file system that hangs."""
     raised = "import threading; threading.Thread(target=threading.Event().wait).start(); raise KeyboardInterrupt"

@@ -769,6 +769,29 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(config_dict: Config, smal
 
 
 @pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_and_is_stopped_as_ever(
+    config_dict: Config, tmp_path: Path
+) -> None:
+    """Ctrl-C ends the `tee` behind the pipe, too: the run still saves, and 0 would say that it is done."""
+    path, folder = tmp_path / "read.yaml", tmp_path / "run"
+    training = {"max_steps": 100_000, "eval_every": 10}
+    path.write_text(yaml.safe_dump(merged(config_dict, training=training, checkpoint={"save_every": 10})))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    wait_until(lambda: bool(committed_steps(folder)), process)
+    process.stdout.close()
+    last = committed_steps(folder)[-1]
+    wait_until(lambda: committed_steps(folder)[-1] > last + 50, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(100) == 75
+    assert committed_steps(folder)[-1] >= records(folder)[-1]["step"]
+    assert CheckpointReader(folder / f"step-{committed_steps(folder)[-1]:08d}").verify() == []
+
+
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused(
     llmtrain: Command, config_dict: Config, small_disk: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from llmtrain.errors import tell
 from llmtrain.observe import formats
 from llmtrain.observe.pace import Pace
 from llmtrain.observe.record import Record
@@ -103,4 +104,4 @@ class QuietConsole:
 def _print(text: str, stream: TextIO) -> None:
     # An encoding without some character (a log under LC_ALL=C) costs that character and not the run.
     encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    tell(text.encode(encoding, "replace").decode(encoding), stream)
