@@ -98,9 +98,18 @@ def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], 
 
 
 def leave(engine: Engine, error: BaseException | None) -> None:
-    """End the engine; not where this rank ends without the others, for closing is an exchange too."""
+    """End the engine; not where this rank ends without the others, for closing is an exchange too.
+
+    Nor where another has gone before it could be waited for, as where a machine is taken away once all is saved: what
+    had to be said and left is, so the exit code stays.
+    """
     if isinstance(error, LlmtrainError) and error.is_everywhere:
-        end_everywhere(error, engine.rank, engine.barrier)
+        try:
+            end_everywhere(error, engine.rank, engine.barrier)
+        except Exception as failure:
+            if not is_exchange_failure(failure):
+                raise
+            return
     elif error is not None and engine.world_size > 1:
         return
     engine.close()
