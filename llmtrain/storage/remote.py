@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -190,9 +190,14 @@ class Remote:
             return
         unfinished = Path(f"{path}.{platform.node()}-{os.getpid()}-{threading.get_ident()}{_UNFINISHED}")
         make_folder(unfinished.parent)
-        put(str(unfinished))
-        sync_path(unfinished)
-        unfinished.replace(path)
+        try:
+            put(str(unfinished))
+            sync_path(unfinished)
+            unfinished.replace(path)
+        except BaseException:
+            with suppress(OSError):  # or each further try would leave one more on a disk that is full
+                unfinished.unlink()
+            raise
         sync_path(unfinished.parent)
 
     def _make_folder(self, name: str) -> None:

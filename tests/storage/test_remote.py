@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_on_a_mounted_disk_a_file_is_whole_or_not_there_and_on_the_disk_before_i
     remote.upload(tmp_path / "local", "step/file")
     assert deeds == ["fsync run", "fsync file.unfinished", "rename file.unfinished", "fsync step"]
     assert remote.sizes() == {"step/file": 10_000}
+
+
+def test_what_does_not_fit_on_a_mounted_disk_leaves_nothing_there(tmp_path: Path) -> None:
+    """It is tried again and again: each try would leave a part of the file, until there is room for none."""
+    local, remote = tmp_path / "local", Remote(f"file://{tmp_path}/run")
+    local.write_bytes(bytes(1 << 20))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        for put in (lambda: remote.upload(local, "step/big"), lambda: remote.write("big", bytes(1 << 20))):
+            with pytest.raises(RemoteError, match=r"big: cannot be written: .*File too large"):
+                put()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert remote.sizes() == {}
 
 
 def test_a_full_disk_here_is_not_blamed_on_the_store(remote: Remote) -> None:
