@@ -366,10 +366,10 @@ class Run:
                 self.observer.sample(self.progress.step, prompt, text)
 
     def save(self, *links: str) -> None:
-        """Save now; the loop goes on as soon as the state is copied. A step that is saved already is only linked."""
+        """Save now; where the state could be copied the loop goes on. A step that is saved already is only linked."""
         self._settle()
         self._begin_save(*links)
-        if not self.config.checkpoint.async_save:
+        if not self.store.is_behind:
             self._settle()
 
     def _begin_save(self, *links: str) -> None:
@@ -380,8 +380,6 @@ class Run:
         with self.meter.paused():
             self.observer.flush()
             self.store.save(self.engine, self.progress.to_dict(), links, first_skip(self.progress.guard))
-            self._now("writing a checkpoint")
-            self.store.wait_until_free()
 
     def _settle(self) -> None:
         with self.meter.paused():

@@ -219,12 +219,11 @@ class CheckpointStore:
         self._saved_step = saved_step
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
+        self.is_behind = False  # the save under way: the loop may change the state before it is settled
         self._error: Exception | None = None
         self._is_committed = False  # what was saved last, as rank 0 knows
         self._give_up_at = math.inf
         self._is_given_up = threading.Event()
-        self._is_copied = True
-        self._is_written = threading.Event()  # this rank's part, or it will not be
         self._is_waiting = threading.Event()  # rank 0, which has written its own part, for the others' files
         self._unset: dict[str, str] = {}  # pointers, and where they are to lead
         self._committed: list[Path] = []
@@ -244,7 +243,7 @@ class CheckpointStore:
         """Begin to write the training state; the save before must be settled.
 
         Where `async_save` is on, the state is copied to host memory first, and the loop may change it at once. Where
-        there is no memory for that, it may do so after `wait_until_free`.
+        a rank has no memory for that, `is_behind` says on all of them that it may not.
 
         Args:
             engine: whose fragments are saved.
@@ -262,33 +261,34 @@ class CheckpointStore:
         self._saved_step = step
         self._is_given_up.clear()
         self._is_waiting.clear()
-        self._is_written.clear()
-        self._is_copied = True
-        fragments = None
+        self.is_behind, fragments = self._is_async, None
         if is_new:
-            # Where the loop waits anyway, what it holds is written itself.
-            fragments = self._copied(engine) if self._is_async else list(engine.fragments())
+            fragments = self._copied(engine) if self._is_async else None
+            self.is_behind = fragments is not None
+            fragments = fragments or list(engine.fragments())  # where the loop waits, what it holds is written itself
             self._room.measure(engine, sum(fragment.values.nbytes for fragment in fragments))
         arguments = (engine, fragments, state, links, needed_before)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"saving step {step}")
         self._thread.start()
 
-    def wait_until_free(self) -> None:
-        """Wait until the loop may change the state, where there was no memory for a copy."""
-        if not self._is_copied:
-            self._is_written.wait()
+    def _copied(self, engine: Engine) -> list[Fragment] | None:
+        """The state in host memory; None, on all ranks: one of them has no room for it.
 
-    def _copied(self, engine: Engine) -> list[Fragment]:
-        """The state in host memory; itself, where there is no room for it. No exchange: ranks may differ in that."""
+        If only that one waited, the others would wait for it in their next exchange, which ends after a while.
+        """
+        copied, lack = None, None
         try:
-            return self._snapshot.take(engine.fragments())
+            copied = self._snapshot.take(engine.fragments())
         except MemoryError as error:
-            self._warnings.append(
-                f"no host memory for a copy of this rank's state ({error}): the loop waits while it is written; free "
-                "some, or set checkpoint.async_save=false"
-            )
-            self._is_copied = False
-            return list(engine.fragments())
+            lack = f"rank {engine.rank} on {platform.node()}: {error}"
+        lacks = [one for one in engine.gather(lack) if one]
+        if not lacks:
+            return copied
+        self._warnings.append(
+            f"no host memory for a copy of the state ({lacks[0]}): the loop waits while it is written; free some, or "
+            "set checkpoint.async_save=false"
+        )
+        return None
 
     def gone_back_to(self, step: int) -> None:
         """The run went back to this checkpoint: what it saved later was renamed, and will be saved again."""
@@ -328,10 +328,11 @@ class CheckpointStore:
         wait_s, is_written = 0.0, False
         while True:  # in rounds, each of which is far shorter than the timeout of an exchange
             self._thread.join(wait_s)
-            if not is_written and (self._is_waiting.is_set() or not self._thread.is_alive()):
+            own = self._tell(engine.rank)
+            if not is_written and (self._is_waiting.is_set() or own.is_over):
                 is_written = True
                 written()
-            told = engine.gather(self._tell(engine.rank))
+            told = engine.gather(own)
             failed = [one for one in told if one.failure]
             if failed:
                 self._is_given_up.set()
@@ -415,7 +416,6 @@ class CheckpointStore:
                 self._warnings += self._room.require()
                 folder.mkdir(parents=True, exist_ok=True)
                 fmt.write_rank(folder, engine.rank, fragments)
-                self._is_written.set()
                 if engine.rank == 0:
                     self._commit(engine, folder, state)
                     self._is_committed = True
@@ -427,8 +427,6 @@ class CheckpointStore:
         except Exception as error:  # of whatever kind: `settle` tells it
             self._error = error
             return
-        finally:
-            self._is_written.set()
         try:
             self._on_saved(folder)
             if engine.rank == 0:

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from llmtrain.checkpoint.store import CheckpointStore, clear_way, find_checkpoin
 from llmtrain.config import CheckpointSection, DataSection
 from llmtrain.data.sources import open_data
 from llmtrain.errors import CorruptError, UserError
-from tests.checkpoint.conftest import save, store_of
+from tests.checkpoint.conftest import Rank, Ranks, save, store_of
 from tests.verified import open_verified
 
 
@@ -164,18 +166,73 @@ def test_without_memory_for_a_copy_the_loop_waits_while_the_state_is_written(
         patch.setattr(torch, "empty", no_memory)
         store.expect_saves(parts.engine)
         store.save(parts.engine, {"step": 1}, ())
-        store.wait_until_free()
+    assert not store.is_behind
+    assert store.settle(parts.engine) is None
     for fragment in parts.engine.fragments():
         fragment.values.zero_()
-    assert store.settle(parts.engine) is None
     (warning,) = store.news()[1]
-    assert warning.startswith("no host memory for a copy of this rank's state (") and "the loop waits" in warning
+    assert warning.startswith("no host memory for a copy of the state (rank 0 on ") and "the loop waits" in warning
     reader = open_verified(step_folder(tmp_path, 1))
     assert not reader.load(parts.engine.to_fill(optimizer=False), ())
     after = {f.name: f.values for f in parts.engine.fragments()}
     assert all(before[name].equal(after[name]) for name in before)
     save(store, parts, 2)
-    assert store.news()[1] == []
+    assert store.is_behind and store.news()[1] == []
+
+
+class Holder(Rank):
+    """A rank that holds the whole state."""
+
+    def __init__(self, rank: int, ranks: Ranks, parts: Assembly):
+        super().__init__(rank, ranks)
+        self.fragments = parts.engine.fragments
+
+
+def test_where_one_rank_has_no_memory_for_its_copy_all_wait_for_it(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the others would take it for one that hangs. Rank 0, the only one that is heard, says which it is."""
+    ranks, stores = Ranks(2), [store_of(parts, tmp_path) for _ in range(2)]
+
+    def no_memory(_fragments: Any) -> Any:
+        raise MemoryError("12.0 MB")
+
+    monkeypatch.setattr(stores[1]._snapshot, "take", no_memory)
+
+    def run(rank: int) -> tuple[bool, object]:
+        engine: Any = Holder(rank, ranks, parts)
+        stores[rank].save(engine, {"step": 1}, ())
+        return stores[rank].is_behind, stores[rank].settle(engine)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [(False, None), (False, None)]
+    (warning,) = stores[0].news()[1]
+    assert warning.startswith("no host memory for a copy of the state (rank 1 on ") and ": 12.0 MB)" in warning
+
+
+def test_a_save_that_ends_just_when_it_is_asked_for_is_one_place_of_the_loop_as_ever(
+    parts: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that left one out would be behind all others for good: the first to be blamed when something hangs."""
+    store, ends, write = store_of(parts, tmp_path), threading.Event(), fmt.write_rank
+
+    class Engine(Holder):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "rank" and threading.current_thread() is threading.main_thread() and store.is_under_way:
+                ends.set()
+                store.join()
+            return super().__getattribute__(name)
+
+    def held_back(*arguments: Any) -> None:
+        assert ends.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(fmt, "write_rank", held_back)
+    engine: Any = Engine(0, Ranks(1), parts)
+    store.save(engine, {"step": 1}, ())
+    places: list[str] = []
+    assert store.settle(engine, lambda: places.append("written")) is None
+    assert places == ["written"]
 
 
 def test_a_save_waits_only_shortly_for_the_file_of_a_lost_rank(
