@@ -92,6 +92,7 @@ class Run:
         together(self.engine, self._check_surroundings)
         self.observer = NullObserver()
         self.ledger: SampleLedger | None = None
+        self._outcome = ""  # of a run that is done
 
     def _load(self, choose: Choose[CheckpointReader]) -> CheckpointReader | None:
         """Go to where a checkpoint that rank 0 chooses had come; None: it chooses none, and nothing has changed."""
@@ -464,7 +465,7 @@ class Run:
             outcome += f", validation no better for {self.progress.evaluations_since_best} evaluations"
         if self.progress.best_val_loss is not None:
             outcome += f"; best validation loss {self.progress.best_val_loss:.4f} at step {self.progress.best_step:,}"
-        self.observer.close(outcome, end=ending(None))
+        self._outcome = outcome  # told when no watchdog takes a sink that waits for its network for one that hangs
 
     @contextmanager
     def opened(self, lock: RunLock) -> Iterator[None]:
@@ -493,5 +494,6 @@ class Run:
             self.mirror.wait(lambda: self.stopping.left_s)
             for warning in self.mirror.news():
                 self.observer.warn(warning)
-            outcome = f"ended after step {self.progress.step:,} of {self.total_steps:,}"
-            self.observer.close(outcome, 0.0 if is_interrupted else self.stopping.left_s, ending(sys.exception()))
+            outcome = self._outcome or f"ended after step {self.progress.step:,} of {self.total_steps:,}"
+            left_s = 0.0 if is_interrupted else min(self.stopping.left_s, self.config.health.timeout_s)
+            self.observer.close(outcome, left_s, ending(sys.exception()))

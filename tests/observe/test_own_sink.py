@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmtrain.train import main
-from tests.conftest import Call, is_one_clear_line
+from tests.conftest import Call, Command, is_one_clear_line
 from tests.faulty_steps import faulty
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sinks.md"
@@ -90,6 +90,23 @@ def test_a_run_that_goes_back_does_not_wait_for_a_sink_that_waits_for_its_networ
     first, second = sys.modules["bad_sink"].closed
     first.waits.set()
     assert second is not first
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_does_not_wait_for_such_a_sink_either(
+    here: Path, llmtrain: Command, config_dict: dict[str, Any]
+) -> None:
+    """Nor does the watchdog take it for a run that hangs: 5 for it, and the same again at each launch."""
+    config_dict |= {"health": {"timeout_s": 300.0, "hang_after_s": 4.0, "grace_s": None}}
+    config_dict["training"]["max_steps"] = 4
+    (here / "config.yaml").write_text(json.dumps(config_dict))
+    (here / "bad_sink.py").write_text(STUCK)
+    settings = ("logging.sinks=['bad_sink:Sink']", "health.timeout_s=20")
+    done = llmtrain("train", "--config", "config.yaml", *settings, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "warning: Sink: not closed within 10 s; the last records may be missing there" in done.stderr
+    assert "\ndone: 4 of 4 steps; best validation loss" in done.stdout
+    assert json.loads((here / "run/run.json").read_text())["launches"][-1]["ended"]["how"] == "done"
 
 
 @pytest.mark.parametrize(("source", "name", "reason"), [
