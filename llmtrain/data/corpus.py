@@ -21,9 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 
 import zstandard
 
@@ -31,7 +30,6 @@ from llmtrain.data.files import SourceFile
 from llmtrain.data.hub import DatasetShard, batches_of_group
 from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
-from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
@@ -168,14 +166,6 @@ RecordsChunk = LinesChunk | RowsChunk | ExamplesChunk
 Chunk = TextChunk | RecordsChunk
 
 
-@dataclass(frozen=True)
-class Outline:
-    """Where a chunk begins, and how much of the input files it is."""
-
-    start: Position
-    source_bytes: int
-
-
 def source_of(chunk: Chunk, ordinal: int) -> int:
     """The number of the input that a document of a chunk is from."""
     file = chunk.files[ordinal - chunk.start.ordinal] if isinstance(chunk, TextChunk) else chunk.file
@@ -207,29 +197,7 @@ def cut_into_chunks(
         chunk_bytes: of the files as they are once decompressed.
         start: of some chunk of this very input: cutting goes on with it, and the same chunks follow.
     """
-    return _cut(files, _records_cutter(options, chunk_bytes), chunk_bytes, start)
-
-
-def survey(
-    files: Sequence[SourceFile], options: ReadOptions, workers: int, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[Outline]:
-    """Yield where each chunk of `cut_into_chunks` begins, without the chunk; several processes look at the files.
-
-    JSONL and datasets are read for it, since their lines and rows have to be counted; of Parquet only the end is, and
-    text files not at all.
-    """
-    with_records = [file for file in files if file.format != "text"]
-    of_each_file = (
-        ordered_map(partial(_Outliner, options, chunk_bytes), with_records, workers) if with_records else iter(())
-    )
-
-    def cut_records(file: SourceFile, here: Position) -> Iterator[tuple[Outline, int]]:
-        for outline, records in next(of_each_file):
-            ordinal = here.ordinal + outline.start.ordinal
-            yield replace(outline, start=replace(outline.start, file=here.file, ordinal=ordinal)), records
-
-    for chunk in _cut(files, cut_records, chunk_bytes, BEGINNING):
-        yield Outline(chunk.start, chunk.source_bytes)
+    return cut(files, records_cutter(options, chunk_bytes), chunk_bytes, start)
 
 
 def told(skipped: Mapping[str, int]) -> str:
@@ -237,39 +205,42 @@ def told(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
 
 
-class _Outliner:
-    """Outlines the chunks of one file as if it were the whole input."""
-
-    def __init__(self, options: ReadOptions, chunk_bytes: int):
-        self._cut = _records_cutter(options, chunk_bytes)
-
-    def __call__(self, file: SourceFile) -> list[tuple[Outline, int]]:
-        return [(Outline(chunk.start, chunk.source_bytes), records) for chunk, records in self._cut(file, BEGINNING)]
-
-
-def _records_cutter(
+def records_cutter(
     options: ReadOptions, chunk_bytes: int
 ) -> Callable[[SourceFile, Position], Iterator[tuple[RecordsChunk, int]]]:
-    def cut(file: SourceFile, start: Position) -> Iterator[tuple[RecordsChunk, int]]:
+    """Return what cuts a file that is not text from a position in it on: chunks, and how many records each has."""
+
+    def cut_file(file: SourceFile, start: Position) -> Iterator[tuple[RecordsChunk, int]]:
         if file.dataset is not None:
             return _cut_examples(file, file.dataset, start, options, chunk_bytes)
         if file.format == "jsonl":
             return _cut_lines(file, start, chunk_bytes)
         return _cut_rows(file, start, options, chunk_bytes)
 
-    return cut
+    return cut_file
 
 
-Piece = TypeVar("Piece", RecordsChunk, Outline)
+class HasStart(Protocol):
+    """A chunk, or what stands for one."""
+
+    @property
+    def start(self) -> Position:
+        """Where it begins."""
 
 
-def _cut(
+Piece = TypeVar("Piece", bound=HasStart)
+
+
+def cut(
     files: Sequence[SourceFile],
     cut_records: Callable[[SourceFile, Position], Iterator[tuple[Piece, int]]],
     chunk_bytes: int,
     start: Position,
 ) -> Iterator[TextChunk | Piece]:
-    """Gather text files until they make a chunk; cut other files by `cut_records`, which also counts records."""
+    """Gather text files until they make a chunk; cut other files by `cut_records`.
+
+    That also says how many records there are from the beginning of a piece on; of the last piece of a file it matters.
+    """
     here, waiting, waiting_bytes = start, list[SourceFile](), 0
     for index in range(start.file, len(files)):
         file = files[index]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from llmtrain import __version__
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks, survey
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
 from llmtrain.data.join import join_parts
@@ -35,6 +35,7 @@ from llmtrain.data.recipe import (
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, describe
 from llmtrain.data.split import Splitter
 from llmtrain.data.staging import JOURNAL, Say, make_once
+from llmtrain.data.survey import Outline, coarsened, survey
 from llmtrain.errors import UserError
 
 
@@ -184,9 +185,11 @@ class _Parts:
         if count == 1:
             return (Stretch(chunks=None, source_bytes=total_bytes(files)),)
         to_read = total_bytes([file for file in files if file.format in ("jsonl", "dataset")])
-        outlines = list(survey(files, reading, self._options.workers or default_workers(to_read)))
-        is_known = all(file.dataset is None for file in files)
-        size = total_bytes(files) if is_known else sum(outline.source_bytes for outline in outlines)
+        outlines: Iterable[Outline] = survey(files, reading, self._options.workers or default_workers(to_read))
+        size = total_bytes(files)
+        if any(file.dataset for file in files):  # whose size is known only when they were read
+            outlines = coarsened(outlines)
+            size = sum(outline.source_bytes for outline in outlines)
         return cut_evenly(outlines, size, count)
 
     def read_plan(self, count: int | None) -> Plan:

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmtrain.data.corpus import BEGINNING, Outline, Position
+from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.encode import Encoded
 from llmtrain.data.lock import is_locked
 from llmtrain.data.progress_bar import Report
@@ -34,6 +34,7 @@ from llmtrain.data.shards import (
     verify_files,
 )
 from llmtrain.data.staging import is_begun, sync_path
+from llmtrain.data.survey import Outline
 from llmtrain.data.tokenizer import id_dtype
 from llmtrain.errors import CorruptError, UserError
 
@@ -239,13 +240,13 @@ def cut_evenly(outlines: Iterable[Outline], total_bytes: int, parts: int) -> tup
     stretches = [Stretch()] * parts
     done = 0
     for outline in outlines:
-        # A chunk belongs where its middle lies.
+        # It belongs where its middle lies.
         middle = done + outline.source_bytes // 2
         part = min(parts - 1, middle * parts // max(1, total_bytes))
         before = stretches[part]
         stretches[part] = Stretch(
             start=before.start if before.chunks else outline.start,
-            chunks=(before.chunks or 0) + 1,
+            chunks=(before.chunks or 0) + outline.chunks,
             source_bytes=before.source_bytes + outline.source_bytes,
         )
         done += outline.source_bytes

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks, survey
+from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks
 from llmtrain.data.files import find_files
 from llmtrain.data.memory import free_host_memory
+from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 
 

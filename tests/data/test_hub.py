@@ -16,10 +16,11 @@ import pytest
 from pyarrow import parquet
 
 from llmtrain.data import hub
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks, survey
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.files import find_files
 from llmtrain.data.parts import prepare_part
 from llmtrain.data.recipe import Options
+from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import main, prepare
 from tests.conftest import Call, is_one_clear_line

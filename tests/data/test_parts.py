@@ -29,7 +29,7 @@ from pyarrow import parquet
 
 from llmtrain import __version__
 from llmtrain.data import join, parts
-from llmtrain.data.corpus import BEGINNING, Outline, Position, cut_into_chunks, survey
+from llmtrain.data.corpus import BEGINNING, Position, cut_into_chunks
 from llmtrain.data.encode import Encoded
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import numbers_as_ranges, prepare_part
@@ -37,6 +37,7 @@ from llmtrain.data.plan import PartsFolder, cut_evenly
 from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import read_manifest, verify_files
 from llmtrain.data.staging import Say, make_once
+from llmtrain.data.survey import Outline, survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options, main, prepare
 
