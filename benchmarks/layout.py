@@ -12,13 +12,18 @@ from pathlib import Path
 
 from benchmarks.common import ROOT
 from benchmarks.synthetic import NO_HASH
+from llmtrain.data.corpus import CHUNK_BYTES
 from llmtrain.data.outside import SAMPLE_BYTES, SAMPLES
 from llmtrain.data.shards import SAMPLED_SHARDS, FileInfo, ShardInfo
+from llmtrain.data.survey import OUTLINES
+from llmtrain.data.workers import AHEAD
 
 DOCS = ROOT / "docs" / "data.md"
 BEGIN, END = "<!-- layout: python -m benchmarks.layout --write -->", "<!-- end of layout -->"
 PAGE = 4096
 PACKING_BYTES = 16  # of memory for each document: llmtrain/data/packing.py
+SOURCE_BYTES = 2000  # of memory for each input file: llmtrain/data/files.py
+OUTLINE_BYTES = 340  # of memory for each chunk of which it is known where it begins: llmtrain/data/survey.py
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,16 @@ class Layout:
     tokens_per_gpu: float = 10_000  # a second
     workers: int = 1024  # of prepare, over all nodes
     worker_rate: float = 70e6  # bytes of text a second; bbpe, half of what text with repeats gives
+    # Bytes of text a second that the one process of a part, which has all the workers, reads, deals out and writes, and
+    # that a core counts the lines of: benchmarks/dealing.py.
+    parquet_rate: float = 761e6
+    jsonl_rate: float = 361e6
+    zst_rate: float = 263e6
+    counting_rate: float = 1323e6
+    zst_counting_rate: float = 473e6
+    footers_rate: float = 126e9  # and of Parquet, of which it reads the ends
+    plan_workers: int = 64  # of the part that comes first and makes the plan
+    source_file_bytes: int = 10**9  # of text in one input file
     join_rate: float = 2e9  # bytes a second that one node reads and writes at once, where parts are joined
 
     @property
@@ -90,10 +105,43 @@ class Layout:
     def epoch_days(self) -> float:
         return self.tokens / (self.nodes * self.gpus * self.tokens_per_gpu) / 86400
 
+    @property
+    def text_bytes(self) -> float:
+        return self.tokens * self.text_bytes_per_token
+
+    @property
+    def source_files(self) -> int:
+        return math.ceil(self.text_bytes / self.source_file_bytes)
+
+    def fed(self, rate: float) -> int:
+        """How many workers one part keeps busy, where its process does so many bytes of text a second."""
+        return max(1, int(rate // self.worker_rate))
+
+    def parts(self, rate: float) -> int:
+        """Of `prepare`, so that all workers are busy."""
+        return -(-self.workers // self.fed(rate))
+
+    @property
+    def plan_bytes(self) -> int:
+        """Of memory at most, while lines are counted: files of which all is counted wait for one before them."""
+        of_a_file = min(OUTLINES, -(-self.source_file_bytes // CHUNK_BYTES))
+        return min(self.source_files, AHEAD * self.plan_workers) * of_a_file * OUTLINE_BYTES
+
+    def counting_row(self, what: str, rate: float) -> tuple[str, str, str]:
+        total = self.plan_workers * rate
+        return (f"to make the plan of the parts, {what}", f"{self.text_bytes / total / 60:.1f} minutes",
+                f"one part counts all lines, {self.plan_workers} workers × {_bytes(rate)}/s of text, if its node reads"
+                f" {_bytes(total)}/s")  # fmt: skip
+
+    def feeding_row(self, what: str, rate: float) -> tuple[str, str, str]:
+        return (f"parts for {self.workers:,} workers, {what}", f"{self.parts(rate):,}",
+                f"of {self.fed(rate)} workers each: one process reads, deals out and writes {_bytes(rate)}/s of text"
+                )  # fmt: skip
+
     def rows(self) -> list[tuple[str, str, str]]:
         """What, how much, and why."""
         node_bytes = self.windows_per_node * self.pages * PAGE
-        text = self.tokens * self.text_bytes_per_token
+        text = self.text_bytes
         core_s = text / self.worker_rate
         return [
             ("ids on disk", _bytes(self.ids_bytes), f"{self.tokens:,} × {self.itemsize} bytes (uint16)"),
@@ -115,8 +163,19 @@ class Layout:
              "each page is read once and may go"),
             ("text", _bytes(text), f"{self.text_bytes_per_token:g} bytes a token"),
             ("to prepare, on one core", f"{core_s / 86400:.1f} days", f"{self.worker_rate / 1e6:.0f} MB/s"),
+            self.feeding_row("Parquet", self.parquet_rate),
+            self.feeding_row("JSONL", self.jsonl_rate),
+            self.feeding_row("`.jsonl.zst`", self.zst_rate),
             (f"to prepare, {self.workers:,} workers", f"{core_s / self.workers / 60:.1f} minutes",
              f"if the storage reads {_bytes(self.workers * self.worker_rate)}/s"),
+            ("to make the plan of the parts, Parquet", f"{text / self.plan_workers / self.footers_rate:.0f} s",
+             f"one part reads the ends of {self.source_files:,} files, {self.plan_workers} workers"),
+            self.counting_row("JSONL", self.counting_rate),
+            self.counting_row("`.jsonl.zst`", self.zst_counting_rate),
+            ("memory for that", _bytes(self.plan_bytes), f"{OUTLINE_BYTES} bytes for each {CHUNK_BYTES >> 20} MiB of"
+             f" {AHEAD} files of {_bytes(self.source_file_bytes)} for each worker, at most"),
+            ("memory for the list of files, each process", _bytes(SOURCE_BYTES * self.source_files),
+             f"{SOURCE_BYTES:,} bytes a file"),
             ("to join parts, one node", f"{self.ids_bytes / self.join_rate / 3600:.1f} hours",
              f"reading and writing {_bytes(self.join_rate)}/s"),
             ("memory for `best_fit`, each process", _bytes(PACKING_BYTES * (self.tokens // self.document_tokens)),

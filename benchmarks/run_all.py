@@ -16,6 +16,7 @@ FITTING = [
     "startup",
     "data",
     "prepare",
+    "dealing",
     "loop",
     "cpu",
     "muon",
