@@ -83,7 +83,7 @@ def test_coarse_outlines_are_few_and_their_stretches_all_chunks_in_order(
 
 
 def test_no_more_outlines_than_that_are_held_while_they_come() -> None:
-    """Of a million, as of 4 TB."""
+    """Of twenty times as many."""
     alive = peak = 0
 
     def gone() -> None:
