@@ -127,7 +127,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if not _has_lost_its_reader(sys.stdout):
             raise  # a connection
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
-        _silence(sys.stdout)
+        silence(sys.stdout)
         return 0
     except OSError as error:
         foreseen = of_storage(error)
@@ -161,11 +161,11 @@ def tell(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError:
-        _silence(stream)
+        silence(stream)
 
 
-def _silence(stream: TextIO) -> None:
-    """Write nothing more; what is in its buffer would fail once more when the interpreter ends."""
+def silence(stream: TextIO) -> None:
+    """Write nothing more to it; what is in its buffer would fail once more when the interpreter ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

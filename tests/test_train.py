@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import gzip
 import itertools
 import json
@@ -13,9 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -789,6 +791,52 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on_and_is_stopped_as_ever
     assert process.wait(100) == 75
     assert committed_steps(folder)[-1] >= records(folder)[-1]["step"]
     assert CheckpointReader(folder / f"step-{committed_steps(folder)[-1]:08d}").verify() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_kept_on", [False, True], ids=["as started", "nohup"])
+def test_a_terminal_that_is_closed_stops_a_run_as_a_signal_does_unless_it_is_to_be_kept_on(
+    config_dict: Config, tmp_path: Path, is_kept_on: bool
+) -> None:
+    path, folder = tmp_path / "closed.yaml", tmp_path / "run"
+    path.write_text(
+        yaml.safe_dump(
+            merged(
+                config_dict,
+                training={"max_steps": 100_000},
+                checkpoint={"save_every": 10},
+                logging={"console": "live"},
+            )
+        )
+    )
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_kept_on else signal.SIG_DFL)
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain.train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
+        stdin=theirs, stdout=theirs, stderr=theirs, text=True, start_new_session=True,
+        preexec_fn=take_terminal,  # noqa: PLW1509 -- no other thread runs here
+    )  # fmt: skip
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def reads_until_saved() -> bool:
+        with suppress(BlockingIOError):
+            os.read(ours, 1 << 16)
+        return bool(committed_steps(folder))
+
+    wait_until(reads_until_saved, process)
+    os.close(ours)
+    if is_kept_on:
+        last = committed_steps(folder)[-1]
+        wait_until(lambda: committed_steps(folder)[-1] > last + 50, process)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 75
+    assert committed_steps(folder)[-1] >= records(folder)[-1]["step"]
 
 
 @pytest.mark.slow

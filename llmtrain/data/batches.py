@@ -97,7 +97,8 @@ class Layout:
 
     def _end_of_stretch(self, position: int) -> int:
         """Position at which a batch is cut short: the end of the epoch, or the begin of what is left out."""
-        return min([(position // self.windows + 1) * self.windows, *(b for b, _ in self.left_out if b > position)])
+        end = (position // self.windows + 1) * self.windows
+        return min([end, *(b for b, _ in self.left_out if b > position)]) if self.left_out else end
 
     def steps_to(self, position: int, end: int) -> int:
         """Optimizer steps from `position` until `end` or more samples are behind us."""

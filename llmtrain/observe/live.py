@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -12,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.errors import silence
 from llmtrain.observe import formats
 from llmtrain.observe.pace import Pace
 from llmtrain.observe.record import Record
@@ -27,7 +30,13 @@ class LiveConsole:
         """`is_forced`: draw also where rich would not take the output for a terminal."""
         self._pace = pace
         self._panel = _Panel()
-        self._console = Console(highlight=False, markup=False, emoji=False, force_terminal=is_forced or None)
+        self._console = Console(
+            file=cast(IO[str], _Terminal(sys.stdout)),
+            highlight=False,
+            markup=False,
+            emoji=False,
+            force_terminal=is_forced or None,
+        )
         # Drawn with the records and not by a thread of its own: training has the interpreter to itself in between.
         self._live = Live(self._panel, console=self._console, auto_refresh=False)
         self._drawn_at = 0.0
@@ -70,6 +79,31 @@ class LiveConsole:
         """Leave the last lines on the screen and print how the run ended."""
         self._live.stop()  # draws the lines a last time and gives the cursor back
         self._console.print(Text(outcome))
+
+
+class _Terminal:
+    """The output as long as there is one: a terminal that was closed does not end the run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As that of the stream."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            silence(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """As that of the stream."""
+        try:
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Panel:
