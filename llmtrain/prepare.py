@@ -35,7 +35,7 @@ from llmtrain.data.select import Selection, patterns_of
 from llmtrain.data.shards import SplitInfo
 from llmtrain.data.token_files import are_token_files
 from llmtrain.data.tokenizer_none import NoTokenizer
-from llmtrain.errors import UserError, run_main
+from llmtrain.errors import UserError, run_main, tell
 from llmtrain.storage.cache import cache_folder
 from llmtrain.storage.remote import Remote
 
@@ -56,7 +56,7 @@ def prepare(options: Options, show_progress: bool = False) -> Outcome:
 
 
 def _say(line: str) -> None:
-    print(f"llmtrain: {line}", file=sys.stderr, flush=True)
+    tell(f"llmtrain: {line}", sys.stderr)
 
 
 def _summary(outcome: Outcome, out: Path | str) -> dict[str, Any]:

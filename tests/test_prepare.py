@@ -388,7 +388,7 @@ def test_a_killed_prepare_leaves_no_out_and_no_process_and_the_next_one_cleans_u
 def test_the_same_command_goes_on_behind_the_shards_that_are_finished(tmp_path, ends_by):
     shards = ("--shard-tokens", "100000")
     process = slow_command(tmp_path, *shards)
-    journal = tmp_path / "out.parts" / f"joined.partial-{platform.node()}" / "journal.jsonl"
+    journal = tmp_path / "out.parts" / f"joined.partial-{platform.node()}-kept" / "journal.jsonl"
     wait_until(lambda: journal.exists() and journal.stat().st_size > 0, process)
     os.killpg(process.pid, ends_by)
     _, errors = process.communicate(timeout=30)
@@ -415,7 +415,7 @@ def test_what_was_finished_and_then_damaged_is_made_again(texts, tmp_path, damag
     (texts / "z.jsonl").write_bytes(b'{"text": "good"}\nbad\n')
     stopped = run(*command, cwd=tmp_path)
     assert stopped.returncode == 2
-    partial = tmp_path / "out.parts" / f"joined.partial-{platform.node()}"
+    partial = tmp_path / "out.parts" / f"joined.partial-{platform.node()}-kept"
     assert f"llmtrain: what was finished is kept in {partial}: the same command goes on from there\n" in stopped.stderr
     journal, open_shard = partial / "journal.jsonl", max((partial / "data").glob("train-*.bin"))
     damaged = {"finished shard": partial / "data" / "train-00000.bin", "open shard": open_shard, "journal": journal}

@@ -17,6 +17,7 @@ from llmtrain.errors import UserError
 Say = Callable[[str], None]  # tells the user one line
 POLL_S = 0.2
 JOURNAL = "journal.jsonl"
+_KEPT = "kept"  # instead of the process; last in a name, as a host may be called `node` and another `node-7`
 
 
 def _say_nothing(line: str) -> None:
@@ -61,20 +62,20 @@ def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
     """As `staged_folder`, but what a process of this host left unfinished is there again, if it kept a journal.
 
     The block is given a folder and may keep the file `JOURNAL` beside it. When the block fails or the process is
-    killed, both stay as `OUT.partial-HOST`, unless the journal is empty. Only one that is `alone` (see there) on its
-    host finds what was left; any other begins with nothing, and leaves nothing.
+    killed, both stay as `OUT.partial-HOST-kept`, unless the journal is empty. Only one that is `alone` (see there) on
+    its host finds what was left; any other begins with nothing, and leaves nothing.
 
     Raises:
         UserError: something could not be written.
     """
     target = out.resolve()
-    partial = target.with_name(f"{target.name}.partial-{platform.node()}" + ("" if alone else f"-{os.getpid()}"))
+    partial = target.with_name(f"{target.name}.partial-{platform.node()}-{_KEPT if alone else os.getpid()}")
     folder = partial / "data"
     try:
         _remove_abandoned(target, alone, say)
         if not is_begun(partial):
             shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield folder
         _sync(folder)
         folder.rename(target)
@@ -153,21 +154,20 @@ def make_once(
 
 def _take(lock: FileLock) -> str | None:
     try:
-        lock.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.path.parent)
         return lock.acquire()
     except OSError as error:
         raise UserError(f"{lock.path}: cannot be written ({error.strerror or error})") from error
 
 
 def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
-    resumed = f"{target.name}.partial-{platform.node()}"
+    ours = f"{target.name}.partial-{platform.node()}-"
     for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
-        owner = folder.name.removeprefix(f"{resumed}-")
+        owner = folder.name.removeprefix(ours)
         # A lock may hold on one machine only, so what another one makes is left alone for a day.
         is_old = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > 86_400
         is_dead = owner.isdecimal() and not _is_alive(int(owner))
-        is_of_another = is_old and folder.name != resumed
-        if is_dead or (alone and (is_of_another or folder.name.startswith(f"{resumed}-"))):
+        if is_dead or (alone and (owner.isdecimal() or (is_old and owner != _KEPT))):
             shutil.rmtree(folder, ignore_errors=True)
             say(f"removed {folder}, which a killed process left unfinished")
 
