@@ -23,6 +23,7 @@ class Done(BaseModel):
     """What is done of an input: so many chunks, of which the last began at a position, and what they came to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    plan_sha256: str = ""
     chunks: int = Field(default=0, ge=0)
     last: Position = BEGINNING
     source_bytes: int = Field(default=0, ge=0)
@@ -38,12 +39,14 @@ class Journal:
     Args:
         path: the file; what is in it is read, and what it says is done is checked, at once.
         folder: of the shards.
+        plan_sha256: what another plan has made is not gone on with.
         say: is told that work goes on, or why it cannot.
     """
 
-    def __init__(self, path: Path, folder: Path, say: Say):
-        self._path, self._folder = path, folder
+    def __init__(self, path: Path, folder: Path, plan_sha256: str, say: Say):
+        self._path, self._folder, self._plan_sha256 = path, folder, plan_sha256
         path.touch()
+        sync_path(path.parent)
         try:
             self.done = self._read()
         except ValueError as error:
@@ -55,10 +58,11 @@ class Journal:
             say(f"going on behind {shards:,} finished shards in {folder}")
 
     def add(self, writers: Mapping[str, ShardWriter], done: Done) -> None:
-        """Note `done`, and where all writers are, whatever it says of that."""
+        """Note `done`, and the plan and where all writers are, whatever it says of these."""
         states = {name: writer.sync() for name, writer in writers.items()}
         sync_path(self._folder)
-        line = done.model_copy(update={"splits": states}).model_dump_json() + "\n"
+        noted = done.model_copy(update={"plan_sha256": self._plan_sha256, "splits": states})
+        line = noted.model_dump_json() + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
@@ -72,6 +76,8 @@ class Journal:
         lines = [Done.model_validate_json(line) for line in data[:whole].splitlines()]
         if not lines:
             return Done()
+        if lines[-1].plan_sha256 != self._plan_sha256:
+            raise ValueError("made by another plan")
         splits = dict[str, WriterState]()
         for name, last in lines[-1].splits.items():
             shards = tuple(shard for line in lines for shard in line.splits.get(name, NOTHING).shards)

@@ -48,15 +48,18 @@ class FileLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _take(descriptor)
+            is_ours = _is_at(self.path, descriptor)
         except OSError as error:
-            if error.errno in _HELD:
-                holder = os.read(descriptor, 200).decode(errors="replace").strip()
-                os.close(descriptor)
-                return holder or "a process unknown"
-            if error.errno not in _UNSUPPORTED:
+            is_ours = error.errno in _UNSUPPORTED
+            if not is_ours and error.errno not in _HELD:
                 os.close(descriptor)
                 raise
-            self.is_exclusive = False  # a file system without locks: nothing to hold on to
+            if is_ours:  # a file system without locks: nothing to hold on to
+                self.is_exclusive = False
+        if not is_ours:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            return holder or "a process unknown"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         self._descriptor = descriptor
@@ -115,6 +118,14 @@ def _take(descriptor: int) -> None:
             raise
         time.sleep(_GLANCE_S)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still there: whoever held the lock may have removed it, and the next make another."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _release(lock: FileLock | None) -> None:

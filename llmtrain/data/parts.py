@@ -7,6 +7,7 @@ What a killed process had finished is gone on with: the plan, the parts, and the
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -70,15 +71,13 @@ def prepare_all(options: Options, *, say: Say, show_progress: bool = False) -> O
         started = time.perf_counter()
         try:
             work.make_plan(1)
-            plan = work.read_plan(1)
+            work.read_plan(1)
             fitted = time.perf_counter()
-            return replace(
-                work.make_all(plan), fit_seconds=fitted - started, encode_seconds=time.perf_counter() - fitted
-            )
+            return replace(work.make_all(), fit_seconds=fitted - started, encode_seconds=time.perf_counter() - fitted)
         except BaseException as error:
             # Another process may have made all of it meanwhile, and removed what this one was at.
             if not isinstance(error, UserError) or (existing := work.find_existing()) is None:
-                work.folder.remove_unless_begun()
+                work.remove_unless_begun()
                 raise
     work.folder.remove()
     return Outcome(existing, already_prepared=True)
@@ -153,13 +152,20 @@ class _Parts:
         difference = plan.difference(__version__, self._request, None)
         if len(plan.stretches) > 1 or difference is None:
             return
-        if self.folder.may_be_in_use():
+        if not self.folder.remove_if_free():
             raise UserError(
                 f"{self.folder.path}: {difference}, and another process may be at it; wait for it, choose another"
                 " --out, or delete it"
             )
-        self.folder.remove()
         self._say(f"removed {self.folder.path}, which was not finished: {difference}")
+
+    def remove_unless_begun(self) -> None:
+        """Leave nothing where there is no more than a plan, and no other process may go by it."""
+        with contextlib.suppress(UserError):  # it is of another request, of many parts or damaged, and not ours
+            if self.folder.has_plan():
+                self.read_plan(1)
+            if not self.folder.has_more_than_plan():
+                self.folder.remove_if_free()
 
     def make_plan(self, count: int) -> None:
         """Decide once for all parts: the split, the tokenizer, and where each part begins."""
@@ -217,10 +223,12 @@ class _Parts:
 
         return not self._once(self.folder.part(number, count), make, f"making part {number}/{count}", resumes=True)
 
-    def make_all(self, plan: Plan) -> Outcome:
+    def make_all(self) -> Outcome:
         """Write all into OUT."""
 
         def make(folder: Path) -> None:
+            self.make_plan(1)  # which one that was stopped has removed, while this one waited for it
+            plan = self.read_plan(1)
             encoded = self._encode(plan, plan.stretches[0], folder, "encoding")
             self._complete(folder, plan, encoded)
 
@@ -228,7 +236,8 @@ class _Parts:
 
     def _encode(self, plan: Plan, stretch: Stretch, folder: Path, task: str) -> Encoded:
         """Write the shards of a stretch into a folder, from where its journal ends."""
-        options, journal = self._options, Journal(folder.with_name(JOURNAL), folder, self._say)
+        options = self._options
+        journal = Journal(folder.with_name(JOURNAL), folder, self.folder.plan_hash(), self._say)
         reading = options.reading(self.folder.plan / DUPLICATES if plan.duplicates else None)
         division = Division(
             reading, Splitter(options.val_split, plan.split_by, options.seed), options.augment, options.seed

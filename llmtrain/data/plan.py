@@ -4,7 +4,7 @@
         plan/                  plan.json and tokenizer/, made by whichever process comes first and used by all
         part-00003-of-00016/   part.json and shards: one stretch of the input
         joined/                all of it together; renamed to OUT at once
-        *.partial-HOST/        what of such a folder is written, and a journal of what is finished of it
+        *.partial-HOST-kept/   what of such a folder is written, and a journal of what is finished of it
         *.lock
 
 Each of these folders appears whole, by a rename. A stretch is a run of the chunks that the whole input is cut into, so
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.encode import Encoded
-from llmtrain.data.lock import is_locked
+from llmtrain.data.lock import FileLock, is_locked
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shards import (
     MANIFEST,
@@ -191,17 +191,42 @@ class PartsFolder:
             if not (out / MANIFEST).is_file():
                 raise UserError(f"{out}: cannot be written ({error.strerror}); {self.joined} is whole") from error
 
-    def may_be_in_use(self) -> bool:
-        """Whether a process is at something in here that all wait for, as far as can be seen from here."""
-        return any(is_locked(path) is not False for path in self.path.glob("*.lock"))
+    def has_more_than_plan(self) -> bool:
+        """Whether something was made by a plan: something whole, or a journal of what is finished."""
+        whole = (self.joined, *self.path.glob("part-?????-of-?????"))
+        return any(path.is_dir() for path in whole) or any(is_begun(path) for path in self.path.glob("*.partial-*"))
 
-    def remove_unless_begun(self) -> None:
-        """Delete all of it unless there is more than a plan: something whole, or a journal of what is finished."""
-        if not self.joined.is_dir() and not any(is_begun(path) for path in self.path.glob("*.partial-*")):
+    def remove_if_free(self) -> bool:
+        """Delete all of it, unless a process may be at something in here that all wait for; return whether it did.
+
+        The locks are held meanwhile and go last, so whoever waits for one finds no half of what was here.
+        """
+        if not self.path.is_dir():
+            return True
+        there = set(self.path.glob("*.lock"))
+        if any(is_locked(path) is not False for path in there):
+            return False
+        always = {path.with_name(f"{path.name}.lock") for path in (self.plan, self.joined)}
+        locks = [FileLock(path) for path in there | always]
+        try:
+            if any(lock.acquire() for lock in locks):
+                return False
             self.remove()
+            return True
+        except OSError:  # no room for a lock, or not ours
+            return False
+        finally:
+            for lock in locks:
+                lock.release()
 
     def remove(self) -> None:
-        """Delete all of it, when OUT is there; what another process is holding on to may be left for the next call."""
+        """Delete all of it, when OUT is there; what another process is holding on to may be left for the next call.
+
+        What was made by the plan goes before it: one that is killed meanwhile leaves nothing without its plan.
+        """
+        paths = list(self.path.glob("*"))
+        for path in sorted(paths, key=lambda path: (path.suffix == ".lock", path == self.plan)):
+            shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _read(self, path: Path, kind: type[Kind]) -> Kind:
