@@ -40,11 +40,11 @@ class Journal:
         path: the file; what is in it is read, and what it says is done is checked, at once.
         folder: of the shards.
         plan_sha256: what another plan has made is not gone on with.
-        say: is told that work goes on, or why it cannot.
+        say: is told that work goes on, and if then it cannot, why.
     """
 
     def __init__(self, path: Path, folder: Path, plan_sha256: str, say: Say):
-        self._path, self._folder, self._plan_sha256 = path, folder, plan_sha256
+        self._path, self._folder, self._plan_sha256, self._say = path, folder, plan_sha256, say
         path.touch()
         sync_path(path.parent)
         try:
@@ -53,9 +53,6 @@ class Journal:
             say(f"{path}: {str(error).splitlines()[0]}; what was finished is made again")
             os.truncate(path, 0)
             self.done = Done()
-        if self.done.chunks:
-            shards = sum(len(state.shards) for state in self.done.splits.values())
-            say(f"going on behind {shards:,} finished shards in {folder}")
 
     def add(self, writers: Mapping[str, ShardWriter], done: Done) -> None:
         """Note `done`, and the plan and where all writers are, whatever it says of these."""
@@ -82,6 +79,8 @@ class Journal:
         for name, last in lines[-1].splits.items():
             shards = tuple(shard for line in lines for shard in line.splits.get(name, NOTHING).shards)
             splits[name] = last.model_copy(update={"shards": shards})
+        count = sum(len(state.shards) for state in splits.values())
+        self._say(f"going on behind {count:,} finished shards in {self._folder}; first their hashes are compared")
         self._check(splits)
         return lines[-1].model_copy(update={"splits": splits})
 

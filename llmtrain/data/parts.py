@@ -55,7 +55,7 @@ def prepare_all(options: Options, *, say: Say, show_progress: bool = False) -> O
     """Write prepared data of text to `options.out`, or find that the same request was written there before.
 
     Where a process of this host was killed or stopped that had begun the same, it goes on behind the shards that are
-    finished; what was begun with other input or options is removed.
+    finished; what was begun with other input or options is removed if it was no more than a plan.
 
     Args:
         options: what to prepare and how.
@@ -145,13 +145,22 @@ class _Parts:
         return find_existing(self._options.out, self._request)
 
     def drop_another(self) -> None:
-        """Remove what one process left that began with other input or options; refuse it if that may be alive."""
+        """Remove the plan that one process left that began with other input or options.
+
+        Raises:
+            UserError: there is more than that, which is for the user to give up; or the process may be alive.
+        """
         if not self.folder.has_plan():
             return
         plan = self.folder.read_plan()
         difference = plan.difference(__version__, self._request, None)
         if len(plan.stretches) > 1 or difference is None:
             return
+        if self.folder.has_more_than_plan():
+            raise UserError(
+                f"{self.folder.path}: has finished shards, and {difference}; give the same options, choose another"
+                " --out, or delete it to begin again"
+            )
         if not self.folder.remove_if_free():
             raise UserError(
                 f"{self.folder.path}: {difference}, and another process may be at it; wait for it, choose another"

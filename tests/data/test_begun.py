@@ -23,12 +23,13 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from llmtrain.data.corpus import cut_into_chunks, survey
+from llmtrain.data.corpus import cut_into_chunks
 from llmtrain.data.filters import FILTERS, quality_filter
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import prepare_all, prepare_part
 from llmtrain.data.refine import Refinement
 from llmtrain.data.staging import resumed_folder
+from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options
 
@@ -140,6 +141,14 @@ def stopped_by_bad_line(options: Options) -> Path:
     return begun
 
 
+def test_finished_shards_are_not_given_up_for_other_options(options, tmp_path):
+    begun = stopped_by_bad_line(options)
+    before = content(begun)
+    with pytest.raises(UserError, match="has finished shards, and it was begun with --seed 1337, not 7; give the same"):
+        prepare_all(replace(options, seed=7), say=print)
+    assert content(begun) == before
+
+
 def test_a_plain_prepare_by_mistake_leaves_the_parts_that_are_done(options, tmp_path):
     prepare_part(options, 1, 3, say=print)
     before = content(tmp_path / "out.parts")
@@ -242,18 +251,16 @@ def test_a_host_whose_name_begins_with_that_of_another_keeps_its_own(tmp_path, m
     assert len(list(tmp_path.glob("out.partial-*/journal.jsonl"))) == 2
 
 
-def test_nobody_reading_what_is_told_does_not_end_the_work(options, tmp_path):
+def test_nobody_reading_what_is_told_does_not_end_the_work(options):
     stopped_by_bad_line(options)
     command = [sys.executable, "-m", "llmtrain.prepare", "--input", *options.inputs, "--out", str(options.out)]
     flags = ["--tokenizer", "byte", "--shard-tokens", "700", "--workers", "1"]
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    (tmp_path / "texts" / "z.jsonl").unlink()  # which is other input, so a line is told
     done = subprocess.run([*command, *flags], env=environment, cwd=ROOT, stderr=writer, check=False, timeout=120)
     os.close(writer)
-    assert done.returncode == 0
-    assert (tmp_path / "out" / "manifest.json").exists()
+    assert done.returncode == 2  # for the bad line once more, not for what could not be told before it
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmtrain.data.corpus import cut_into_chunks, survey
+from llmtrain.data.corpus import cut_into_chunks
 from llmtrain.data.encode import encode_to_shards  # noqa: F401 -- imported once, here
 from llmtrain.data.staging import JOURNAL, is_begun
+from llmtrain.data.survey import survey
 from llmtrain.errors import run_main
 from llmtrain.prepare import main
 from tests.faults.file_events import FileEvents
