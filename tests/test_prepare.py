@@ -411,7 +411,7 @@ def test_the_same_command_goes_on_behind_the_shards_that_are_finished(tmp_path, 
 
 
 @pytest.mark.parametrize("damage", ["finished shard", "open shard", "journal"])
-def test_what_was_finished_and_then_damaged_is_made_again(texts, tmp_path, damage):
+def test_what_was_finished_and_then_damaged_is_named_and_stays(texts, tmp_path, damage):
     command = ("--input", texts, "--tokenizer", "byte", "--shard-tokens", "50", "--out", "out")
     (texts / "z.jsonl").write_bytes(b'{"text": "good"}\nbad\n')
     stopped = run(*command, cwd=tmp_path)
@@ -423,9 +423,12 @@ def test_what_was_finished_and_then_damaged_is_made_again(texts, tmp_path, damag
     data = bytearray(damaged[damage].read_bytes())
     data[0] ^= 1
     damaged[damage].write_bytes(data)
+    before = content(partial)
     again = run(*command, cwd=tmp_path)
     assert again.returncode == 2
-    assert f"llmtrain: {journal}: " in again.stderr and "; what was finished is made again\n" in again.stderr
+    assert f"llmtrain: error: {partial}: cannot be gone on with: " in again.stderr
+    assert again.stderr.endswith("; mend that, or delete the folder to make it again\n")
+    assert content(partial) == before
 
 
 @pytest.mark.slow

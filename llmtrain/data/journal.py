@@ -17,6 +17,7 @@ from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.shard_writer import NOTHING, ShardWriter, WriterState
 from llmtrain.data.shards import hash_file, verify_files
 from llmtrain.data.staging import Say, sync_path
+from llmtrain.errors import UserError
 
 
 class Done(BaseModel):
@@ -40,7 +41,10 @@ class Journal:
         path: the file; what is in it is read, and what it says is done is checked, at once.
         folder: of the shards.
         plan_sha256: what another plan has made is not gone on with.
-        say: is told that work goes on, and if then it cannot, why.
+        say: is told that work goes on.
+
+    Raises:
+        UserError: what was finished is damaged, or cannot be read now; it stays.
     """
 
     def __init__(self, path: Path, folder: Path, plan_sha256: str, say: Say):
@@ -50,9 +54,10 @@ class Journal:
         try:
             self.done = self._read()
         except ValueError as error:
-            say(f"{path}: {str(error).splitlines()[0]}; what was finished is made again")
-            os.truncate(path, 0)
-            self.done = Done()
+            problem = str(error).splitlines()[0]
+            raise UserError(
+                f"{path.parent}: cannot be gone on with: {problem}; mend that, or delete the folder to make it again"
+            ) from error
 
     def add(self, writers: Mapping[str, ShardWriter], done: Done) -> None:
         """Note `done`, and the plan and where all writers are, whatever it says of these."""
@@ -69,12 +74,13 @@ class Journal:
         """Put the lines together; one that was not written to its end is dropped. ValueError: something is damaged."""
         data = self._path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        os.truncate(self._path, whole)
         lines = [Done.model_validate_json(line) for line in data[:whole].splitlines()]
-        if not lines:
+        if lines and lines[-1].plan_sha256 != self._plan_sha256:
+            self._say(f"{self._path}: of another plan; what it made is made again")
+            whole = 0
+        os.truncate(self._path, whole)
+        if not whole:
             return Done()
-        if lines[-1].plan_sha256 != self._plan_sha256:
-            raise ValueError("made by another plan")
         splits = dict[str, WriterState]()
         for name, last in lines[-1].splits.items():
             shards = tuple(shard for line in lines for shard in line.splits.get(name, NOTHING).shards)
