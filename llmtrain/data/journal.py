@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.shard_writer import NOTHING, ShardWriter, WriterState
@@ -54,7 +54,9 @@ class Journal:
         try:
             self.done = self._read()
         except ValueError as error:
-            problem = str(error).splitlines()[0]
+            problem = str(error)
+            if isinstance(error, ValidationError):
+                problem = f"{path.name} is damaged ({error.errors()[0]['msg']})"
             raise UserError(
                 f"{path.parent}: cannot be gone on with: {problem}; mend that, or delete the folder to make it again"
             ) from error
