@@ -20,10 +20,20 @@ def _handlers_stay_as_they_were() -> object:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_by_name(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
     with StopSignals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), number)
         assert signals.received == number.name
+
+
+def test_a_closed_terminal_is_nothing_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_the_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not() -> None:
