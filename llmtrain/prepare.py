@@ -25,11 +25,7 @@ from llmtrain.data.filters import parse_filter
 from llmtrain.data.flags import parser
 from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_all, prepare_part
 from llmtrain.data.pieces import Pieces
-from llmtrain.data.recipe import (
-    Options,
-    Outcome,
-    check_unused,
-)
+from llmtrain.data.recipe import Options, Outcome, check_unused
 from llmtrain.data.refine import Refinement
 from llmtrain.data.select import Selection, patterns_of
 from llmtrain.data.shards import SplitInfo
