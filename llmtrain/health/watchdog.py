@@ -9,8 +9,8 @@
   nobody is ahead or behind           all do the same, slowly or in vain; write down the stacks, be very patient, and
                                       leave what is an exchange to its own timeout, which names what it can
 
-Before a process ends so, the Python stacks of all its threads are in the run folder, and those of the peer that it
-names (that peer's own thread writes them, unless it is frozen).
+Before a process ends so, the Python stacks of all its threads are in the run folder, and those of the peers that it
+names, or of all where it can name nobody (each peer's own thread writes them, unless it is frozen).
 
 Ending a run that would have gone on is worse than finding a hang a few minutes late. So a limit is many times what the
 phase ever took, what moves on within a phase (a validation batch, a sampled token) counts, and a process that was
@@ -23,7 +23,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -224,12 +224,12 @@ class Watchdog:
             if found and judgement.is_stuck_with_all:
                 others = f"so have {len(found)} others" if len(found) > 1 else "so has the other"
                 waiting = f"; {others}: one rank hangs inside this phase ({STACKS_TELL}), or all do"
+                self._ask_for_stacks(found)
             said = f"{self._peers.name} hangs {here}: {for_how_long}{waiting}; its stacks are in {self._stacks}"
         else:
             verdict = self._peers.verdict(found, for_how_long)
             said = f"{verdict.reason}; stacks are in {self._stacks.with_name('stacks-rank*.txt')}"
-            asked = [status.place for status in judgement.culprits if status.state == "alive"]
-            self._peers.ask_for_stacks(asked[:_MOST_ASKED])
+            self._ask_for_stacks(judgement.culprits)
         self.dump_stacks()
         self._is_ending = True
         if self._is_over.is_set() or self._peers.here != here:
@@ -239,6 +239,10 @@ class Watchdog:
         if not (judgement.hangs_itself and here.phase in _PATIENT):
             self._settle_saves(self._limits.timeout_s)
         end_at_once(PeerLostError(f"{said}; the same command goes on from the last checkpoint"))
+
+    def _ask_for_stacks(self, of: Iterable[PeerStatus]) -> None:
+        asked = [status.place for status in of if status.state == "alive"]
+        self._peers.ask_for_stacks(asked[:_MOST_ASKED])
 
 
 def _within(seconds: float, work: Callable[[], object]) -> bool:

@@ -3,6 +3,7 @@
 STALL holds RANK, SECONDS and CALL: what reads the data on that rank takes so many seconds more, and from that call on
 for ever. STALL_START holds a RANK that never comes to read. STALL_SAVE holds RANK and CALL: what writes checkpoints on
 that rank takes for ever from that call on. STALL_BACKWARD holds RANK and CALL: so does that backward pass.
+STALL_WATCHDOG holds RANK and SECONDS: its watchdog looks only so often.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmtrain import assemble
 from llmtrain.checkpoint import format as fmt
 from llmtrain.data.batches import Windows
 from llmtrain.errors import run_main
+from llmtrain.health import watchdog
 from llmtrain.train import main
 
 read, write, open_data = Windows.gather, fmt.write_rank, assemble.open_data
@@ -29,6 +31,7 @@ rank, seconds, last_read = (float(word) for word in os.environ["STALL"].split())
 rank_of_saves, last_save = (float(word) for word in os.environ.get("STALL_SAVE", "-1 0").split())
 rank_of_start = int(os.environ.get("STALL_START", "-1"))
 rank_of_backward, last_backward = (float(word) for word in os.environ.get("STALL_BACKWARD", "-1 0").split())
+rank_of_watchdog, period_s = (float(word) for word in os.environ.get("STALL_WATCHDOG", "-1 0").split())
 reads, saves, passes = itertools.count(1), itertools.count(1), itertools.count(1)
 
 
@@ -67,6 +70,8 @@ def backward(self: torch.Tensor, *arguments: Any, **options: Any) -> None:
     differentiate(self, *arguments, **options)
 
 
+if own_rank == rank_of_watchdog:
+    watchdog._PERIOD_S = period_s
 torch.Tensor.backward = backward  # type: ignore[assignment, method-assign]
 assemble.open_data = open_late  # type: ignore[assignment]
 Windows.gather = gather  # type: ignore[method-assign]

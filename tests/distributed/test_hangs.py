@@ -168,8 +168,12 @@ def test_a_rank_whose_disk_hangs_in_a_save_ends_all_the_same_when_another_is_los
 def test_where_one_of_two_hangs_in_its_backward_pass_neither_says_that_it_was_the_network(
     two: Callable[..., list[subprocess.Popen[str]]], tmp_path: Path
 ) -> None:
-    """The other waits for its gradients in its own, so nothing says which it is but the stacks."""
-    ends = [end_of(rank) for rank in two(STALLING, STALL="-1 0 0", STALL_BACKWARD="1 20")]
+    """The other waits for its gradients in its own, so nothing says which it is but the stacks.
+
+    Whoever looks first asks the other for its stacks, for that one is gone before it looks itself.
+    """
+    ranks = two(STALLING, STALL="-1 0 0", STALL_BACKWARD="1 20", STALL_WATCHDOG="0 60")
+    ends = [end_of(rank) for rank in ranks]
     assert [code for code, _, _ in ends] == [5, 5], ends
     step = metrics_so_far(tmp_path / "run") + 1
     assert any(f"hangs at step {step}, backward: it has not moved on for" in error for _, error, _ in ends), ends
