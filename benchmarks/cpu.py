@@ -1,11 +1,12 @@
-"""What a CPU gains from threads and from torch.compile: a step of llmtrain with each, beside the number torch takes.
+"""What a CPU gains from threads, large pages and torch.compile: a step of llmtrain with each.
 
     python -m benchmarks.cpu [--size tiny 10m] [--precision fp32] [--steps 12] [--repeats 3]
 
 Each turn is a process, for compiled code keeps the number of threads that it was made for. It takes `--steps` steps of
 the real engine (no records, no data): `first s` is the first, which compiles where that is asked for, with nothing in
 the cache of compiled code; `ms/step` is the median of those after the first third. `pays after`: so many steps until
-compiling has paid for itself. Numbers of threads: 1, the cores that this process may use, twice as many.
+compiling has paid for itself. Numbers of threads: 1, the cores that this process may use, twice as many; with the
+second, which torch takes by itself, also in pages of 4 KB, as it was before `engine/device.py` asked for larger ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from benchmarks.common import alternate, print_table, spread, write_result
 from benchmarks.contenders import SIZES
 from benchmarks.held import step_config, stepper
+
+_SMALL, _LARGE = "4 KB", "2 MB"
 
 
 def main() -> None:
@@ -63,18 +66,24 @@ def turn(size: str, precision: str, threads: int, compiled: bool, steps: int) ->
 
 
 def measured(size: str, precision: str, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each number of threads, eager and compiled."""
+    """A row for each number of threads, eager and compiled, and one in small pages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = {
-        (threads, compiled): partial(_in_a_process, size, precision, threads, compiled, steps)
+    kinds = [
+        (threads, pages, compiled)
         for threads in sorted({1, cores, 2 * cores})
-        for compiled in (False, True)
-    }
-    turns = alternate({f"{threads} {compiled}": work for (threads, compiled), work in asked.items()}, repeats, 0)
+        for pages, compiled in ((_SMALL, False), (_LARGE, False), (_LARGE, True))
+        if pages == _LARGE or threads == cores
+    ]
+    asked = {}
+    for threads, pages, compiled in kinds:
+        turn_of = {"size": size, "precision": precision, "threads": threads, "compiled": compiled, "steps": steps}
+        asked[str((threads, pages, compiled))] = partial(_in_a_process, pages, turn_of)
+    turns = alternate(asked, repeats, 0)
     rows: list[dict[str, Any]] = []
-    for threads, compiled in asked:
-        own = turns[f"{threads} {compiled}"]
-        row: dict[str, Any] = {"size": size, "precision": precision, "threads": threads, "compiled": compiled}
+    for threads, pages, compiled in kinds:
+        own = turns[str((threads, pages, compiled))]
+        row: dict[str, Any] = {"size": size, "precision": precision, "threads": threads, "pages": pages}
+        row["compiled"] = compiled
         row |= {f"ms/step {name}": value for name, value in spread([one["ms/step"] for one in own]).items()}
         row["first s"] = statistics.median(one["first s"] for one in own)
         row["pays after"] = None
@@ -86,11 +95,11 @@ def measured(size: str, precision: str, steps: int, repeats: int) -> list[dict[s
     return rows
 
 
-def _in_a_process(size: str, precision: str, threads: int, compiled: bool, steps: int) -> dict[str, float]:
-    asked = {"size": size, "precision": precision, "threads": threads, "compiled": compiled, "steps": steps}
+def _in_a_process(pages: str, asked: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
         # Nothing but torch itself may have been compiled before.
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "CUDA_VISIBLE_DEVICES": ""}
+        environment["THP_MEM_ALLOC_ENABLE"] = str(int(pages == _LARGE))
         command = [sys.executable, "-m", "benchmarks.cpu", "--one", json.dumps(asked)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
