@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.peer_drivers.delivery import Contender, Spec, serve
 from llmtrain.data.batches import Layout, Order, Windows, WindowSet, batches, inputs_and_targets, plain_order
-from llmtrain.data.documents import document_groups
 from llmtrain.data.mixture import MixedOrder, MixedWindows, Stage
-from llmtrain.data.packing import GROUP, PackedWindows
+from llmtrain.data.packed import open_packed
+from llmtrain.data.packing import GROUP
 from llmtrain.data.shards import TokenDataset
 from llmtrain.model.document_mask import document_begins
 
@@ -37,8 +37,7 @@ def mixed(spec: Spec) -> tuple[WindowSet, Order]:
 
 def packed(spec: Spec) -> tuple[WindowSet, Order]:
     data = TokenDataset(spec["prepared"])
-    groups = document_groups(data, "train", GROUP)
-    windows = PackedWindows(data.split("train"), spec["length"], spec["document_end"], groups)
+    windows = open_packed(data, "train", spec["length"], spec["document_end"], GROUP)
     return windows, plain_order(len(windows), SEED)
 
 

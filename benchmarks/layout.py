@@ -21,7 +21,7 @@ from llmtrain.data.workers import AHEAD
 DOCS = ROOT / "docs" / "data.md"
 BEGIN, END = "<!-- layout: python -m benchmarks.layout --write -->", "<!-- end of layout -->"
 PAGE = 4096
-PACKING_BYTES = 16  # of memory for each document: llmtrain/data/packing.py
+PACKING_BYTES = 16  # of disk for each document: llmtrain/data/packed.py
 SOURCE_BYTES = 2000  # of memory for each input file: llmtrain/data/files.py
 OUTLINE_BYTES = 340  # of memory for each chunk of which it is known where it begins: llmtrain/data/survey.py
 
@@ -178,8 +178,8 @@ class Layout:
              f"{SOURCE_BYTES:,} bytes a file"),
             ("to join parts, one node", f"{self.ids_bytes / self.join_rate / 3600:.1f} hours",
              f"reading and writing {_bytes(self.join_rate)}/s"),
-            ("memory for `best_fit`, each process", _bytes(PACKING_BYTES * (self.tokens // self.document_tokens)),
-             f"{PACKING_BYTES} bytes a document: too much, take `windows`"),
+            ("cache for `best_fit`, each machine", _bytes(PACKING_BYTES * (self.tokens // self.document_tokens)),
+             f"{PACKING_BYTES} bytes a document, and as much for each window; made once, on local disk"),
         ]  # fmt: skip
 
     def table(self) -> str:

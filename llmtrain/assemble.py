@@ -15,7 +15,7 @@ from llmtrain.config import RunConfig
 from llmtrain.data.batches import Layout, Order, Windows, WindowSet
 from llmtrain.data.documents import with_mask
 from llmtrain.data.mixture import Stage, plan_stages, samples_per_epoch
-from llmtrain.data.packing import PackedWindows
+from llmtrain.data.packed import PackedWindows
 from llmtrain.data.sources import TrainingData, doubts, fetch_data, make_order, open_data, weights_from
 from llmtrain.engine import Engine, refuse_contradictions
 from llmtrain.engine.device import computes_bf16_natively, pick_device
@@ -121,7 +121,13 @@ def assemble(
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
     folders = patiently(engine, lambda: fetch_data(config.data), is_told)
-    data, config, train, val = together(engine, lambda: _open(folders, config, engine))
+    data, config, val = together(engine, lambda: _open(folders, config, engine))
+    seq_len = config.data.seq_len
+    train: WindowSet
+    if config.data.packing == "best_fit":
+        train = patiently(engine, lambda: data.packed_windows(seq_len), is_told)
+    else:
+        train = together(engine, lambda: data.train_windows(seq_len, config.data.stride or seq_len))
     sets = together(engine, lambda: data.set_windows(config.data.seq_len))
     packing = train.digest() if isinstance(train, PackedWindows) else ""
     fingerprint = data.fingerprint() + packing + data.fingerprint_of_sets()
@@ -144,25 +150,18 @@ def assemble(
     return Assembly(config, data, train, val, sets, layout, engine, warnings, packing)
 
 
-def _open(
-    folders: list[Path], config: RunConfig, engine: Engine
-) -> tuple[TrainingData, RunConfig, WindowSet, dict[str, Windows]]:
+def _open(folders: list[Path], config: RunConfig, engine: Engine) -> tuple[TrainingData, RunConfig, dict[str, Windows]]:
     data = open_data(config.data, folders)
     config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.compiles_well)
     config = config.model_copy(update={"data": with_mask(config.data)})
     refuse_contradictions(config.training)
     seq_len, val = config.data.seq_len, data.val_windows(config.data.seq_len)
-    train: WindowSet
-    if config.data.packing == "best_fit":
-        train = data.packed_windows(seq_len)
-    else:
-        train = data.train_windows(seq_len, config.data.stride or seq_len)
     if not val and not config.data.validation and config.training.early_stopping_patience:
         raise UserError(
             f"training.early_stopping_patience needs validation data, but the val split of {data.where} has no "
             f"window of {seq_len + 1} tokens; prepare with a larger --val-split"
         )
-    return data, config, train, val
+    return data, config, val
 
 
 def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compiles_well: bool = False) -> RunConfig:

@@ -375,9 +375,11 @@ class TrainingSection(Section):
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
+            sizes = range(min(self.micro_batch_size, self.global_batch_size), 0, -1)
+            fits = next(size for size in sizes if self.global_batch_size % size == 0)
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
-                f"{self.micro_batch_size}"
+                f"{self.micro_batch_size}; choose a micro_batch_size of {fits}"
             )
         if self.max_steps and self.max_tokens:
             raise ValueError("max_steps and max_tokens are both set; keep the one that shall end the run")

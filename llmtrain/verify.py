@@ -11,6 +11,7 @@ import numpy as np
 
 from llmtrain.arguments import VerbParser
 from llmtrain.data.outside import problem_of_content
+from llmtrain.data.packed import damaged, indices_of
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import (
     MANIFEST,
@@ -135,18 +136,22 @@ def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
 def _verify_data(folder: Path, show_progress: bool) -> Verdict:
     manifest = read_manifest(folder)
     files, outside, shards = manifest.files(), manifest.outside(), manifest.shards()
-    size = sum(file.bytes for file in files) + sum(tokens.bytes for tokens in outside)
+    indices = list(indices_of(manifest))
+    packed = [file for _, info in indices for file in info.files]
+    size = sum(file.bytes for file in files + packed) + sum(tokens.bytes for tokens in outside)
     twice = size + sum(shard.ids.bytes for shard in shards)  # ids are read for their hash, then for their values
     with progress_bar(folder.name, twice, show_progress and twice >= LARGE_BYTES) as report:
         problems = verify_files(folder, files, report)
         problems += [line for tokens in outside if (line := problem_of_content(tokens, report))]
+        for index, info in indices:
+            problems += [damaged(line, index) for line in verify_files(index, info.files, report)]
         if not problems:  # what follows would only tell of the same damage again
             for name, split in manifest.splits.items():
                 problems += [f"{folder / MANIFEST}: the {name} split {line}" for line in split.contradictions()]
             for shard in shards:
                 problems += _wrong_ids(folder, shard, manifest, report)
             problems += _wrong_tokenizer(folder, manifest)
-    return Verdict(str(folder), "data", len(files) + len(outside), size, problems)
+    return Verdict(str(folder), "data", len(files) + len(packed) + len(outside), size, problems)
 
 
 def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Report) -> list[str]:

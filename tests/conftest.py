@@ -106,6 +106,14 @@ def trained_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave nothing in the user's, and find nothing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Bitwise comparisons hold for any fixed number of threads; one makes the tests independent of the machine."""

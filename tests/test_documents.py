@@ -201,7 +201,9 @@ def test_windows_that_would_be_packed_otherwise_are_refused_and_another_mask_is_
     with monkeypatch.context() as patch:
         patch.setattr("llmtrain.data.sources.GROUP", 7)
         code, _, err = call(train, "--config", folder / "config.yaml", "training.max_steps=9")
-    assert code == 2 and is_one_clear_line(err) and "its windows were packed otherwise than these would be" in err
+    *said, error = err.splitlines(keepends=True)
+    assert len(said) == 1 and "packing 300 documents" in said[0]
+    assert code == 2 and is_one_clear_line(error) and "its windows were packed otherwise than these would be" in error
     assert call(train, "--config", folder / "config.yaml", "training.max_steps=9")[0] == 0
     plain = merged(config, run={"dir": str(folder.with_name("plain"))}, data={"packing": "windows"})
     folder = run(plain, "checkpoint.save_every=5")

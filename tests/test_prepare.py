@@ -401,7 +401,7 @@ def test_the_same_command_goes_on_behind_the_shards_that_are_finished(tmp_path, 
         [*SLOW, *shards, "--workers", "1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
-    told = rf"llmtrain: going on behind [0-9,]+ finished shards in {finished.parent}; first their hashes are compared\n"
+    told = rf"llmtrain: going on behind [0-9,]+ finished shards? in {finished.parent}; first the hashes are compared\n"
     assert re.fullmatch(told, again.stderr)
     assert (tmp_path / "out" / "train-00000.bin").stat().st_ino == inode
     whole = [*SLOW[:-1], "whole", *shards]
@@ -451,6 +451,26 @@ def test_a_killed_worker_is_one_clear_line_and_leaves_nothing(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2
     assert errors.startswith("llmtrain: error: a worker process was killed")
+    assert not list(tmp_path.glob("out*"))
+
+
+UNGUARDED = """
+from pathlib import Path
+from llmtrain.prepare import Options, prepare
+prepare(Options(inputs=("texts",), tokenizer="byte", out=Path("out"), workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_its_workers_import_is_told_what_is_wrong_with_it(texts, tmp_path):
+    """Each of them would begin the same, and wait for the process that waits for it."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, "script.py"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 1
+    assert 'put the call in your script under `if __name__ == "__main__":`' in result.stderr
     assert not list(tmp_path.glob("out*"))
 
 

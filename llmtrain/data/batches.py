@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from llmtrain.data.order import Int64s, sample_ids
-from llmtrain.data.packing import PackedWindows
+from llmtrain.data.packed import PackedWindows
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import LlmtrainError
 from llmtrain.health.signals import STOP_SIGNALS

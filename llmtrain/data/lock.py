@@ -61,7 +61,7 @@ class FileLock:
             os.close(descriptor)
             return holder or "a process unknown"
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        os.pwrite(descriptor, f"{holder_name(os.getpid())}\n".encode(), 0)
         self._descriptor = descriptor
         return None
 
@@ -88,6 +88,11 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def holder_name(pid: int) -> str:
+    """What `FileLock.acquire` calls a process of this host."""
+    return f"process {pid} on {platform.node()}"
 
 
 def is_locked(path: Path) -> bool | None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from llmtrain.config import DataSection, RunConfig
 from llmtrain.data.batches import Order, Windows, WindowSet, plain_order
-from llmtrain.data.documents import document_end, document_groups
+from llmtrain.data.documents import document_end
 from llmtrain.data.fetch import local_data
 from llmtrain.data.mixture import LONGEST_CYCLE, MixedOrder, MixedWindows, Stage, Weights, whole_numbers
-from llmtrain.data.packing import GROUP, PackedWindows
+from llmtrain.data.packed import PackedWindows, open_packed
+from llmtrain.data.packing import GROUP
 from llmtrain.data.shards import TOKENIZER_FOLDER, TokenDataset, TokenizerInfo
 from llmtrain.errors import UserError
 
@@ -132,7 +133,7 @@ class TrainingData:
             UserError: its documents cannot be told apart, or there is not one.
         """
         data = self.sources[0].data
-        windows = PackedWindows(data.split("train"), seq_len, document_end(data), document_groups(data, "train", GROUP))
+        windows = open_packed(data, "train", seq_len, document_end(data), GROUP)
         if not len(windows):
             raise UserError(f"data.packing: {data.path} has no document with a token of its own; prepare more text")
         return windows

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llmtrain.data.lock import FileLock
+from llmtrain.data.lock import FileLock, holder_name
 from llmtrain.errors import UserError
 
 Say = Callable[[str], None]  # tells the user one line
@@ -131,6 +131,11 @@ def make_once(
     while not is_made():
         holder = _take(lock)
         if holder is not None:
+            if holder == holder_name(os.getppid()):  # which waits for this process
+                raise UserError(
+                    f"{out}: the process that is {task} has started this one, which did not know and began the same; "
+                    'put the call in your script under `if __name__ == "__main__":`, for workers import the script'
+                )
             if holder != waiting_for:
                 say(f"waiting: {holder} is {task} ({lock.path})")
             waiting_for = holder

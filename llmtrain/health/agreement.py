@@ -55,7 +55,7 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
 
 
 def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], bool]) -> Result:
-    """The same for what may take longer than an exchange between ranks may, such as fetching from a store.
+    """The same for what may take longer than an exchange between ranks may: fetching from a store, packing documents.
 
     Each rank works in a thread of its own, and until all are done they tell each other so again and again.
 
@@ -82,7 +82,7 @@ def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], 
             raise failures[0]
         return results[0]
 
-    thread = threading.Thread(target=run, name="fetching", daemon=True)
+    thread = threading.Thread(target=run, name="patient", daemon=True)
     thread.start()
     wait_s = 0.01
     while True:
@@ -91,7 +91,7 @@ def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], 
         if all(done):
             return together(engine, take)
         if any(told):
-            stopped = Stopped("stopped by a signal while a store was read: nothing to save; the same command goes on")
+            stopped = Stopped("stopped by a signal before the first step: nothing to save; the same command goes on")
             stopped.is_at_once = True
             raise stopped
         wait_s = min(2 * wait_s, _ROUND_S)

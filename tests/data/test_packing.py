@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from llmtrain.data import reading
 from llmtrain.data.batches import Layout, batches, inputs_and_targets, plain_order
-from llmtrain.data.documents import document_end, document_groups
-from llmtrain.data.packing import PackedWindows, pack
+from llmtrain.data.documents import document_end
+from llmtrain.data.packed import PackedWindows, open_packed
+from llmtrain.data.packing import pack
 from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset
 from llmtrain.data.tokenizer import tokenizer_info
@@ -48,7 +49,7 @@ def dataset(folder: Path, lengths: list[int], shard_tokens: int, last: str = "cl
 
 
 def packed(data: TokenDataset, seq_len: int, group: int = 1 << 17) -> PackedWindows:
-    return PackedWindows(data.split("train"), seq_len, END, document_groups(data, "train", group))
+    return open_packed(data, "train", seq_len, END, group)
 
 
 @given(
