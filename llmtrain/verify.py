@@ -11,7 +11,7 @@ import numpy as np
 
 from llmtrain.arguments import VerbParser
 from llmtrain.data.outside import problem_of_content
-from llmtrain.data.packed import damaged, indices_of
+from llmtrain.data.packed import indices_of, read_index
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import (
     MANIFEST,
@@ -27,6 +27,11 @@ from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.storage.remote import Remote, path_or_url
 
 LARGE_BYTES = 64 << 20  # from here on a progress bar is worth showing
+_ADVICE = {
+    "data": "prepare it again",
+    "index": "delete that folder, which is made again",
+    "checkpoint": "use another checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Subject:
     """One folder with a manifest."""
 
     path: Path
-    kind: str  # "data" or "checkpoint"
+    kind: str  # "data", "index" (of packed data) or "checkpoint"
     remote: Remote | None = None  # where it lies on a store: of a checkpoint, the run's folder
 
 
@@ -60,7 +65,7 @@ def find_subjects(path: Path | str) -> list[Subject]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     if (path / MANIFEST).is_file() and not _is_of_checkpoint(path / MANIFEST):
-        return [Subject(path, "data")]
+        return [Subject(path, "data"), *_indices(path)]
     from llmtrain.checkpoint.folders import MARKER, committed_steps, folder_of_runs, is_committed, step_folder
 
     if is_committed(path):
@@ -77,13 +82,20 @@ def find_subjects(path: Path | str) -> list[Subject]:
 
 def verify(subject: Subject, show_progress: bool = False) -> Verdict:
     """Check every file of a folder; problems are collected, not raised."""
-    check = _verify_data if subject.kind == "data" else _verify_checkpoint
+    check = {"data": _verify_data, "index": _verify_index, "checkpoint": _verify_checkpoint}[subject.kind]
     try:
         if subject.remote is not None:
             return _verify_remote(subject, subject.remote)
         return check(subject.path, show_progress)
     except CorruptError as error:  # the manifest itself
         return Verdict(str(subject.path), subject.kind, 0, 0, [str(error)])
+
+
+def _indices(folder: Path) -> list[Subject]:
+    try:
+        return [Subject(index, "index") for index in indices_of(read_manifest(folder))]
+    except LlmtrainError:  # which `_verify_data` tells
+        return []
 
 
 def _remote_subjects(url: str) -> list[Subject]:
@@ -136,22 +148,26 @@ def _verify_checkpoint(folder: Path, show_progress: bool) -> Verdict:
 def _verify_data(folder: Path, show_progress: bool) -> Verdict:
     manifest = read_manifest(folder)
     files, outside, shards = manifest.files(), manifest.outside(), manifest.shards()
-    indices = list(indices_of(manifest))
-    packed = [file for _, info in indices for file in info.files]
-    size = sum(file.bytes for file in files + packed) + sum(tokens.bytes for tokens in outside)
+    size = sum(file.bytes for file in files) + sum(tokens.bytes for tokens in outside)
     twice = size + sum(shard.ids.bytes for shard in shards)  # ids are read for their hash, then for their values
     with progress_bar(folder.name, twice, show_progress and twice >= LARGE_BYTES) as report:
         problems = verify_files(folder, files, report)
         problems += [line for tokens in outside if (line := problem_of_content(tokens, report))]
-        for index, info in indices:
-            problems += [damaged(line, index) for line in verify_files(index, info.files, report)]
         if not problems:  # what follows would only tell of the same damage again
             for name, split in manifest.splits.items():
                 problems += [f"{folder / MANIFEST}: the {name} split {line}" for line in split.contradictions()]
             for shard in shards:
                 problems += _wrong_ids(folder, shard, manifest, report)
             problems += _wrong_tokenizer(folder, manifest)
-    return Verdict(str(folder), "data", len(files) + len(packed) + len(outside), size, problems)
+    return Verdict(str(folder), "data", len(files) + len(outside), size, problems)
+
+
+def _verify_index(folder: Path, show_progress: bool) -> Verdict:
+    files = read_index(folder).files
+    size = sum(file.bytes for file in files)
+    with progress_bar(folder.name, size, show_progress and size >= LARGE_BYTES) as report:
+        problems = verify_files(folder, files, report)
+    return Verdict(str(folder), "index", len(files), size, problems)
 
 
 def _wrong_ids(folder: Path, shard: ShardInfo, manifest: Manifest, report: Report) -> list[str]:
@@ -228,8 +244,8 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({"ok": problems == 0, "checked": [asdict(verdict) for verdict in verdicts]}))
     if problems:
-        advice = "prepare it again" if verdicts[0].kind == "data" else "use another checkpoint"
-        raise CorruptError(f"{args.path}: {problems} problem{'s' if problems > 1 else ''} found; {advice}")
+        kind = next(verdict.kind for verdict in verdicts if verdict.problems)
+        raise CorruptError(f"{args.path}: {problems} problem{'s' if problems > 1 else ''} found; {_ADVICE[kind]}")
 
 
 if __name__ == "__main__":

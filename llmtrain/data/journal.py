@@ -88,8 +88,8 @@ class Journal:
             shards = tuple(shard for line in lines for shard in line.splits.get(name, NOTHING).shards)
             splits[name] = last.model_copy(update={"shards": shards})
         count = sum(len(state.shards) for state in splits.values())
-        shards = f"{count:,} finished shard{'s' if count > 1 else ''}"
-        self._say(f"going on behind {shards} in {self._folder}; first the hashes are compared")
+        finished = f"{count:,} finished shard{'s' if count > 1 else ''}"
+        self._say(f"going on behind {finished} in {self._folder}; first the hashes are compared")
         self._check(splits)
         return lines[-1].model_copy(update={"splits": splits})
 

@@ -3,8 +3,8 @@
 An index is a pure function of where documents end, of `seq_len` and of the id that ends them. It is made once for a
 machine and kept in its cache, and then read as ids are (`data/reading.py`): mapped, or with one call for each window.
 
-    windows.bin   of each window: int64 its first piece, int32 its targets, int32 its pieces
-    pieces.bin    of each piece: int64 where it begins in the stream, int32 where in its row, int32 its ids
+    windows.bin   of each window: int64 its first piece, uint32 its targets, uint32 its pieces
+    pieces.bin    of each piece: int64 where it begins in the stream, uint32 where in its row, uint32 its ids
     index.json    how many there are, what they are made of, and both files with their sizes and hashes
 """
 
@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +33,11 @@ from llmtrain.data.packing import Bools, cut, pack
 from llmtrain.data.reading import IdFile, RowReader
 from llmtrain.data.shards import FileInfo, Manifest, SplitInfo, TokenDataset, TokenStream
 from llmtrain.data.staging import make_once
-from llmtrain.errors import CorruptError
+from llmtrain.errors import CorruptError, UserError
 from llmtrain.storage.cache import cache_folder, cache_folders, say
 
 INDEX = "index.json"
+_VERSION = 1  # of what is written, and of what is packed together
 _CACHE = "packed"
 _WORDS = 2  # of 8 bytes, in each record of either file
 
@@ -42,6 +47,7 @@ class IndexInfo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     content: str = Field(pattern=SHA256)  # of the split that is packed, see `_content`
+    digest: str = Field(pattern=SHA256)  # of the pieces, see `PackedWindows.digest`
     windows: int = Field(ge=0)
     pieces: int = Field(ge=0)
     targets: int = Field(ge=0)
@@ -64,7 +70,7 @@ class PackedWindows:
 
     def __init__(self, stream: TokenStream, seq_len: int, document_end: int, folder: Path):
         self.stream, self.seq_len, self.padding, self._folder = stream, seq_len, document_end, folder
-        self._info = _read_info(folder)
+        self._info = read_index(folder)
         files = []
         for file, samples, count in zip(
             self._info.files, self._info.samples_sha256, (self._info.windows, self._info.pieces), strict=True
@@ -94,11 +100,11 @@ class PackedWindows:
 
     def digest(self) -> str:
         """Equal exactly when the windows are made of the same pieces; SHA-256, in hex."""
-        return hashlib.sha256(" ".join(file.sha256 for file in self._info.files).encode()).hexdigest()
+        return self._info.digest
 
     def count_targets(self, ids: Int64s) -> Int64s:
         """Targets in each of the windows `ids`, shape (n,); the rest is padding."""
-        return self._records(ids)[1]
+        return self._of(ids)[1]
 
     def gather(self, ids: Int64s) -> torch.Tensor:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens in the stored dtype.
@@ -109,9 +115,13 @@ class PackedWindows:
             CorruptError: a file is gone or was changed; or an id is outside the vocabulary, and where.
         """
         width = self.seq_len + 1
-        first, _, counts = self._records(ids)
-        pieces = np.arange(counts.sum()) + np.repeat(first - _sums_before(counts), counts)
-        starts, places, lengths = _columns(self._pieces.rows(_WORDS * pieces, _WORDS))
+        first, _, counts = self._of(ids)
+        after = _WORDS * np.cumsum(counts)
+        pieces = np.empty(after.max(initial=0), np.int64)
+        parts = [pieces[begin:end] for begin, end in pairwise([0, *after.tolist()])]
+        with self._naming_the_index():
+            self._pieces.fill(parts, (_WORDS * first).tolist())
+        starts, places, lengths = _columns(pieces.reshape(-1, _WORDS))
         if not (_lie_within(starts, lengths, len(self.stream)) and _lie_within(places, lengths, width)):
             raise self._changed(1)
         rows = np.full((len(ids), width), self.padding, self.stream.dtype)
@@ -124,13 +134,24 @@ class PackedWindows:
                 self.stream.gather(start[None], length)  # which names it
         return torch.from_numpy(rows)
 
-    def _records(self, ids: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    def _of(self, ids: Int64s) -> tuple[Int64s, Int64s, Int64s]:
         """Of each window its first piece, its targets and how many pieces it has."""
-        first, targets, counts = _columns(self._windows.rows(_WORDS * ids, _WORDS))
+        with self._naming_the_index():
+            records = self._windows.rows(_WORDS * ids, _WORDS)
+        first, targets, counts = _columns(records)
         most = max(int(np.maximum.reduce(column, initial=0)) for column in (targets, counts))
         if most > self.seq_len or not _lie_within(first, counts, self.pieces):
             raise self._changed(0)
         return first, targets, counts
+
+    @contextmanager
+    def _naming_the_index(self) -> Iterator[None]:
+        """What helps against a damaged file of ids does not help here."""
+        try:
+            yield
+        except CorruptError as error:
+            problem, _, advice = str(error).rpartition("; ")
+            raise CorruptError(damaged(problem or advice, self._folder)) from error
 
     def _changed(self, number: int) -> CorruptError:
         path = self._folder / self._info.files[number].path
@@ -146,29 +167,33 @@ def open_packed(data: TokenDataset, split: str, seq_len: int, document_end: int,
         UserError: it cannot be written.
         CorruptError: document ends are damaged (see `document_groups`), or the index is.
     """
-    stream, content = data.split(split), _content(data.manifest.splits[split])
-    folder = cache_folder(_CACHE, json.dumps([content, seq_len, document_end, group]))
+    stream, info = data.split(split), data.manifest.splits[split]
+    content = _content(info)
+    folder = cache_folder(_CACHE, json.dumps([_VERSION, content, seq_len, document_end, group]))
 
     def make(staged: Path) -> None:
-        documents = data.manifest.splits[split].documents
-        say(f"packing {documents:,} documents of {data.path} into windows of {seq_len}, once, to {folder}")
+        say(f"packing {info.documents:,} documents of {data.path} into windows of {seq_len}, once, to {folder}")
+        # A document longer than a window makes a piece and a window more for each that it fills.
+        wanted = 8 * _WORDS * (2 * info.documents + 2 * (info.tokens // seq_len))
+        if (free := shutil.disk_usage(staged).free) < wanted:
+            raise UserError(f"{staged}: has {free / 1e6:,.1f} MB free, and an index may take {wanted / 1e6:,.1f}")
         groups = ((ends, _are_closed(stream, ends, document_end)) for ends in document_groups(data, split, group))
         _write(staged, content, seq_len, groups)
 
-    make_once(folder, make, is_made=(folder / INDEX).is_file, say=say, task=f"packing {data.path}")
+    try:
+        make_once(folder, make, is_made=(folder / INDEX).is_file, say=say, task=f"packing {data.path}")
+    except UserError as error:
+        raise UserError(f"{error}; data.packing: best_fit needs it: set LLMTRAIN_CACHE to another folder") from error
     return PackedWindows(stream, seq_len, document_end, folder)
 
 
-def indices_of(manifest: Manifest) -> Iterator[tuple[Path, IndexInfo]]:
-    """The indices of prepared data in this machine's cache, and what is in them.
-
-    Raises:
-        CorruptError: an `index.json` there cannot be read.
-    """
+def indices_of(manifest: Manifest) -> Iterator[Path]:
+    """The indices of prepared data in this machine's cache; whose those are that cannot be read, nobody can say."""
     contents = {_content(split) for split in manifest.splits.values()}
     for folder in cache_folders(_CACHE):
-        if (folder / INDEX).is_file() and (info := _read_info(folder)).content in contents:
-            yield folder, info
+        with suppress(CorruptError):
+            if read_index(folder).content in contents:
+                yield folder
 
 
 def _content(split: SplitInfo) -> str:
@@ -177,7 +202,12 @@ def _content(split: SplitInfo) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_info(folder: Path) -> IndexInfo:
+def read_index(folder: Path) -> IndexInfo:
+    """What an index says of itself.
+
+    Raises:
+        CorruptError: it cannot be read.
+    """
     try:
         return IndexInfo.model_validate_json((folder / INDEX).read_bytes())
     except OSError as error:
@@ -194,6 +224,7 @@ def damaged(problem: str, folder: Path) -> str:
 def _write(folder: Path, content: str, seq_len: int, groups: Iterable[tuple[Int64s, Bools]]) -> None:
     """Pack groups of documents, of which is given where they end, and whether the id that ends them is there."""
     windows, pieces = HashedFile(folder / "windows.bin"), HashedFile(folder / "pieces.bin")
+    columns = [TemporaryFile(dir=folder) for _ in range(3)]  # noqa: SIM115 -- gone with the process; for the digest
     begin, targets = 0, 0
     for ends, closed in groups:
         cuts = cut(np.concatenate(([begin], ends)), closed, seq_len)
@@ -201,19 +232,24 @@ def _write(folder: Path, content: str, seq_len: int, groups: Iterable[tuple[Int6
         counts = np.bincount(window_of)
         fills = np.bincount(window_of, cuts.lengths).astype(np.int64)
         first = _sums_before(counts) + pieces.bytes // (8 * _WORDS)
-        windows.write(_packed(first, fills, counts))
+        windows.write(_records(first, fills, counts))
         # A rest first, then as they were placed or, of equal windows, in the stream.
         cuts = cuts.take(np.lexsort((cuts.open, window_of)))
         # What opens and what closes a document stands in the row already, also where the stream has none; of a piece
         # that does not open one, the token before its first target is read too.
         places = _sums_before(cuts.lengths) - np.repeat(_sums_before(fills), counts) + cuts.open
-        pieces.write(_packed(cuts.begins - ~cuts.open, places, cuts.lengths - cuts.close + ~cuts.open))
+        pieces.write(_records(cuts.begins - ~cuts.open, places, cuts.lengths - cuts.close + ~cuts.open))
+        for file, column in zip(columns, (cuts.begins, cuts.lengths, first), strict=True):
+            file.write(np.ascontiguousarray(column).view(np.uint8).data)
         begin, targets = int(ends[-1]), targets + int(fills.sum())
+    count = pieces.bytes // (8 * _WORDS)
+    columns[-1].write(count.to_bytes(8, "little"))
     files = windows.sync(), pieces.sync()
     info = IndexInfo(
         content=content,
+        digest=_digest(columns),
         windows=files[0].bytes // (8 * _WORDS),
-        pieces=files[1].bytes // (8 * _WORDS),
+        pieces=count,
         targets=targets,
         files=files,
         samples_sha256=(_samples(folder, files[0]), _samples(folder, files[1])),
@@ -221,7 +257,17 @@ def _write(folder: Path, content: str, seq_len: int, groups: Iterable[tuple[Int6
     (folder / INDEX).write_text(info.model_dump_json())
 
 
-def _packed(words: Int64s, *halves: npt.NDArray[np.integer[Any]]) -> memoryview:
+def _digest(columns: Iterable[IO[bytes]]) -> str:
+    digest = hashlib.sha256()
+    for file in columns:
+        file.seek(0)
+        while data := file.read(1 << 20):
+            digest.update(data)
+        file.close()
+    return digest.hexdigest()
+
+
+def _records(words: Int64s, *halves: npt.NDArray[np.integer[Any]]) -> memoryview:
     """The bytes of records."""
     records = np.empty((len(words), _WORDS), "<i8")
     records[:, 0] = words

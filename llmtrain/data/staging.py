@@ -131,7 +131,8 @@ def make_once(
     while not is_made():
         holder = _take(lock)
         if holder is not None:
-            if holder == holder_name(os.getppid()):  # which waits for this process
+            # Which waits for this process. 1 is the first of any container, and several may call their host the same.
+            if (parent := os.getppid()) != 1 and holder == holder_name(parent):
                 raise UserError(
                     f"{out}: the process that is {task} has started this one, which did not know and began the same; "
                     'put the call in your script under `if __name__ == "__main__":`, for workers import the script'

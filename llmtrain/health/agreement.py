@@ -77,19 +77,19 @@ def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], 
         except Exception as error:  # of whatever kind: raised below
             failures.append(error)
 
-    def take() -> Result:
+    def take() -> Result | None:  # of a rank that has none yet, because another failed
         if failures:
             raise failures[0]
-        return results[0]
+        return results[0] if results else None
 
     thread = threading.Thread(target=run, name="patient", daemon=True)
     thread.start()
     wait_s = 0.01
     while True:
         thread.join(wait_s)
-        done, told = zip(*engine.gather((not thread.is_alive(), is_told())), strict=True)
-        if all(done):
-            return together(engine, take)
+        done, failed, told = zip(*engine.gather((not thread.is_alive(), bool(failures), is_told())), strict=True)
+        if all(done) or any(failed):  # the others might fail at the same in turn, each after hours
+            return together(engine, take)  # type: ignore[return-value]
         if any(told):
             stopped = Stopped("stopped by a signal before the first step: nothing to save; the same command goes on")
             stopped.is_at_once = True

@@ -153,7 +153,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._peers.dump_stacks = self.dump_stacks
+        self._peers.dump_stacks = self._dump_once
         self._peers.forgive()
         self._thread.start()
         return self
@@ -186,9 +186,8 @@ class Watchdog:
         self._silences = 0 if judgement.is_certain else self._silences + 1
         if judgement.ends or self._silences >= _CONFIRMATIONS:
             self._end(judgement, found, here, idle_s)
-        elif judgement.is_stuck_with_all and idle_s >= self._limits.late_s(here.phase) and self._dumped_at != here:
-            self._dumped_at = here
-            self.dump_stacks()
+        elif judgement.is_stuck_with_all and idle_s >= self._limits.late_s(here.phase):
+            self._dump_once()
         self._ask_at_s = self._next_question_s(here.phase, idle_s)
 
     def _next_question_s(self, phase: Phase, idle_s: float) -> float:
@@ -197,6 +196,13 @@ class Watchdog:
             return idle_s + min(10.0, self._limits.ask_s(phase) / 4)
         milestones = (self._limits.own_s(phase), self._limits.late_s(phase), self._limits.alone_s(phase))
         return min([1.2 * idle_s, *(at_s for at_s in milestones if at_s > idle_s)])
+
+    def _dump_once(self) -> None:
+        """Also where several peers ask for it."""
+        here = self._peers.here
+        if self._dumped_at != here:
+            self._dumped_at = here
+            self.dump_stacks()
 
     def dump_stacks(self) -> None:
         """Write down what all threads of this process are doing; on stderr where the run folder cannot be written."""

@@ -25,6 +25,10 @@ from tests.conftest import Call, is_one_clear_line
 from tests.data.test_packing import END, dataset
 
 SEQ_LEN = 24
+BEFORE = {  # of `data`, by documents that are packed together
+    GROUP: "a6a287f44b6b78f4f0408b71ef3bbdcf9d6bb7e35308f721718992cae679a057",
+    7: "b6738408cd393ad16f8b3e77209cce01eeec684b36b381a15249e42a5d75737e",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,12 @@ def test_the_same_documents_are_packed_once_and_others_anew(
     assert len(list(cache.glob(f"*/{INDEX}"))) == 3
 
 
+def test_a_run_that_was_saved_before_there_was_an_index_finds_the_same_digest(data: TokenDataset) -> None:
+    """As it was computed then, from arrays in memory."""
+    found = {group: open_packed(data, "train", SEQ_LEN, END, group).digest() for group in (GROUP, 7)}
+    assert found == BEFORE
+
+
 def test_what_is_mapped_and_what_is_read_is_the_same(data: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = opened(data)
     monkeypatch.setattr(reading, "MAPPED_BYTES", 0)
@@ -96,7 +106,11 @@ def test_damage_is_told_with_what_to_delete_and_then_it_is_made_again(
     with pytest.raises(CorruptError, match=rf"{name}: .*; delete {index_of(cache)}, which is made again"):
         opened(data)
     code, out, err = call(verify, data.path)
-    assert code == 4 and f"{name}: " in out + err and f"delete {index_of(cache)}" in out + err
+    if name == INDEX:  # whose is it?
+        assert (code, err) == (0, "")
+    else:
+        assert code == 4 and f"FAIL  {index_of(cache) / name}: " in out and "delete that folder, which is made" in err
+        assert f"ok    {data.path}: " in out
     shutil.rmtree(index_of(cache))
     assert torch.equal(everything(opened(data)), whole)
     assert call(verify, data.path)[0] == 0
@@ -133,7 +147,9 @@ def test_what_is_damaged_while_it_is_read_is_an_error_or_a_window_and_nothing_el
             with file.open("r+b") as opened_file:
                 opened_file.write(whole)
         os.truncate(file, len(whole) // 2)
-        with pytest.raises(CorruptError, match=f"{name}: (was cut off|ended too early)"):
+        with pytest.raises(
+            CorruptError, match=f"{name}: (was cut off|ended too early).*; delete .*, which is made again"
+        ):
             everything(windows)  # and no SIGBUS
         file.write_bytes(whole)
     assert found > 50
@@ -142,7 +158,15 @@ def test_what_is_damaged_while_it_is_read_is_an_error_or_a_window_and_nothing_el
 def test_an_index_that_cannot_be_written_is_one_clear_line(data: TokenDataset, tmp_path: Path, call: Call) -> None:
     (tmp_path / "cache").write_text("in the way")
     code, _, err = call(lambda _: opened(data))
-    assert code == 2 and is_one_clear_line(err) and "cache/packed" in err
+    assert code == 2 and is_one_clear_line(err) and "cache/packed" in err and "set LLMTRAIN_CACHE to another" in err
+
+
+def test_an_index_that_has_no_room_is_refused_before_it_is_made(
+    data: TokenDataset, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 9_000, 9_000))
+    code, _, err = call(lambda _: opened(data))
+    assert code == 2 and "has 0.0 MB free, and an index may take 0.0; data.packing: best_fit needs it" in err
 
 
 MEASURE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmtrain.errors import LlmtrainError, UserError
-from llmtrain.health.agreement import together
+from llmtrain.health.agreement import patiently, together
 from tests.checkpoint.conftest import Rank, Ranks
 
 Work = Callable[[], None]
@@ -53,3 +54,22 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_the_others_do_not_wait_for_it
     assert isinstance(first, KeyError)
     assert type(second) is LlmtrainError and not second.is_everywhere
     assert "KeyError('forgotten') (rank 0 on" in str(second)
+
+
+def test_what_takes_long_is_not_waited_for_once_it_has_failed_elsewhere() -> None:
+    """Of ranks that wait for each other each would try in turn, and fail after as many hours."""
+    ranks, never = Ranks(2), threading.Event()
+
+    def full() -> None:
+        raise UserError("cache: no space left")
+
+    def run(rank: int) -> Exception:
+        engine: Any = Rank(rank, ranks)
+        with pytest.raises(UserError) as raised:
+            patiently(engine, (full, never.wait)[rank], lambda: False)
+        return raised.value
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    never.set()
+    assert str(first) == str(second) and str(first).startswith("cache: no space left (rank 0 on ")

@@ -48,7 +48,7 @@ def test_a_healthy_run_is_told_nothing(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rate_that_is_far_too_high_diverges(data: Path, tmp_path: Path) -> None:
-    said = said_of(trained(data, tmp_path, optimizer={"lr": 1.0}, schedule={"name": "constant"}))
+    said = said_of(trained(data, tmp_path, optimizer={"lr": 3.0}, schedule={"name": "constant"}))
     assert said["diverging"]["level"] == "problem" and "lower optimizer.lr" in said["diverging"]["advice"]
 
 
@@ -72,13 +72,13 @@ def test_little_text_many_times_overfits(data: Path, tmp_path: Path) -> None:
         "optimizer": {"lr": 0.05}, "data": {"seq_len": 16},
         "training": {"micro_batch_size": 1, "global_batch_size": 1, "max_steps": 240, "eval_every": None},
     }),
-    ("plateau", {"optimizer": {"lr": 0.03}, "training": {"max_steps": 300}}),
+    ("plateau", {"optimizer": {"lr": 0.03}, "training": {"max_steps": 450}}),
     ("underfitting", {"optimizer": {"lr": 3e-4}, "training": {"max_steps": 80}}),
 ])  # fmt: skip
 def test_batches_of_one_swing_a_constant_rate_stays_and_few_steps_are_too_few(
     data: Path, tmp_path: Path, name: str, sections: dict[str, dict[str, Any]]
 ) -> None:
-    """With five other seeds of the swinging run and three of the others the same is said."""
+    """With five other seeds of the swinging run and three of the others the same is said, with AVX2 and with AVX512."""
     small = {"dim": 16, "layers": 1, "heads": 1}
     run_dir = trained(data, tmp_path, model=small, schedule={"name": "constant"}, logging={"every": 1}, **sections)
     assert set(said_of(run_dir)) == {name}
