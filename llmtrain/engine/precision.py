@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -24,6 +26,8 @@ def set_precision(model: Transformer, training: TrainingSection, device: torch.d
         # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
         for block in model.blocks:
             block.compile()
+        # It warns of operators in place in what is recomputed selectively; a block has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     if training.precision == "bf16":
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
 

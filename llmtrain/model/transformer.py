@@ -140,11 +140,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
 
-    def __init__(self, config: ModelSection, layer: int):
+    What `recomputed` asks for (see `Transformer`) is in here, so that a compiled block knows of it: around one,
+    selective checkpointing would see the compiler's own operators, and keep none of the products.
+    """
+
+    def __init__(self, config: ModelSection, layer: int, recomputed: str = "none"):
         super().__init__()
-        self.layer = layer
+        self.layer, self.recomputed = layer, recomputed
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.ff_norm = make_norm(config)
@@ -155,6 +159,15 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None, mask: Mask | None = None
     ) -> Tensor:
         """Return the residual stream after this block."""
+        if not self.training or self.recomputed == "none":
+            return self._forward(x_BSD, rotation, cache, mask)
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.dropout.p > 0}
+        if self.recomputed == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        y_BSD: Tensor = checkpoint(self._forward, x_BSD, rotation, cache, mask, **how)
+        return y_BSD
+
+    def _forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None, mask: Mask | None) -> Tensor:
         x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), rotation, cache, self.layer, mask))
         x_BSD = x_BSD + self.dropout(self.ff(self.ff_norm(x_BSD)))
         return x_BSD
@@ -201,12 +214,11 @@ class Transformer(nn.Module):
         assert config.vocab_size is not None
         self.config = config
         self.seq_len = seq_len
-        self.activation_checkpointing = activation_checkpointing
         self.document_end = document_end
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(seq_len, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, activation_checkpointing) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -261,10 +273,7 @@ class Transformer(nn.Module):
         if self.rotation is not None:  # (2, S, E), or (2, B, 1, S, E)
             rotation = self.rotation[:, documents.positions].unsqueeze(2) if documents else self.rotation[:, begin:end]
         for block in self.blocks:
-            if self.training and self.activation_checkpointing != "none":
-                x_BSD = self._recomputed(block, x_BSD, rotation, mask)
-            else:
-                x_BSD = block(x_BSD, rotation, cache, mask)
+            x_BSD = block(x_BSD, rotation, cache, mask)
         if cache is not None:
             cache.length = end
         normed_BSD: Tensor = self.norm(x_BSD)
@@ -278,14 +287,6 @@ class Transformer(nn.Module):
         use_flex = cache is None and flex_suits(device, self.config.head_width, self.config.dropout)
         seen_BT = ids_BS if cache is None else cache.see(ids_BS)
         return within_documents(seen_BT, ids_BS.shape[1], self.document_end, dtype, use_flex=use_flex)
-
-    def _recomputed(self, block: nn.Module, x_BSD: Tensor, rotation: Tensor | None, mask: Mask | None) -> Tensor:
-        if self.activation_checkpointing == "full":
-            y_BSD: Tensor = checkpoint(block, x_BSD, rotation, None, mask, use_reentrant=False)
-        else:
-            contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-            y_BSD = checkpoint(block, x_BSD, rotation, None, mask, use_reentrant=False, context_fn=contexts)
-        return y_BSD
 
     @torch.no_grad()
     def init_weights(self, opened: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = nullcontext) -> None:

@@ -184,6 +184,40 @@ def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def kept_bytes(checkpointing: str, compiled: bool) -> int:
+    """What a step keeps for its backward pass, in bytes, beside the parameters."""
+    kept = dict[int, int]()
+    model = shake(build(checkpointing=checkpointing))
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(101, (2, SEQ_LEN))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, ids)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.slow
+def test_a_compiled_block_keeps_what_selective_checkpointing_asks_for() -> None:
+    """The products that the backward pass reads, and what comes out of attention: no less, nor much more."""
+    full, selective, none = (kept_bytes(kind, compiled=True) for kind in ("full", "selective", "none"))
+    config = build().config
+    assert config.ff_dim and config.kv_heads
+    of_a_token = 2 * config.dim + 2 * config.key_width + 2 * config.ff_dim  # q, attention; k, v; gate, up
+    products = 4 * config.layers * 2 * SEQ_LEN * of_a_token
+    assert products <= selective - full < 1.3 * products
+    assert selective < none
+
+
 def test_targets_that_are_ignored_count_for_nothing() -> None:
     model = shake(build())
     ids = torch.randint(101, (2, SEQ_LEN))
