@@ -40,6 +40,7 @@ from llmtrain.observe.validation import Validation
 from llmtrain.run import Run
 from llmtrain.train import main
 from tests.conftest import Command, prose, records, write_data
+from tests.documents import write_documents
 
 Config = dict[str, Any]
 
@@ -239,11 +240,25 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("sections", [
+    {"optimizer": {"name": "adamw"}}, {"optimizer": {"name": "muon"}},
+    {"training": {"activation_checkpointing": "selective"}}, {"training": {"activation_checkpointing": "full"}},
+    {"data": {"document_mask": True}}, {"data": {"packing": "best_fit"}}, {"model": {"dropout": 0.1}},
+    {"data": {"sources": [{"weight": 2}, {"weight": 1}]}},
+], ids=str)  # fmt: skip
 def test_the_host_reads_nothing_between_logging_steps(
-    config_dict: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sections: Config
 ) -> None:
     """As on a GPU: where there is no device beside the host, nothing waits."""
+    splits = {"train": [prose(60, seed) for seed in range(200)], "val": [prose(60, seed) for seed in range(300, 310)]}
+    data = write_documents(tmp_path / "data", splits)
+    shutil.copytree(data, tmp_path / "more")
+    sections = copy.deepcopy(sections)
+    config = merged(config_dict, data={"path": str(data)})
+    if sources := sections.get("data", {}).get("sources"):
+        del config["data"]["path"]
+        for source, folder in zip(sources, ("data", "more"), strict=True):
+            source["path"] = str(tmp_path / folder)
     monkeypatch.setattr(Processes, "host_sees_all", False)
     reads: list[int] = []
     with HostReads() as reading:
@@ -253,7 +268,7 @@ def test_the_host_reads_nothing_between_logging_steps(
 
         monkeypatch.setattr(Run, "stop_if_told", step_begins)
         every = {"logging": {"every": 10}, "training": {"eval_every": None}, "checkpoint": {"save_every": None}}
-        run(merged(config_dict, optimizer={"name": optimizer}, **every))
+        run(merged(merged(config, **every), **sections))
     between = [after - before for before, after in itertools.pairwise(reads)]
     logging = [count for index, count in enumerate(between, start=1) if index % 10 == 0]
     assert all(count > 0 for count in logging)  # the counter counts
