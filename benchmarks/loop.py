@@ -1,16 +1,19 @@
 """The training loop against a bare PyTorch loop over the same model, batches and optimizer, step by step in turns.
 
-    python -m benchmarks.loop [--steps 2] [--rounds 16] [--preset 10m]
+    python -m benchmarks.loop [--size 10m | tiny] [--steps 2] [--rounds 16]
 
-Both run in this process, in float32 and eager, at 10M parameters, length 256, batch 8 and vocabulary 8192 (random ids:
-speed does not depend on what is learned). The loop is the real one, with its records every 10 steps. The bare loop runs
-twice: how far it is from itself is the noise of the machine.
+Both run in this process, in float32 and eager, over random ids (speed does not depend on what is learned), at the sizes
+of `benchmarks.peers`. The loop is the real one, with its records every 10 steps. The bare loop runs twice: how far it
+is from itself is the noise of the machine. `fixed ms/step` is what a step costs beyond the bare one, round by round,
+by the clock and in processor time, with the interval that holds the median 95 times in 100 (order statistics).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import alternate, print_table, spread, write_result
+from benchmarks.contenders import SIZES
 from benchmarks.synthetic import write_random_data
 from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint.lock import RunLock
@@ -33,25 +37,26 @@ from llmtrain.optim.optimizers import make_optimizer
 from llmtrain.run import Run
 from llmtrain.train import train
 
+Seconds = tuple[float, float]  # by the clock, and of the processor
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each turn")
     parser.add_argument("--rounds", type=int, default=16, help="turns that count, after one that does not")
-    parser.add_argument("--preset", default="10m")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", default="10m", choices=SIZES)
     args = parser.parse_args()
+    size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
-        data = write_random_data(Path(folder) / "data", tokens=2_000_000, vocab_size=8192)
+        data = write_random_data(Path(folder) / "data", tokens=2_000_000, vocab_size=size.vocab_size)
         config = make_config(
             {
                 "run": {"dir": f"{folder}/run"},
-                "data": {"path": str(data), "seq_len": args.seq_len},
-                "model": {"preset": args.preset},
+                "data": {"path": str(data), "seq_len": size.seq_len},
+                "model": {"dim": size.dim, "layers": size.layers, "heads": size.heads},
                 "training": {
-                    "micro_batch_size": args.batch,
-                    "global_batch_size": args.batch,
+                    "micro_batch_size": size.batch,
+                    "global_batch_size": size.batch,
                     "max_steps": 10**6,
                     "precision": "fp32",
                     "compile": False,
@@ -69,37 +74,56 @@ def main() -> None:
         }
         measures = alternate(contenders, args.rounds)
     rows = [
-        {"loop": name, **{f"ms/step {k}": 1000 * v / args.steps for k, v in spread(seconds).items()}}
-        for name, seconds in measures.items()
+        {"loop": name, **{f"ms/step {k}": 1000 * v / args.steps for k, v in spread([one[0] for one in turns]).items()}}
+        for name, turns in measures.items()
     ]
-    ratios = {
-        f"{name} / bare PyTorch": spread([a / b for a, b in zip(measures[name], measures["bare PyTorch"], strict=True)])
+    beyond = {
+        f"{name}, {clock}, fixed ms/step": _interval(
+            [
+                1000 * (own[index] - bare[index]) / args.steps
+                for own, bare in zip(measures[name], measures["bare PyTorch"], strict=True)
+            ]
+        )
         for name in ("llmtrain", "bare again")
+        for index, clock in enumerate(("wall", "processor"))
     }
     print_table(rows)
-    for name, ratio in ratios.items():
-        print(f"{name}, round by round: {ratio}")
-    write_result(f"loop-{args.preset}", [*rows, {**ratios, "arguments": vars(args)}], ["llmtrain", "torch"])
+    for name, found in beyond.items():
+        print(f"{name}: {found['median']:.3f} ({found['from']:.3f} to {found['to']:.3f})")
+    write_result(f"loop-{args.size}", [*rows, {**beyond, "arguments": vars(args)}], ["llmtrain", "torch"])
 
 
-def the_loop(parts: Assembly, steps: int) -> Callable[[], float]:
-    """A function that takes `steps` steps of the real loop and returns the seconds."""
+def _interval(values: list[float]) -> dict[str, float]:
+    """The median, and the order statistics that enclose that of the distribution with a probability of 0.95."""
+    ordered, count = sorted(values), len(values)
+    tail, below = 0.0, 0
+    while below < count // 2 and (tail := tail + math.comb(count, below) / 2**count) <= 0.025:
+        below += 1
+    return {
+        "median": statistics.median(ordered),
+        "from": ordered[max(0, below - 1)],
+        "to": ordered[min(count - 1, count - below)],
+    }
+
+
+def the_loop(parts: Assembly, steps: int) -> Callable[[], Seconds]:
+    """A function that takes `steps` steps of the real loop."""
     run = Run(parts, "never", Peers(parts.engine), StopSignals())
     run._open(RunLock(run.dir))
     run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
-    def turn() -> float:
+    def turn() -> Seconds:
         run.total_steps = run.progress.step + steps
-        began = time.perf_counter()
+        began = _clocks()
         train(run)
-        return time.perf_counter() - began
+        return _since(began)
 
     return turn
 
 
 def bare_loop(
     parts: Assembly, steps: int, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
-) -> Callable[[], float]:
+) -> Callable[[], Seconds]:
     """The same arithmetic with nothing around it, or nothing but what `wrap` puts there."""
     config = parts.config
     torch.manual_seed(config.run.seed)
@@ -116,17 +140,26 @@ def bare_loop(
     ]
     targets = rows * config.data.seq_len
 
-    def turn() -> float:
-        began = time.perf_counter()
+    def turn() -> Seconds:
+        began = _clocks()
         for inputs, labels in ready:
             loss = wrapped(inputs, labels) / targets
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - began
+        return _since(began)
 
     return turn
+
+
+def _clocks() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(began: Seconds) -> Seconds:
+    wall, processor = _clocks()
+    return wall - began[0], processor - began[1]
 
 
 if __name__ == "__main__":

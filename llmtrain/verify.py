@@ -11,7 +11,6 @@ import numpy as np
 
 from llmtrain.arguments import VerbParser
 from llmtrain.data.outside import problem_of_content
-from llmtrain.data.packed import indices_of, read_index
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.shards import (
     MANIFEST,
@@ -92,6 +91,8 @@ def verify(subject: Subject, show_progress: bool = False) -> Verdict:
 
 
 def _indices(folder: Path) -> list[Subject]:
+    from llmtrain.data.packed import indices_of
+
     try:
         return [Subject(index, "index") for index in indices_of(read_manifest(folder))]
     except LlmtrainError:  # which `_verify_data` tells
@@ -163,6 +164,8 @@ def _verify_data(folder: Path, show_progress: bool) -> Verdict:
 
 
 def _verify_index(folder: Path, show_progress: bool) -> Verdict:
+    from llmtrain.data.packed import read_index
+
     files = read_index(folder).files
     size = sum(file.bytes for file in files)
     with progress_bar(folder.name, size, show_progress and size >= LARGE_BYTES) as report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest
 from llmtrain.data.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer, tokenizer_info
 from llmtrain.errors import run_main
+from llmtrain.health.signals import STOP_SIGNALS
 
 # Machines differ in speed; a property does not.
 hypothesis.settings.register_profile("llmtrain", deadline=None)
@@ -118,6 +120,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _one_thread() -> None:
     """Bitwise comparisons hold for any fixed number of threads; one makes the tests independent of the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A run that was told to stop ignores further signals to its end, and what a test starts would inherit that."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # which is not Python's
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
