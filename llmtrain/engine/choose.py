@@ -26,7 +26,8 @@ def make_engine(timeout_s: float) -> Engine:
     Raises:
         UserError: the engine is not there, or the other processes cannot be reached.
     """
-    allocate_large_pages()
+    if not torch.cuda.is_available():
+        allocate_large_pages()
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("the launch file asks for FSDP, which is not supported; launch/zero3.yaml shards as much")
     if launched_with_deepspeed():

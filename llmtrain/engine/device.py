@@ -10,9 +10,9 @@ import torch
 def allocate_large_pages() -> None:
     """Let torch ask for pages of 2 MB for all tensors of that size or more that it will place in the host's memory.
 
-    A step on a CPU frees and allocates its activations, which the kernel hands out anew page by page: a hundred
-    thousand of 4 KB at 10m. Must come before the first such tensor, for torch reads the variable once (c10,
-    alloc_cpu.cpp); who has set it is obeyed. Linux only; elsewhere it does nothing.
+    For a process that computes on the CPU: a step frees and allocates its activations, which the kernel hands out anew
+    page by page, a hundred thousand of 4 KB at 10m. Must come before the first such tensor, for torch reads the
+    variable once (c10, alloc_cpu.cpp); who has set it is obeyed. Linux only; elsewhere it does nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
