@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--steps {args.steps}: {EVERY * LEFT_OUT} warm up; at least {EVERY * (LEFT_OUT + 1)} are needed"
         )
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: at least 1 is needed")
     on_cpu = args.cpu or not torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as name:
         data = write_random_data(Path(name) / "data", 20_000_000, VOCAB_SIZE if not on_cpu else 259)

@@ -59,7 +59,10 @@ SCALING = "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_pos
     ("model: {rope_scaling: {factr: 8}}", [], "model.rope_scaling.factr: Extra inputs are not permitted (given: 8)"),
     (f"model: {{rope_scaling: {SCALING}, positions: learned}}", [], "rope_scaling is for positions: rope, not learned"),
     (f"model: {{rope_scaling: {SCALING}}}", ["model.rope_scaling={factor: 1}"], "low_freq_factor: Field required"),
-    ("training: {micro_batch_size: 6}", [], "by micro_batch_size 6; choose a micro_batch_size of 4"),
+    (
+        "training: {micro_batch_size: 6}", [],
+        "global_batch_size 16 is not divisible by micro_batch_size 6; choose a micro_batch_size of 4",
+    ),
     ("training: {max_steps: 5, max_tokens: 5}", [], "max_steps and max_tokens are both set"),
     ("schedule: {min_lr: 1}", [], "above optimizer.lr"),
     ("model: {preset: 9b}", [], "did you mean '8b'?"),

@@ -173,8 +173,11 @@ def open_packed(data: TokenDataset, split: str, seq_len: int, document_end: int,
 
     def make(staged: Path) -> None:
         say(f"packing {info.documents:,} documents of {data.path} into windows of {seq_len}, once, to {folder}")
-        # A document longer than a window makes a piece and a window more for each that it fills.
-        wanted = 8 * _WORDS * (2 * info.documents + 2 * (info.tokens // seq_len))
+        # A document longer than a window makes a piece for each that it fills; nearly all windows are half full at
+        # least. Beside records of 16 bytes there is what the digest is of: 12 bytes a piece, 8 a window.
+        filled = info.tokens // seq_len
+        pieces = info.documents + filled
+        wanted = (16 + 12) * pieces + (16 + 8) * min(pieces, 2 * filled + 1)
         if (free := shutil.disk_usage(staged).free) < wanted:
             raise UserError(f"{staged}: has {free / 1e6:,.1f} MB free, and an index may take {wanted / 1e6:,.1f}")
         groups = ((ends, _are_closed(stream, ends, document_end)) for ends in document_groups(data, split, group))
@@ -244,7 +247,7 @@ def _write(folder: Path, content: str, seq_len: int, groups: Iterable[tuple[Int6
         begin, targets = int(ends[-1]), targets + int(fills.sum())
     count = pieces.bytes // (8 * _WORDS)
     columns[-1].write(count.to_bytes(8, "little"))
-    files = windows.sync(), pieces.sync()
+    files = windows.close(), pieces.close()  # synced with the folder
     info = IndexInfo(
         content=content,
         digest=_digest(columns),

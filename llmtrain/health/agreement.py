@@ -57,7 +57,8 @@ def together(engine: Engine, work: Callable[[], Result]) -> Result:
 def patiently(engine: Engine, work: Callable[[], Result], is_told: Callable[[], bool]) -> Result:
     """The same for what may take longer than an exchange between ranks may: fetching from a store, packing documents.
 
-    Each rank works in a thread of its own, and until all are done they tell each other so again and again.
+    Each rank works in a thread of its own, and until all are done, or one has failed, they tell each other so again
+    and again.
 
     Args:
         engine: to talk to the others.

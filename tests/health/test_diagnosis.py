@@ -78,7 +78,10 @@ def test_little_text_many_times_overfits(data: Path, tmp_path: Path) -> None:
 def test_batches_of_one_swing_a_constant_rate_stays_and_few_steps_are_too_few(
     data: Path, tmp_path: Path, name: str, sections: dict[str, dict[str, Any]]
 ) -> None:
-    """With five other seeds of the swinging run and three of the others the same is said, with AVX2 and with AVX512."""
+    """With five other seeds of the swinging run and three of the others the same is said.
+
+    Of the plateau with AVX2 and with AVX512, which take other ways.
+    """
     small = {"dim": 16, "layers": 1, "heads": 1}
     run_dir = trained(data, tmp_path, model=small, schedule={"name": "constant"}, logging={"every": 1}, **sections)
     assert set(said_of(run_dir)) == {name}
