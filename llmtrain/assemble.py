@@ -26,6 +26,10 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.model.undrawn import Undrawn
 from llmtrain.resolve import resolve
 
+# A CPU compiles for up to 20 s and is 10 to 20 % faster then (docs/LOG.md): an hour and a half on two cores, or three
+# minutes on a hundred, are worth it. Of the whole run, so that it does not depend on where a launch begins.
+COMPILED_FROM_FLOPS = 1e15
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -152,7 +156,10 @@ def assemble(
 
 def _open(folders: list[Path], config: RunConfig, engine: Engine) -> tuple[TrainingData, RunConfig, dict[str, Windows]]:
     data = open_data(config.data, folders)
-    config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.compiles_well)
+    compiled = config.training.compile
+    config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.can_compile)
+    if compiled == "auto" and engine.device.type == "cpu" and _flops(config, data) < COMPILED_FROM_FLOPS:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
     config = config.model_copy(update={"data": with_mask(config.data)})
     refuse_contradictions(config.training)
     seq_len, val = config.data.seq_len, data.val_windows(config.data.seq_len)
@@ -164,7 +171,17 @@ def _open(folders: list[Path], config: RunConfig, engine: Engine) -> tuple[Train
     return data, config, val
 
 
-def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compiles_well: bool = False) -> RunConfig:
+def _flops(config: RunConfig, data: TrainingData) -> float:
+    """Of the whole run, about: as if no window were cut short."""
+    training, seq_len = config.training, config.data.seq_len
+    if training.max_steps:
+        tokens = training.max_steps * training.global_batch_size * seq_len
+    else:
+        tokens = training.max_tokens or training.epochs * data.train_tokens
+    return flops_per_token(config.model, seq_len) * tokens
+
+
+def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compile_auto: bool = False) -> RunConfig:
     """Resolve the config against the data and this machine.
 
     Raises:
@@ -176,7 +193,7 @@ def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compil
         vocab_size=vocab_size,
         world_size=world_size,
         bf16_native=computes_bf16_natively(device),
-        compile_auto=compiles_well,
+        compile_auto=compile_auto,
     )
 
 

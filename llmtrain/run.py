@@ -28,13 +28,7 @@ from llmtrain.checkpoint.restore import Choose, Restorer
 from llmtrain.checkpoint.resume import changes, choose_checkpoint, own_step, progress_of, saved_config
 from llmtrain.checkpoint.saving import Saving
 from llmtrain.checkpoint.start import load_weights
-from llmtrain.checkpoint.store import (
-    CheckpointStore,
-    OpenCheckpoint,
-    check_writable,
-    clear_way,
-    newest_good,
-)
+from llmtrain.checkpoint.store import CheckpointStore, OpenCheckpoint, check_writable, clear_way, newest_good
 from llmtrain.data.ahead import ahead
 from llmtrain.data.batches import Batch, batches
 from llmtrain.data.mixture import Stage
@@ -236,6 +230,7 @@ class Run:
             self.order,
             position=self.progress.position,
             workers=self.config.data.workers,
+            widened=self.engine.device.type == "cpu",
             reading=lambda found: self.peers.reading(
                 self.meter.reading(ahead(found, self.engine.device)), lambda: self.progress.step + 1
             ),

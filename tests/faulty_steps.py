@@ -46,7 +46,7 @@ def faulty(faults: Faults, rank: int = 0) -> Accumulate:
         loss = _plain(engine, batch, rows)
         if handle:
             handle.remove()
-        loss.total *= {"large loss": 1e4, "nan loss": math.nan}.get(kind, 1.0)
+        loss.total.mul_({"large loss": 1e4, "nan loss": math.nan}.get(kind, 1.0))
         return loss
 
     return accumulate

@@ -26,7 +26,7 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.assemble import assemble
+from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint.folders import committed_steps, point, pointed
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.config import load_config, make_config
@@ -400,6 +400,30 @@ def test_compiled_blocks_learn_the_same_also_over_a_resume(config_dict: Config, 
     before, after = weights(whole, 6), weights(resumed, 6)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles every run")
+@pytest.mark.parametrize(
+    ("length", "has_compiler", "is_compiled"),
+    [("max_steps", True, True), ("max_tokens", True, True), ("epochs", True, True), ("epochs", False, False)],
+)
+def test_on_a_cpu_a_run_is_compiled_where_it_is_long_enough_for_that_to_pay(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch, length: str, has_compiler: bool, is_compiled: bool
+) -> None:
+    if not has_compiler:
+        monkeypatch.setattr("shutil.which", lambda _: None)
+
+    def parts(flops: float) -> Assembly:
+        with closing(make_engine(60.0)) as engine:
+            short = assemble(make_config(config_dict), engine)
+            tokens = flops / short.flops_per_token()
+            per_step = short.config.training.global_batch_size * short.config.data.seq_len
+            unit = {"max_steps": per_step, "max_tokens": 1, "epochs": short.data.train_tokens}[length]
+            training = {"compile": "auto", "max_steps": None, length: math.ceil(tokens / unit)}
+            return assemble(make_config(merged(config_dict, training=training)), engine)
+
+    assert parts(1e15).config.training.compile == is_compiled
+    assert not parts(0.8e15).config.training.compile
 
 
 @pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp32", "bf16")])

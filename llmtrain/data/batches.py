@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import atexit
 import signal
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +33,7 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
 _FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
+_GATHERED_BYTES, _GATHERED_S = 1 << 18, 1e-3  # at most this of ids in one call, and in so much time
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -260,7 +263,8 @@ def _from_workers(windows: WindowSet, sampler: ResumableDistributedSampler, work
             worker_init_fn=_leave_stopping_to_the_parent,
         )
     )
-    _loaders.add(items)
+    loaders = _loaders  # at the exit the module may be empty before
+    loaders.add(items)
     try:
         for item in items:
             if isinstance(item, LlmtrainError):
@@ -268,20 +272,28 @@ def _from_workers(windows: WindowSet, sampler: ResumableDistributedSampler, work
             yield item
     finally:
         items._shutdown_workers()
-        _loaders.discard(items)
+        loaders.discard(items)
 
 
 def batches(
-    windows: WindowSet, layout: Layout, order: Order, *, position: int, workers: int = 0, reading: Reading = iter
+    windows: WindowSet,
+    layout: Layout,
+    order: Order,
+    *,
+    position: int,
+    workers: int = 0,
+    reading: Reading = iter,
+    widened: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batches from `position` on, endlessly; `reading` goes through the micro-batches and may take note.
 
-    Mapped files are gathered in this process: one whole micro-batch at a time takes microseconds, where sending it from
-    a worker takes hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
+    `widened` to int64 where several are read at once, for who would do it to each; not by workers.
+
+    Mapped files are gathered in this process: it takes microseconds, where sending a micro-batch from a worker takes
+    hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
     """
     sampler = ResumableDistributedSampler(windows, layout, order, position)
-    loader: Iterator[Tokens_BS] = _from_workers(windows, sampler, workers) if workers else map(windows.gather, sampler)
-    loader = reading(loader)
+    loader = reading(_from_workers(windows, sampler, workers) if workers else gathered(windows, iter(sampler), widened))
     counts, padding = None, None
     if isinstance(windows, PackedWindows):
         counts, padding = _target_counts(windows, layout, order, position), windows.padding
@@ -291,6 +303,29 @@ def batches(
         targets = next(counts) if counts else (end - position) * windows.seq_len
         yield Batch(layout, position, end, targets, padding, order, loader)
         position = end
+
+
+def gathered(windows: WindowSet, ids: Iterator[Int64s], widened: bool = False) -> Iterator[Tokens_BS]:
+    """Yield the windows of each array of ids, of several in one call: it costs as much as copying some kilobytes.
+
+    Only where reading is quick, or they would all wait for what one could have waited for while another is computed.
+    What cannot be read is told when it is its turn.
+    """
+    at_once = 1
+    while group := list(islice(ids, at_once)):
+        began = time.perf_counter()
+        try:
+            rows = windows.gather(np.concatenate(group))
+        except LlmtrainError:
+            yield from map(windows.gather, group)
+            continue
+        each_s = (time.perf_counter() - began) / len(group)
+        if widened:
+            rows = torch.from_numpy(rows.numpy().astype(np.int64))
+        tokens = torch.split(rows, [len(these) for these in group])
+        yield from tokens
+        most = min(_GATHERED_BYTES / max(1, tokens[0].nbytes), _GATHERED_S / each_s, 2 * at_once)
+        at_once = max(1, int(most))
 
 
 def _target_counts(windows: PackedWindows, layout: Layout, order: Order, position: int) -> Iterator[int]:
@@ -334,7 +369,7 @@ def inputs_and_targets(
     """Move a micro-batch to the device, unless it lies there, and widen it.
 
     Args:
-        tokens: (n ≤ rows, seq_len + 1) in the stored dtype; n may be 0.
+        tokens: (n ≤ rows, seq_len + 1) in the stored dtype, or int64; n may be 0.
         rows: to pad to; the added rows have inputs 0 and no targets.
         device: where to.
         padding: of the run of this id that may end a row, only the first is a target; None: all are.
@@ -342,7 +377,9 @@ def inputs_and_targets(
     Returns:
         (rows, seq_len) int64 inputs and (rows, seq_len) int64 targets.
     """
-    if device.type == "cpu":  # numpy's calls take half the time of torch's
+    if padding is None and tokens.dtype == torch.int64 and tokens.device == device:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    elif device.type == "cpu":  # numpy's calls take half the time of torch's
         ids = tokens.numpy()
         if padding is None:
             wide = torch.from_numpy(ids.astype(np.int64))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.config import TrainingSection
-from llmtrain.engine.device import allocate_large_pages
+from llmtrain.engine.device import set_up_allocator
 from llmtrain.engine.processes import launched_with_deepspeed
 from llmtrain.engine.protocol import Engine
 from llmtrain.errors import UserError
@@ -27,7 +27,7 @@ def make_engine(timeout_s: float) -> Engine:
         UserError: the engine is not there, or the other processes cannot be reached.
     """
     if not torch.cuda.is_available():
-        allocate_large_pages()
+        set_up_allocator()
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("the launch file asks for FSDP, which is not supported; launch/zero3.yaml shards as much")
     if launched_with_deepspeed():

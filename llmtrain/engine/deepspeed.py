@@ -51,7 +51,7 @@ class DeepSpeedEngine(Processes):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().__init__(timeout_s)
         # Stage 3 gathers in hooks inside the blocks: torch compiled a small one again and again, and gave up.
-        self.compiles_well &= self._accelerator.state.deepspeed_plugin.zero_stage != 3
+        self.can_compile &= self._accelerator.state.deepspeed_plugin.zero_stage != 3
 
     def build(
         self,

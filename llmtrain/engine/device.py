@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import sys
+import sysconfig
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
-def allocate_large_pages() -> None:
-    """Let torch ask for pages of 2 MB for all tensors of that size or more that it will place in the host's memory.
 
-    For a process that computes on the CPU: a step frees and allocates its activations, which the kernel hands out anew
-    page by page, a hundred thousand of 4 KB at 10m. Must come before the first such tensor, for torch reads the
-    variable once (c10, alloc_cpu.cpp); who has set it is obeyed. Linux only; elsewhere it does nothing.
+def set_up_allocator() -> None:
+    """Keep the host's memory that is freed for what is allocated next, and lay it out in pages of 2 MB.
+
+    For a process that computes on the CPU: a step frees and allocates its activations, and the kernel would take back
+    what is large and hand it out anew, page by page: a hundred thousand of 4 KB at 10m, of which each costs
+    microseconds in a virtual machine. The memory of the largest step stays with the process.
+
+    Must come before the first large tensor, for torch reads its variable once (c10, alloc_cpu.cpp); who has set a
+    variable of his own is obeyed. Linux with glibc only; elsewhere it does nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        with suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def pick_device() -> torch.device:
@@ -32,3 +48,16 @@ def computes_bf16_natively(device: torch.device) -> bool:
         # No public question for it before torch 2.13's get_capabilities, and its names are not settled.
         return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return False
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` takes for a CPU (torch/_inductor/config.py, `cxx`), if it is there."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs: for a CPU Linux, a compiler, and the headers of this Python."""
+    if device.type == "cpu":
+        has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+        return sys.platform == "linux" and has_headers and cpp_compiler() is not None
+    return device.type == "cuda"

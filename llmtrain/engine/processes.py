@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from llmtrain.engine.asking import SideChannel
+from llmtrain.engine.device import can_compile
 from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
@@ -48,7 +49,7 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        self.compiles_well: bool = self.device.type == "cuda"
+        self.can_compile: bool = can_compile(self.device)
         self.before_gather: Callable[[], object] = lambda: None
         self._asked: tuple[bool, ...] = ()
 

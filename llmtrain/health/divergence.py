@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmtrain.config import HealthSection
 from llmtrain.engine import Limits
@@ -27,8 +27,7 @@ _NORM_FLOOR = math.log(10) / 10  # of the logarithm
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """One step, as all ranks saw it."""
 
     step: int
@@ -77,7 +76,8 @@ class DivergencePolicy:
 
     def observe(self, seen: Seen) -> str | None:
         """Take in a step that is over; say why it was refused, if it was."""
-        self._skips = [skip for skip in self._skips if skip[0] > seen.step - self._config.spike_window]
+        if self._skips:
+            self._skips = [skip for skip in self._skips if skip[0] > seen.step - self._config.spike_window]
         if not seen.is_refused:
             self._losses.add(seen.loss)
             self._log_norms.add(math.log(max(seen.grad_norm, 1e-30)))
@@ -130,4 +130,5 @@ class DivergencePolicy:
 
 
 def _above(window: RobustWindow, z: float, floor: float) -> float:
-    return window.median() + z * (_MAD_TO_SIGMA * window.deviation() + floor)
+    median, deviation = window.spread()
+    return median + z * (_MAD_TO_SIGMA * deviation + floor)

@@ -23,7 +23,7 @@ from llmtrain.observe.files import SKIPPED, LineAppender, read_steps, replacing
 from llmtrain.observe.observer import NullObserver
 from llmtrain.observe.record import finite
 
-_Facts = tuple[int, int, int, float, float, float]  # step, begin, end, learning rate, limits of loss and norm
+_Facts = tuple[int, int, int, float, Limits]  # step, begin, end, learning rate
 
 
 class Guard:
@@ -49,7 +49,7 @@ class Guard:
 
     def add(self, step: int, batch: Batch, lr: float, outcome: Outcome) -> bool:
         """Take in a step; return whether it can be judged without waiting for a device."""
-        self._facts.append((step, batch.begin, batch.end, lr, self._limits.loss, self._limits.grad_norm))
+        self._facts.append((step, batch.begin, batch.end, lr, self._limits))
         self._pending.append(outcome.seen)
         return isinstance(outcome.seen, Verdict)
 
@@ -60,12 +60,11 @@ class Guard:
         """
         stretch = None
         for facts, verdict in zip(self._facts, self._verdicts(), strict=True):
-            step, begin, end, lr, *limits = facts
-            seen = Seen(step, begin, end, lr, Limits(*limits), *verdict)
+            seen = Seen(*facts, *verdict)
             reason = self.policy.observe(seen)
             if reason:
                 self._last = seen
-                observer.warn(f"step {step:,}: not applied: {reason}; its samples are in {self._path}")
+                observer.warn(f"step {seen.step:,}: not applied: {reason}; its samples are in {self._path}")
                 self._write(self._entry(seen, reason, batch))
             if stretch := self.policy.stretch():
                 break
@@ -161,8 +160,8 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """For a checkpoint; JSON-ready, so numbers that may not be finite are written as text."""
         pending = [
-            [*map(repr, facts), repr(loss), repr(norm), repr(float(is_refused))]
-            for facts, (loss, norm, is_refused) in zip(self._facts, self._verdicts(), strict=True)
+            [*map(repr, (*facts, limits.loss, limits.grad_norm, loss, norm, float(is_refused)))]
+            for (*facts, limits), (loss, norm, is_refused) in zip(self._facts, self._verdicts(), strict=True)
         ]
         return {**self.policy.state(), "pending": pending}
 
@@ -172,7 +171,7 @@ class Guard:
         self._facts, self._pending = [], []
         for step, begin, end, *numbers in state.get("pending", ()):
             lr, loss_limit, norm_limit, loss, norm, refused = map(float, numbers)
-            self._facts.append((int(step), int(begin), int(end), lr, loss_limit, norm_limit))
+            self._facts.append((int(step), int(begin), int(end), lr, Limits(loss_limit, norm_limit)))
             self._pending.append(Verdict(loss, norm, bool(refused)))
 
 

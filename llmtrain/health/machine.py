@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.data.memory import free_host_memory
-from llmtrain.engine.device import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, cpp_compiler, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
 from llmtrain.health.finding import Finding, fail, ok, warn
@@ -110,10 +110,9 @@ def _cores() -> Finding:
 
 
 def _compiler() -> Finding:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found:
+    if found := cpp_compiler():
         return ok("compiler", found)
-    return warn("compiler", "no C++ compiler, which training.compile needs on a CPU; install g++ or keep it off")
+    return warn("compiler", "no C++ compiler, which long runs on a CPU gain from (training.compile); install g++")
 
 
 def _room(name: str, free: float, advice: str) -> Finding:

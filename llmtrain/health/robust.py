@@ -34,8 +34,8 @@ class RobustWindow:
         count = len(self._sorted)
         return (self._sorted[(count - 1) // 2] + self._sorted[count // 2]) / 2
 
-    def deviation(self) -> float:
-        """The median of the distances to the median: the farthest of the nearer half, which stand side by side."""
+    def spread(self) -> tuple[float, float]:
+        """The median, and that of the distances to it: the farthest of the nearer half, which stand side by side."""
         numbers, count, middle = self._sorted, len(self._sorted), self.median()
         nearer = (count + 1) // 2
         begin, last = 0, count - nearer
@@ -47,7 +47,7 @@ class RobustWindow:
                 last = trial
         farthest = max(middle - numbers[begin], numbers[begin + nearer - 1] - middle)
         if count % 2:
-            return farthest
+            return middle, farthest
         left = middle - numbers[begin - 1] if begin else float("inf")
         right = numbers[begin + nearer] - middle if begin + nearer < count else float("inf")
-        return (farthest + min(left, right)) / 2
+        return middle, (farthest + min(left, right)) / 2

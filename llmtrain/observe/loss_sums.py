@@ -14,12 +14,18 @@ class LossSums:
     """Sums that stay on the device; which sample is of which source the host knows from the order."""
 
     def __init__(self, batch: Batch, device: torch.device):
-        self.total = torch.zeros((), device=device)  # nats, over this rank's targets
+        self._total: Tensor | None = None
         self._losses: list[Tensor] = []  # of the rows of each micro-batch
         self._sources_MB: Tensor | None = None
         if isinstance(batch.order, MixedOrder):
             self._sources_MB = _to(device, _sources_of_rows(batch, batch.order))
             self._count, self._row_targets = batch.order.sources, batch.target_count // (batch.end - batch.begin)
+
+    @property
+    def total(self) -> Tensor:
+        """Nats, over this rank's targets."""
+        assert self._total is not None, "there is no batch without a micro-batch"
+        return self._total
 
     @property
     def by_row(self) -> bool:
@@ -28,11 +34,11 @@ class LossSums:
 
     def add(self, losses: Tensor) -> None:
         """Take in what `Engine.forward_backward` gave for the next micro-batch."""
-        if self._sources_MB is None:
-            self.total += losses
-        else:
-            self.total += losses[0]
+        loss = losses
+        if self._sources_MB is not None:
+            loss = losses[0]
             self._losses.append(losses[1:])
+        self._total = loss if self._total is None else self._total + loss
 
     def by_source(self) -> Tensor | None:
         """(2, sources): the loss summed over this rank's targets of each source, and how many they are; None: but one.

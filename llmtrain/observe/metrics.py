@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llmtrain.observe.files import LineAppender, replacing, rewind
@@ -30,7 +32,7 @@ ARRAY_SOURCES = {
 class MetricsLog:
     """Writes each record to the run folder; a kill at any moment leaves all three files readable."""
 
-    def __init__(self, run_dir: Path, *, csv: bool, resume_step: int):
+    def __init__(self, run_dir: Path, *, csv: bool, resume_step: int, clock: Callable[[], float] = time.monotonic):
         """Open the files and drop what they say of steps beyond `resume_step` (0: all of it).
 
         Raises:
@@ -38,7 +40,7 @@ class MetricsLog:
         """
         self.was_there = (run_dir / RECORDS).exists()
         self._digest = hashlib.sha256()
-        self._arrays = _ArraysFile(run_dir / ARRAYS)
+        self._arrays = _ArraysFile(run_dir / ARRAYS, clock)
 
         def take(row: Mapping[str, Number]) -> None:
             self._digest.update(json.dumps(row).encode())  # the very line
@@ -96,16 +98,18 @@ class _ArraysFile:
     """`training_metrics.json`, rewritten whole so that it always parses, and seldom enough to stay cheap.
 
     Rewriting it with every record would write a quadratic number of bytes: 30 TB over a million records. So it is
-    written whenever it has grown by 2 %, which at first is with every record. All rewrites together then write about
-    50 times the final file (3 GB for a million records), and between checkpoints it is never more than 2 % of the run
-    behind, less than a pixel or two of a plot. (A rule in seconds was dropped: with a record per second on a fast disk
-    it still writes the quadratic number of bytes.)
+    written whenever it has grown by 2 %, which at first is with every record, though not twice in a second, for it
+    costs as much as all else of a record. All rewrites together then write about 50 times the final file (3 GB for a
+    million records), and between checkpoints it is never more than 2 % of the run behind, less than a pixel or two of a
+    plot. (A rule in seconds alone was dropped: with a record per second on a fast disk it still writes the quadratic
+    number of bytes.)
     """
 
-    _GROWTH = 1.02
+    _GROWTH, _LEAST_S = 1.02, 1.0
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, clock: Callable[[], float]):
+        self._path, self._clock = path, clock
+        self._written_at = -math.inf
         # Encoded as they come: a rewrite is five plain writes, and a million records are 60 MB and not 500.
         self._columns = {name: bytearray() for name in ARRAY_SOURCES}
         self._written_bytes = 0
@@ -118,6 +122,8 @@ class _ArraysFile:
             column += _text(row.get(source), unknown="null").encode()
 
     def write_if_grown(self) -> None:
+        if self._clock() - self._written_at < self._LEAST_S:
+            return
         if self._size() >= self._GROWTH * self._written_bytes:
             self.write()
 
@@ -133,7 +139,7 @@ class _ArraysFile:
                 file.write(column)
                 opening = b"],\n "
             file.write(b"]}\n")
-        self._written_bytes = self._size()
+        self._written_bytes, self._written_at = self._size(), self._clock()
 
     def _size(self) -> int:
         return sum(map(len, self._columns.values()))

@@ -24,8 +24,17 @@ class Pace:
         """How much of the run is done, 0 to 1."""
         return min(1.0, record.step / self._total_steps)
 
+    def take(self, record: Record) -> None:
+        """Take in each record once."""
+        # From record to record by the clock, so that evaluations and checkpoints count; only the first cannot do so.
+        last, self._last = self._last, record
+        steps = record.step - last.step if last else 1
+        seconds = max(0.0, record.time - last.time) if last else record.step_time_s
+        self._steps = self._MEMORY * self._steps + steps
+        self._seconds = self._MEMORY * self._seconds + seconds
+
     def pieces(self, record: Record) -> dict[str, str]:
-        """The pieces of the line by name, in order; to be called once for each record. Epochs count from 1 here."""
+        """The pieces of the line of the record taken in last, by name, in order. Epochs count from 1 here."""
         pieces = {
             "epoch": f"epoch {record.epoch + 1}/{self._total_epochs}",
             "percent": formats.percent(self.share(record)),
@@ -51,10 +60,4 @@ class Pace:
         return pieces
 
     def _seconds_left(self, record: Record) -> float:
-        # From record to record by the clock, so that evaluations and checkpoints count; only the first cannot do so.
-        last, self._last = self._last, record
-        steps = record.step - last.step if last else 1
-        seconds = max(0.0, record.time - last.time) if last else record.step_time_s
-        self._steps = self._MEMORY * self._steps + steps
-        self._seconds = self._MEMORY * self._seconds + seconds
         return max(0, self._total_steps - record.step) * self._seconds / max(1.0, self._steps)

@@ -30,7 +30,7 @@ class PlainConsole:
         self._pace, self._clock = pace, clock
         self._started = clock()
         self._told_at: float | None = None
-        self._untold = ""  # the line of the last record, where it was left out
+        self._untold: Record | None = None  # the last one, where it was left out
 
     def start(self, header: dict[str, str]) -> None:
         """Print what is run, as a table."""
@@ -56,21 +56,21 @@ class PlainConsole:
 
     def record(self, record: Record) -> None:
         """Print a line of progress, beginning with the time of day, where it is due."""
-        at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.time)) if math.isfinite(record.time) else "?"
-        self._untold = "  ".join([at, *self._pace.pieces(record).values()])
-        now = self._clock()
+        self._pace.take(record)
+        self._untold, now = record, self._clock()
         pause_s = min(max(self._SHARE * (now - self._started), self._LEAST_S), self._MOST_S)
         if self._told_at is None or record.val_loss is not None or now - self._told_at >= pause_s:
-            self._tell_progress(now)
+            self._tell_progress(record, now)
 
-    def _tell_progress(self, now: float) -> None:
-        self.message(self._untold)
-        self._untold, self._told_at = "", now
+    def _tell_progress(self, record: Record, now: float) -> None:
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.time)) if math.isfinite(record.time) else "?"
+        self.message("  ".join([at, *self._pace.pieces(record).values()]))
+        self._untold, self._told_at = None, now
 
     def close(self, outcome: str) -> None:
         """Print the last record, where that was not done, and how the run ended."""
         if self._untold:
-            self._tell_progress(self._clock())
+            self._tell_progress(self._untold, self._clock())
         self.message(outcome)
 
 

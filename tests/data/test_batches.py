@@ -16,15 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
+from llmtrain.data import batches as batches_module
 from llmtrain.data.batches import (
     Layout,
     ResumableDistributedSampler,
     Windows,
     batches,
+    gathered,
     inputs_and_targets,
     plain_order,
     validation_batches,
 )
+from llmtrain.data.order import Int64s
 from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import TokenStream
 from llmtrain.errors import CorruptError
@@ -134,6 +137,58 @@ def test_the_samples_of_a_step_do_not_depend_on_ranks(tmp_path: Path, world_size
     ranks = [consumed(windows, Layout(len(windows), 8, 2, rank, world_size), 0, 30) for rank in range(world_size)]
     for step in range(30):
         assert sorted(alone[step]) == sorted(itertools.chain(*(rank[step] for rank in ranks)))
+
+
+class Calls:
+    """Windows that take note of how many are asked for in a call."""
+
+    def __init__(self, windows: Windows):
+        self.windows, self.seq_len, self.asked = windows, windows.seq_len, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def gather(self, ids: Int64s) -> torch.Tensor:
+        self.asked.append(len(ids))
+        return self.windows.gather(ids)
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_several_micro_batches_are_read_in_one_call_and_are_those_of_single_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widened: bool
+) -> None:
+    windows = Calls(Windows(stream_of(tmp_path, 1000), 10, 10))
+    monkeypatch.setattr(batches_module, "_GATHERED_S", 60.0)  # however busy the machine is
+    monkeypatch.setattr(batches_module, "_GATHERED_BYTES", 2400 if widened else 600)  # 6 micro-batches of 44 ids
+    ids = [np.arange(4) + start for start in range(40)] + [np.arange(0)]
+    found = list(gathered(windows, iter(ids), widened))
+    assert windows.asked == [4, 8, 16, *[24] * 5, 12]
+    for tokens, these in zip(found, ids, strict=True):
+        alone = windows.windows.gather(these)
+        assert torch.equal(tokens, alone.long() if widened else alone)
+        assert tokens.dtype == (torch.int64 if widened else torch.uint16)
+        for inputs, other in zip(inputs_and_targets(tokens, 5, CPU), inputs_and_targets(alone, 5, CPU), strict=True):
+            assert torch.equal(inputs, other)
+
+
+def test_where_reading_takes_long_every_micro_batch_is_waited_for_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = Calls(Windows(stream_of(tmp_path, 1000), 10, 10))
+    monkeypatch.setattr(batches_module, "_GATHERED_S", 0.0)
+    list(gathered(windows, iter([np.arange(4)] * 5)))
+    assert windows.asked == [4] * 5
+
+
+def test_what_cannot_be_read_is_told_when_it_is_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_GATHERED_S", 60.0)
+    windows = Windows(stream_of(tmp_path, 1000, shard_tokens=1000), 10, 10)
+    ids = np.memmap(tmp_path / "train-00000.bin", "<u2", "r+")
+    ids[12 * 10 + 5] = 1000
+    stream = gathered(windows, iter([np.array([window]) for window in range(20)]))
+    assert [int(next(stream)[0, 0]) for _ in range(12)] == [int(ids[10 * window]) for window in range(12)]
+    with pytest.raises(CorruptError, match=f"token id 1000 at position {12 * 10 + 5}"):
+        next(stream)
 
 
 @pytest.mark.slow

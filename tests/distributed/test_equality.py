@@ -64,6 +64,19 @@ def test_bf16_losses_are_those_of_one_process_and_the_masters_are_float32(
             assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F32"}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("name", ["cpu-ddp", "cpu-zero1", "cpu-zero2"])
+def test_compiled_losses_are_those_of_one_process_that_is_not(
+    trained: Trained, data: Path, tmp_path: Path, name: str
+) -> None:
+    """ZeRO-3 is not compiled: its hooks gather inside the blocks."""
+    config = config_of(data, tmp_path / "run", 2)
+    config["training"]["compile"] = True
+    done = launch(name, 2, config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "fp32, compiled on cpu" in done.stdout
+    assert_equal_numbers(tmp_path / "run", trained("single", 1, 4), FLOAT32)
+
+
 @pytest.mark.parametrize(("name", "processes"), [("cpu-ddp", 2), ("cpu-zero2", 2), ("cpu-zero3", 3)])
 def test_a_loss_in_parts_is_the_loss_under_every_engine(
     trained: Trained, data: Path, tmp_path: Path, name: str, processes: int

@@ -108,6 +108,26 @@ def test_the_norm_is_that_before_clipping_and_the_update_is_clipped(engines: Any
     assert all(p.grad is None for p in clipped_model.parameters())
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0, 2.0])  # of the gradient's norm: above, at and below it
+def test_clipping_is_that_of_torch_to_the_bit(engines: Any, share: float) -> None:
+    engine, model = engines()
+    unclipped = gradients(engine, model, [])
+    limit = share * torch.nn.utils.get_total_norm(unclipped).item()
+    engine, model = engines(clip_norm=limit)
+    gradients(engine, model, [])
+    seen: list[list[torch.Tensor]] = []
+    engine._optimizer.register_step_pre_hook(
+        lambda *_: seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    )
+    norm = engine.step(0.0).grad_norm
+    for parameter, gradient in zip(model.parameters(), unclipped, strict=True):
+        parameter.grad = gradient.clone()
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
+    assert torch.equal(expected[0], unclipped[0]) == (share == 2.0), "the cases are those that they are meant to be"
+
+
 @pytest.mark.parametrize(("precision", "computed"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_products_are_computed_in_the_precision_and_weights_stay_float32(
     engines: Any, precision: str, computed: torch.dtype

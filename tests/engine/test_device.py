@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,46 @@ print(int(held.split()[1]) * 1024 >= kept.nbytes // 2)
 )
 @pytest.mark.parametrize(("given", "is_large"), [(None, True), ("0", False)])
 def test_large_tensors_lie_in_large_pages_unless_the_user_has_said_otherwise(given: str | None, is_large: bool) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    environment = without_settings()
     environment |= {"THP_MEM_ALLOC_ENABLE": given} if given else {}
     done = subprocess.run(
         [sys.executable, "-c", ALLOCATE], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.stdout == f"{is_large}\n", done.stderr
+
+
+STEPS = """
+import resource, sys
+import torch
+from llmtrain.engine import make_engine
+
+make_engine(30.0)
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (1 << 24, 1 << 18, 1 << 22):  # 67 MB, 1 MB, 17 MB
+        torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults = [step() for _ in range(8)]
+print(faults, file=sys.stderr)
+print(max(faults[4:]) < 50)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(("given", "is_kept"), [(None, True), ("MALLOC_ARENA_MAX", False)])
+def test_freed_memory_is_kept_for_the_next_step_unless_the_user_has_set_malloc_up(
+    given: str | None, is_kept: bool
+) -> None:
+    environment = without_settings() | ({given: "4"} if given else {})
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == f"{is_kept}\n", done.stderr
+
+
+def without_settings() -> dict[str, str]:
+    """The environment of somebody who has said nothing about memory."""
+    own = ("THP_MEM_ALLOC_ENABLE", "MALLOC_", "GLIBC_TUNABLES")
+    return {key: value for key, value in os.environ.items() if not key.startswith(own)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import random
 import signal
@@ -51,14 +52,35 @@ def test_the_three_files_say_the_same(tmp_path, make_record, strict_json):
     assert [row["val_loss"] for row in table] == ["", "", "2.5", "", "", "2.5", ""]
 
 
+def a_minute_each():
+    """A clock on which a minute passes each time that it is looked at: records that come slowly."""
+    return itertools.count(0.0, 60.0).__next__
+
+
 def test_a_small_file_is_up_to_date_after_each_record(tmp_path, make_record, strict_json):
-    log = MetricsLog(tmp_path, csv=False, resume_step=0)
+    log = MetricsLog(tmp_path, csv=False, resume_step=0, clock=a_minute_each())
     assert strict_json((tmp_path / ARRAYS).read_text()) == {name: [] for name in ARRAY_NAMES}
     for step in range(1, 5):
         log.log(make_record(step))
         assert strict_json((tmp_path / ARRAYS).read_text())["steps"] == list(range(1, step + 1))
     log.close()
     assert not (tmp_path / TABLE).exists()
+
+
+def test_of_records_that_come_quickly_the_arrays_are_written_once_a_second(tmp_path, make_record, strict_json):
+    now = [100.0]
+    log = MetricsLog(tmp_path, csv=False, resume_step=0, clock=lambda: now[0])
+    steps = []
+    for step in range(1, 9):
+        now[0] += 0.25
+        log.log(make_record(step))
+        steps.append(len(strict_json((tmp_path / ARRAYS).read_text())["steps"]))
+    assert steps == [0, 0, 0, 4, 4, 4, 4, 8]
+    now[0] += 0.25
+    log.log(make_record(9))
+    log.flush()
+    assert strict_json((tmp_path / ARRAYS).read_text())["steps"] == list(range(1, 10))
+    log.close()
 
 
 def test_a_number_that_is_not_finite_is_null_everywhere(tmp_path, make_record, strict_json):
@@ -111,7 +133,7 @@ def test_files_of_others_are_left_alone(tmp_path, make_record):
 
 @pytest.mark.slow
 def test_a_flush_brings_a_large_file_up_to_date(tmp_path, make_record, strict_json):
-    log = MetricsLog(tmp_path, csv=False, resume_step=0)
+    log = MetricsLog(tmp_path, csv=False, resume_step=0, clock=a_minute_each())
     behind = 0
     for step in range(1, 5001):
         log.log(make_record(step))
@@ -130,7 +152,7 @@ def test_the_bytes_written_grow_linearly_with_the_records(tmp_path, make_record)
         fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(fields["wchar"])
 
-    log = MetricsLog(tmp_path, csv=True, resume_step=0)
+    log = MetricsLog(tmp_path, csv=True, resume_step=0, clock=a_minute_each())
     begin = bytes_written()
     for step in range(1, 10_001):
         log.log(make_record(step))
