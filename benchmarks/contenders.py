@@ -21,6 +21,8 @@ from llmtrain.config import default_ff_dim
 from llmtrain.data.shards import TokenDataset
 
 DRIVERS = Path(__file__).parent / "peer_drivers"
+WHOLE_RUN_STEPS = 10_000  # of which a turn as shipped takes the first: a run that is worth being compiled at 10m
+STOPPED = 75  # how llmtrain ends where it was told to stop before the end of its run
 BARE_LINE = re.compile(r"^step \d+ loss")
 
 
@@ -66,6 +68,7 @@ class Command:
     arguments: list[str | Path]
     cwd: Path
     environment: dict[str, str] = field(default_factory=dict)
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def llmtrain(name: str = "llmtrain", **architecture: Any) -> Contender:
 
     def command(launch: Launch) -> Command:
         config = _llmtrain_config(launch, architecture)
-        return Command([sys.executable, "-m", "llmtrain", "train", "--config", config], ROOT)
+        arguments = [sys.executable, "-m", "llmtrain", "train", "--config", config]
+        return Command(arguments, ROOT, exit_code=0 if launch.is_fp32 else STOPPED)
 
     line = re.compile(r"^record of step \d+/")
     return Contender(name, "llmtrain", sys.executable, command, line, architecture=architecture)
@@ -199,7 +203,10 @@ def commit_of(folder: Path) -> str | None:
 
 def _llmtrain_config(launch: Launch, architecture: dict[str, Any]) -> Path:
     size = launch.size
-    chosen = {"precision": "fp32", "compile": False} if launch.is_fp32 else {}
+    steps = max(1, size.steps)
+    chosen: dict[str, Any] = {"max_steps": WHOLE_RUN_STEPS, "stop_after": steps}
+    if launch.is_fp32:
+        chosen = {"max_steps": steps, "precision": "fp32", "compile": False}
     config = {
         "run": {"dir": str(launch.out / "run")},
         "data": {"path": str(launch.data / "prepared"), "seq_len": size.seq_len},
@@ -212,7 +219,6 @@ def _llmtrain_config(launch: Launch, architecture: dict[str, Any]) -> Path:
         "training": {
             "micro_batch_size": size.batch,
             "global_batch_size": size.batch,
-            "max_steps": max(1, size.steps),
             "eval_every": None,
             **chosen,
         },

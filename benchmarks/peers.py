@@ -22,8 +22,9 @@ that of its bare loop, round by round.
 fp32: float32 and eager in all (litgpt always compiles; torch's TORCH_COMPILE_DISABLE keeps it from that). as-shipped:
 nothing is said about precision and compilation. Then nanoGPT compiles, in float32 on a CPU and bf16 on a GPU that has
 it; litgpt compiles with bf16 autocast; the Trainer is float32 and eager; llmtrain takes bf16 autocast where the device
-computes it natively, and compiles on a GPU. Launches come after the turns, so what was compiled is in torch's cache.
-On a GPU float32 products are TF32 in nanoGPT and litgpt.
+computes it natively, and compiles on a GPU and, at 10m and above, on a CPU with a compiler: it is at the beginning of a
+run of 10,000 steps, as nanoGPT is by default at that of one of 600,000. Launches come after the turns, so what was
+compiled is in torch's cache. On a GPU float32 products are TF32 in nanoGPT and litgpt.
 
 Evaluation is switched off as far as each allows: nanoGPT takes one batch of each split before its first step, litgpt
 two, and measures its FLOPs; both are in launch to first step.
@@ -71,7 +72,7 @@ from llmtrain.engine.device import computes_bf16_natively
 
 
 class ProcessFailedError(Exception):
-    """A process of a contender ended with another exit code than 0; the text is the end of what it said."""
+    """A process of a contender ended with another exit code than it should; the text is the end of what it said."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -252,7 +253,7 @@ def _lines(make: Callable[[Launch], Command], launch: Launch) -> Iterator[tuple[
             assert process.stdout
             for line in process.stdout:
                 yield time.perf_counter() - began, line
-        if process.returncode:
+        if process.returncode != command.exit_code:
             errors.seek(0)
             said = errors.read().strip()[-2000:]
             raise ProcessFailedError(f"{command.arguments}: exit code {process.returncode}\n{said}")

@@ -26,9 +26,9 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.model.undrawn import Undrawn
 from llmtrain.resolve import resolve
 
-# A CPU compiles for up to 20 s and is 10 to 20 % faster then (docs/LOG.md): an hour and a half on two cores, or three
-# minutes on a hundred, are worth it. Of the whole run, so that it does not depend on where a launch begins.
-COMPILED_FROM_FLOPS = 1e15
+# A CPU compiles for up to 20 s and is 10 to 20 % faster then (docs/LOG.md): half an hour on two cores, or a minute on
+# many, is worth it. Of the whole run, so that it does not depend on where a launch begins.
+COMPILED_FROM_FLOPS = 3e14
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.assemble import Assembly, assemble
+from llmtrain.assemble import COMPILED_FROM_FLOPS, Assembly, assemble
 from llmtrain.checkpoint.folders import committed_steps, point, pointed
 from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.config import load_config, make_config
@@ -422,8 +422,8 @@ def test_on_a_cpu_a_run_is_compiled_where_it_is_long_enough_for_that_to_pay(
             training = {"compile": "auto", "max_steps": None, length: math.ceil(tokens / unit)}
             return assemble(make_config(merged(config_dict, training=training)), engine)
 
-    assert parts(1e15).config.training.compile == is_compiled
-    assert not parts(0.8e15).config.training.compile
+    assert parts(COMPILED_FROM_FLOPS).config.training.compile == is_compiled
+    assert not parts(0.8 * COMPILED_FROM_FLOPS).config.training.compile
 
 
 @pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp32", "bf16")])
