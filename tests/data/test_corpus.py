@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks
+from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, _parse_line, cut_into_chunks
 from llmtrain.data.files import find_files
 from llmtrain.data.memory import free_host_memory
 from llmtrain.data.survey import survey
@@ -228,6 +228,40 @@ def test_a_broken_jsonl_line_is_named_with_its_number_or_counted(tmp_path, line,
     found, skipped = numbered(path, chunk_bytes=chunk_bytes, skip_bad=True)
     assert found == [(0, "one"), (3, "four")]
     assert skipped == {"bad lines": 1}
+
+
+JSON_TEXT = st.text(st.sampled_from('ab"\\\n\x01\x7f\u2028é😀\ufeff'), max_size=6)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | JSON_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(JSON_TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+JSON_PIECES = st.sampled_from([
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"text", b"\\u0061", b"\\ud83d\\ude00", b"\\ud800", b"\\x", b" ", b"\t", b"01",
+    b"-", b"1.", b"1e999", b"NaN", b"-Infinity", b"9" * 30, b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"\x00", b"true",
+])  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.dictionaries(JSON_TEXT | st.just("text"), JSON_VALUES, max_size=3),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 60), JSON_PIECES), max_size=2),
+)
+def test_a_line_has_the_text_that_json_of_python_gives_it(record, is_ascii, spoiled):
+    line = json.dumps(record, ensure_ascii=is_ascii).encode()
+    for at, piece in spoiled:
+        line = line[:at] + piece + line[at:]
+    try:
+        expected = json.loads(line.decode())["text"]
+        expected.encode()
+    except Exception:
+        expected = None
+    try:
+        found = _parse_line(line, "text")
+    except ValueError:
+        found = None
+    assert found == expected
 
 
 @pytest.mark.parametrize(
