@@ -237,8 +237,9 @@ JSON_VALUES = st.recursive(
     max_leaves=5,
 )
 JSON_PIECES = st.sampled_from([
-    b"{", b"}", b"[", b"]", b",", b":", b'"', b"text", b"\\u0061", b"\\ud83d\\ude00", b"\\ud800", b"\\x", b" ", b"\t", b"01",
-    b"-", b"1.", b"1e999", b"NaN", b"-Infinity", b"9" * 30, b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"\x00", b"true",
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"text", b"\\u0061", b"\\ud83d\\ude00", b"\\ud800", b"\\x", b" ", b"\t",
+    b"01", b"-", b"1.", b"1e999", b"NaN", b"-Infinity", b"9" * 30, b"\xef\xbb\xbf", b"\xff", b"\xc3\xa9", b"\x00",
+    b"true",
 ])  # fmt: skip
 
 
