@@ -61,7 +61,7 @@ def deliver(
     size = spec["batch"]
     windows, order = source(spec)
     layout = Layout(len(windows), size, size)
-    for batch in batches(windows, layout, order, position=layout.position_after(0, step), widened=widen):
+    for batch in batches(windows, layout, order, position=layout.position_after(0, step), as_int64=widen):
         for tokens, _ in batch.micro_batches():
             if not widen:
                 yield tokens

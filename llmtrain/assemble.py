@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmtrain.compiling import settle_compile
 from llmtrain.config import RunConfig
 from llmtrain.data.batches import Layout, Order, Windows, WindowSet
 from llmtrain.data.documents import with_mask
@@ -25,10 +26,6 @@ from llmtrain.model.cost import flops_per_token
 from llmtrain.model.transformer import Transformer
 from llmtrain.model.undrawn import Undrawn
 from llmtrain.resolve import resolve
-
-# A CPU compiles for up to 20 s and is 10 to 20 % faster then (docs/LOG.md): half an hour on two cores, or a minute on
-# many, is worth it. Of the whole run, so that it does not depend on where a launch begins.
-COMPILED_FROM_FLOPS = 3e14
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,9 @@ def assemble(
         UserError: the data cannot be used, the config contradicts it, or the ranks do not agree; the same on all ranks.
     """
     folders = patiently(engine, lambda: fetch_data(config.data), is_told)
-    data, config, val = together(engine, lambda: _open(folders, config, engine))
+    data = together(engine, lambda: open_data(config.data, folders))
+    compiled, warnings = settle_compile(config, engine, data.tokenizer.vocab_size, data.train_tokens)
+    config, val = together(engine, lambda: _settle(data, config, engine.world_size, compiled))
     seq_len = config.data.seq_len
     train: WindowSet
     if config.data.packing == "best_fit":
@@ -135,7 +134,7 @@ def assemble(
     sets = together(engine, lambda: data.set_windows(config.data.seq_len))
     packing = train.digest() if isinstance(train, PackedWindows) else ""
     fingerprint = data.fingerprint() + packing + data.fingerprint_of_sets()
-    warnings = require_agreement(engine, config, fingerprint) + list(doubts(config, val))
+    warnings += [*require_agreement(engine, config, fingerprint), *doubts(config, val)]
     end = together(engine, lambda: data.document_end(val)) if config.data.document_mask else None
     layout = Layout(
         windows=samples_per_epoch(train, config.training.global_batch_size),
@@ -154,12 +153,10 @@ def assemble(
     return Assembly(config, data, train, val, sets, layout, engine, warnings, packing)
 
 
-def _open(folders: list[Path], config: RunConfig, engine: Engine) -> tuple[TrainingData, RunConfig, dict[str, Windows]]:
-    data = open_data(config.data, folders)
-    compiled = config.training.compile
-    config = resolve_here(config, data.tokenizer.vocab_size, engine.world_size, engine.can_compile)
-    if compiled == "auto" and engine.device.type == "cpu" and _flops(config, data) < COMPILED_FROM_FLOPS:
-        config = config.model_copy(update={"training": config.training.model_copy(update={"compile": False})})
+def _settle(
+    data: TrainingData, config: RunConfig, world_size: int, compiled: bool
+) -> tuple[RunConfig, dict[str, Windows]]:
+    config = resolve_here(config, data.tokenizer.vocab_size, world_size, compiled)
     config = config.model_copy(update={"data": with_mask(config.data)})
     refuse_contradictions(config.training)
     seq_len, val = config.data.seq_len, data.val_windows(config.data.seq_len)
@@ -168,17 +165,7 @@ def _open(folders: list[Path], config: RunConfig, engine: Engine) -> tuple[Train
             f"training.early_stopping_patience needs validation data, but the val split of {data.where} has no "
             f"window of {seq_len + 1} tokens; prepare with a larger --val-split"
         )
-    return data, config, val
-
-
-def _flops(config: RunConfig, data: TrainingData) -> float:
-    """Of the whole run, about: as if no window were cut short."""
-    training, seq_len = config.training, config.data.seq_len
-    if training.max_steps:
-        tokens = training.max_steps * training.global_batch_size * seq_len
-    else:
-        tokens = training.max_tokens or training.epochs * data.train_tokens
-    return flops_per_token(config.model, seq_len) * tokens
+    return config, val
 
 
 def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compile_auto: bool = False) -> RunConfig:

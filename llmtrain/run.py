@@ -34,6 +34,7 @@ from llmtrain.data.batches import Batch, batches
 from llmtrain.data.mixture import Stage
 from llmtrain.data.staging import appears
 from llmtrain.engine import Outcome
+from llmtrain.engine.device import give_back_memory
 from llmtrain.errors import DivergedError, PeerLostError, Stopped, UserError, end_within, tell
 from llmtrain.health.agreement import patiently, together
 from llmtrain.health.divergence import Stretch
@@ -230,7 +231,7 @@ class Run:
             self.order,
             position=self.progress.position,
             workers=self.config.data.workers,
-            widened=self.engine.device.type == "cpu",
+            as_int64=self.engine.device.type == "cpu",
             reading=lambda found: self.peers.reading(
                 self.meter.reading(ahead(found, self.engine.device)), lambda: self.progress.step + 1
             ),
@@ -466,6 +467,7 @@ class Run:
     def opened(self, lock: RunLock) -> Iterator[None]:
         """Claim the run folder for a loop; however that ends, the files are finished and the curves drawn."""
         self._open(lock)
+        give_back_memory()
         watchdog = Watchdog(self.peers, self.config.health, self.dir, self.store.finish_within)
         with self.engine.evaluating() as model:
             hook = model.register_forward_hook(self.peers.forwarded)

@@ -26,9 +26,10 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.assemble import COMPILED_FROM_FLOPS, Assembly, assemble
+from llmtrain.assemble import Assembly, assemble
 from llmtrain.checkpoint.folders import committed_steps, point, pointed
 from llmtrain.checkpoint.format import CheckpointReader
+from llmtrain.compiling import COMPILED_FROM_FLOPS
 from llmtrain.config import load_config, make_config
 from llmtrain.data.shards import MANIFEST
 from llmtrain.engine import make_engine
@@ -416,7 +417,7 @@ def test_on_a_cpu_a_run_is_compiled_where_it_is_long_enough_for_that_to_pay(
     def parts(flops: float) -> Assembly:
         with closing(make_engine(60.0)) as engine:
             short = assemble(make_config(config_dict), engine)
-            tokens = flops / short.flops_per_token()
+            tokens = flops * torch.get_num_threads() / short.flops_per_token()
             per_step = short.config.training.global_batch_size * short.config.data.seq_len
             unit = {"max_steps": per_step, "max_tokens": 1, "epochs": short.data.train_tokens}[length]
             training = {"compile": "auto", "max_steps": None, length: math.ceil(tokens / unit)}
@@ -424,6 +425,23 @@ def test_on_a_cpu_a_run_is_compiled_where_it_is_long_enough_for_that_to_pay(
 
     assert parts(COMPILED_FROM_FLOPS).config.training.compile == is_compiled
     assert not parts(0.8 * COMPILED_FROM_FLOPS).config.training.compile
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles by other means")
+@pytest.mark.parametrize(("asked", "code"), [("auto", 0), (True, 2)])
+def test_a_compiler_that_does_not_work_costs_a_long_run_a_warning_and_who_asked_for_it_an_error(
+    config_dict: Config, tmp_path: Path, llmtrain: Command, asked: object, code: int
+) -> None:
+    config = merged(config_dict, training={"compile": asked, "max_steps": 10**9})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = llmtrain("train", "--config", tmp_path / "config.yaml", "--dry-run", env={**os.environ, **broken})
+    assert done.returncode == code, done.stderr
+    line = "not compiled, by which so long a run would gain (training.compile): "
+    line = line if asked == "auto" else "training.compile: true, but it does not work here: "
+    assert line in done.stderr and "Traceback" not in done.stderr
+    assert ("all checks passed" in done.stdout) == (code == 0)
 
 
 @pytest.mark.parametrize(("saved", "now"), [("bf16", "fp32"), ("fp32", "bf16")])

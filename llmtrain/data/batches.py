@@ -33,7 +33,7 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
 _FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
-_GATHERED_BYTES, _GATHERED_S = 1 << 18, 1e-3  # at most this of ids in one call, and in so much time
+_GROUP_BYTES, _GROUP_S = 1 << 18, 1e-3  # at most this of ids in one call, and in so much time
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -283,17 +283,21 @@ def batches(
     position: int,
     workers: int = 0,
     reading: Reading = iter,
-    widened: bool = False,
+    as_int64: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batches from `position` on, endlessly; `reading` goes through the micro-batches and may take note.
 
-    `widened` to int64 where several are read at once, for who would do it to each; not by workers.
+    `as_int64`: widen ids where that is cheapest, several micro-batches at once; packed ones, and those of workers, come
+    as they are stored all the same.
 
     Mapped files are gathered in this process: it takes microseconds, where sending a micro-batch from a worker takes
     hundreds. `workers > 0` moves the reading into that many processes, for storage that stalls.
     """
     sampler = ResumableDistributedSampler(windows, layout, order, position)
-    loader = reading(_from_workers(windows, sampler, workers) if workers else gathered(windows, iter(sampler), widened))
+    as_int64 &= not isinstance(windows, PackedWindows)  # of which inputs and targets are made one by one
+    loader = reading(
+        _from_workers(windows, sampler, workers) if workers else in_groups(windows, iter(sampler), as_int64)
+    )
     counts, padding = None, None
     if isinstance(windows, PackedWindows):
         counts, padding = _target_counts(windows, layout, order, position), windows.padding
@@ -305,7 +309,7 @@ def batches(
         position = end
 
 
-def gathered(windows: WindowSet, ids: Iterator[Int64s], widened: bool = False) -> Iterator[Tokens_BS]:
+def in_groups(windows: WindowSet, ids: Iterator[Int64s], as_int64: bool = False) -> Iterator[Tokens_BS]:
     """Yield the windows of each array of ids, of several in one call: it costs as much as copying some kilobytes.
 
     Only where reading is quick, or they would all wait for what one could have waited for while another is computed.
@@ -320,12 +324,11 @@ def gathered(windows: WindowSet, ids: Iterator[Int64s], widened: bool = False) -
             yield from map(windows.gather, group)
             continue
         each_s = (time.perf_counter() - began) / len(group)
-        if widened:
+        if as_int64:
             rows = torch.from_numpy(rows.numpy().astype(np.int64))
-        tokens = torch.split(rows, [len(these) for these in group])
-        yield from tokens
-        most = min(_GATHERED_BYTES / max(1, tokens[0].nbytes), _GATHERED_S / each_s, 2 * at_once)
-        at_once = max(1, int(most))
+        yield from torch.split(rows, [len(these) for these in group])
+        each_bytes = rows.element_size() * rows.shape[1] * max(1, *map(len, group))
+        at_once = max(1, int(min(_GROUP_BYTES / each_bytes, _GROUP_S / each_s, 2 * at_once)))
 
 
 def _target_counts(windows: PackedWindows, layout: Layout, order: Order, position: int) -> Iterator[int]:

@@ -81,7 +81,7 @@ class AccelerateEngine(Processes):
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = _total_norm(gradients)
         scale = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if not self.host_sees_all or scale.item() < 1.0:
+        if not self.host_sees_all or not scale.item() >= 1.0:  # so where it is no number, too
             torch._foreach_mul_(gradients, scale)
         return norm
 

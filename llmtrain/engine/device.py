@@ -20,7 +20,8 @@ def set_up_allocator() -> None:
 
     For a process that computes on the CPU: a step frees and allocates its activations, and the kernel would take back
     what is large and hand it out anew, page by page: a hundred thousand of 4 KB at 10m, of which each costs
-    microseconds in a virtual machine. The memory of the largest step stays with the process.
+    microseconds in a virtual machine. What each thread needed most at once stays with the process, see
+    `give_back_memory`.
 
     Must come before the first large tensor, for torch reads its variable once (c10, alloc_cpu.cpp); who has set a
     variable of his own is obeyed. Linux with glibc only; elsewhere it does nothing.
@@ -50,14 +51,18 @@ def computes_bf16_natively(device: torch.device) -> bool:
     return False
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that `torch.compile` takes for a CPU (torch/_inductor/config.py, `cxx`), if it is there."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+def lacking_to_compile() -> str | None:
+    """What `torch.compile` would need for a CPU and does not find (torch/_inductor/config.py, `cxx`)."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}); install it, or name another by CXX"
+    if not Path(headers := sysconfig.get_path("include"), "Python.h").is_file():
+        return f"no headers of this Python in {headers}; install them (Debian: python3-dev)"
+    return None
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs: for a CPU Linux, a compiler, and the headers of this Python."""
-    if device.type == "cpu":
-        has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-        return sys.platform == "linux" and has_headers and cpp_compiler() is not None
-    return device.type == "cuda"
+def give_back_memory() -> None:
+    """Let the kernel have what is free of the memory that `set_up_allocator` keeps: what was only needed to start."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from llmtrain.engine.asking import SideChannel
-from llmtrain.engine.device import can_compile
 from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
 from llmtrain.errors import UserError
@@ -49,7 +48,7 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        self.can_compile: bool = can_compile(self.device)
+        self.can_compile: bool = self.device.type in ("cpu", "cuda")
         self.before_gather: Callable[[], object] = lambda: None
         self._asked: tuple[bool, ...] = ()
 

@@ -74,7 +74,7 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     exchanges_in_forward: bool  # between ranks, in the model's forward pass
-    can_compile: bool  # the blocks, by torch.compile
+    can_compile: bool  # the blocks by torch.compile, if the machine has what that needs
     before_gather: Callable[[], object]  # called by `gather` where there are other ranks
 
     def build(

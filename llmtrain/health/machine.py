@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.data.memory import free_host_memory
-from llmtrain.engine.device import computes_bf16_natively, cpp_compiler, pick_device
+from llmtrain.engine.device import computes_bf16_natively, lacking_to_compile, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
 from llmtrain.health.finding import Finding, fail, ok, warn
@@ -110,9 +110,8 @@ def _cores() -> Finding:
 
 
 def _compiler() -> Finding:
-    if found := cpp_compiler():
-        return ok("compiler", found)
-    return warn("compiler", "no C++ compiler, which long runs on a CPU gain from (training.compile); install g++")
+    problem = lacking_to_compile() if pick_device().type == "cpu" else None
+    return warn("compiler", f"{problem}: long runs gain by it") if problem else ok("compiler", "torch.compile")
 
 
 def _room(name: str, free: float, advice: str) -> Finding:

@@ -273,7 +273,10 @@ class Transformer(nn.Module):
         if self.rotation is not None:  # (2, S, E), or (2, B, 1, S, E)
             rotation = self.rotation[:, documents.positions].unsqueeze(2) if documents else self.rotation[:, begin:end]
         for block in self.blocks:
-            x_BSD = block(x_BSD, rotation, cache, mask)
+            # One token after another is no work for a compiler: each layer and length would be compiled anew, until it
+            # gave up, on training too. So a compiled block is passed by there; its hooks are not.
+            call: Callable[..., Tensor] = block if cache is None else block._call_impl
+            x_BSD = call(x_BSD, rotation, cache, mask)
         if cache is not None:
             cache.length = end
         normed_BSD: Tensor = self.norm(x_BSD)

@@ -71,7 +71,7 @@ class LiveConsole:
     def record(self, record: Record) -> None:
         """Bring the live lines up to date."""
         self._pace.take(record)
-        self._panel.take(record, self._pace.pieces(record), self._pace.share(record))
+        self._panel.take(record, self._pace.pieces(), self._pace.share(record))
         if time.monotonic() - self._drawn_at >= self._REFRESH_S:
             self._live.refresh()
             self._drawn_at = time.monotonic()

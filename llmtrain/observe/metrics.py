@@ -98,11 +98,11 @@ class _ArraysFile:
     """`training_metrics.json`, rewritten whole so that it always parses, and seldom enough to stay cheap.
 
     Rewriting it with every record would write a quadratic number of bytes: 30 TB over a million records. So it is
-    written whenever it has grown by 2 %, which at first is with every record, though not twice in a second, for it
-    costs as much as all else of a record. All rewrites together then write about 50 times the final file (3 GB for a
-    million records), and between checkpoints it is never more than 2 % of the run behind, less than a pixel or two of a
-    plot. (A rule in seconds alone was dropped: with a record per second on a fast disk it still writes the quadratic
-    number of bytes.)
+    written with a record by which it has grown by 2 %, which at first is every one, though not twice in a second, for
+    it costs as much as all else of a record. All rewrites together then write about 50 times the final file (3 GB for a
+    million records), and between checkpoints it lacks, until the next record, at most 2 % of the run, less than a pixel
+    or two of a plot, or the records of a second. (A rule in seconds alone was dropped: with a record per second on a
+    fast disk it still writes the quadratic number of bytes.)
     """
 
     _GROWTH, _LEAST_S = 1.02, 1.0

@@ -33,8 +33,10 @@ class Pace:
         self._steps = self._MEMORY * self._steps + steps
         self._seconds = self._MEMORY * self._seconds + seconds
 
-    def pieces(self, record: Record) -> dict[str, str]:
+    def pieces(self) -> dict[str, str]:
         """The pieces of the line of the record taken in last, by name, in order. Epochs count from 1 here."""
+        record = self._last
+        assert record is not None, "a record is taken in first"
         pieces = {
             "epoch": f"epoch {record.epoch + 1}/{self._total_epochs}",
             "percent": formats.percent(self.share(record)),

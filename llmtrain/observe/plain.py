@@ -64,7 +64,7 @@ class PlainConsole:
 
     def _tell_progress(self, record: Record, now: float) -> None:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(record.time)) if math.isfinite(record.time) else "?"
-        self.message("  ".join([at, *self._pace.pieces(record).values()]))
+        self.message("  ".join([at, *self._pace.pieces().values()]))
         self._untold, self._told_at = None, now
 
     def close(self, outcome: str) -> None:

@@ -22,7 +22,7 @@ from llmtrain.data.batches import (
     ResumableDistributedSampler,
     Windows,
     batches,
-    gathered,
+    in_groups,
     inputs_and_targets,
     plain_order,
     validation_batches,
@@ -153,20 +153,20 @@ class Calls:
         return self.windows.gather(ids)
 
 
-@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("as_int64", [False, True])
 def test_several_micro_batches_are_read_in_one_call_and_are_those_of_single_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widened: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_int64: bool
 ) -> None:
     windows = Calls(Windows(stream_of(tmp_path, 1000), 10, 10))
-    monkeypatch.setattr(batches_module, "_GATHERED_S", 60.0)  # however busy the machine is
-    monkeypatch.setattr(batches_module, "_GATHERED_BYTES", 2400 if widened else 600)  # 6 micro-batches of 44 ids
+    monkeypatch.setattr(batches_module, "_GROUP_S", 60.0)  # however busy the machine is
+    monkeypatch.setattr(batches_module, "_GROUP_BYTES", 2400 if as_int64 else 600)  # 6 micro-batches of 44 ids
     ids = [np.arange(4) + start for start in range(40)] + [np.arange(0)]
-    found = list(gathered(windows, iter(ids), widened))
+    found = list(in_groups(windows, iter(ids), as_int64))
     assert windows.asked == [4, 8, 16, *[24] * 5, 12]
     for tokens, these in zip(found, ids, strict=True):
         alone = windows.windows.gather(these)
-        assert torch.equal(tokens, alone.long() if widened else alone)
-        assert tokens.dtype == (torch.int64 if widened else torch.uint16)
+        assert torch.equal(tokens, alone.long() if as_int64 else alone)
+        assert tokens.dtype == (torch.int64 if as_int64 else torch.uint16)
         for inputs, other in zip(inputs_and_targets(tokens, 5, CPU), inputs_and_targets(alone, 5, CPU), strict=True):
             assert torch.equal(inputs, other)
 
@@ -175,17 +175,17 @@ def test_where_reading_takes_long_every_micro_batch_is_waited_for_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = Calls(Windows(stream_of(tmp_path, 1000), 10, 10))
-    monkeypatch.setattr(batches_module, "_GATHERED_S", 0.0)
-    list(gathered(windows, iter([np.arange(4)] * 5)))
+    monkeypatch.setattr(batches_module, "_GROUP_S", 0.0)
+    list(in_groups(windows, iter([np.arange(4)] * 5)))
     assert windows.asked == [4] * 5
 
 
 def test_what_cannot_be_read_is_told_when_it_is_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_GATHERED_S", 60.0)
+    monkeypatch.setattr(batches_module, "_GROUP_S", 60.0)
     windows = Windows(stream_of(tmp_path, 1000, shard_tokens=1000), 10, 10)
     ids = np.memmap(tmp_path / "train-00000.bin", "<u2", "r+")
     ids[12 * 10 + 5] = 1000
-    stream = gathered(windows, iter([np.array([window]) for window in range(20)]))
+    stream = in_groups(windows, iter([np.array([window]) for window in range(20)]))
     assert [int(next(stream)[0, 0]) for _ in range(12)] == [int(ids[10 * window]) for window in range(12)]
     with pytest.raises(CorruptError, match=f"token id 1000 at position {12 * 10 + 5}"):
         next(stream)

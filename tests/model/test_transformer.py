@@ -206,6 +206,26 @@ def kept_bytes(checkpointing: str, compiled: bool) -> int:
     return sum(kept.values())
 
 
+def test_what_writes_token_after_token_is_not_compiled_and_leaves_compiled_blocks_as_they_are() -> None:
+    """Each layer and length would be compiled anew, up to a limit at which torch gives up, on training too."""
+    made = []
+    for compiled in (False, True):
+        model = shake(build(layers=10))
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            for block in model.blocks:
+                block.compile()
+        calls: list[int] = []
+        model.blocks[3].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        cache = KVCache(16)
+        with torch.no_grad():
+            made.append([model(torch.tensor([[token]]), cache=cache) for token in range(4)])
+        assert len(calls) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    assert not torch._dynamo.utils.counters["stats"], "something was compiled"
+
+
 @pytest.mark.slow
 def test_a_compiled_block_keeps_what_selective_checkpointing_asks_for() -> None:
     """The products that the backward pass reads, and what comes out of attention: no less, nor much more."""

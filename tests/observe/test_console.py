@@ -97,21 +97,22 @@ def test_the_line_says_what_one_wants_to_know(make_record):
         "epoch": 1, "train_loss": 2.1342, "val_loss": 2.2009, "mfu": 0.389, "step_time_s": 750 / 2300,
         "step_time_spread_s": 0.012, "slowest_rank": 3,
     }  # fmt: skip
-    pieces = progress.pieces(make_record(1200, **values))
-    assert "  ".join(pieces.values()) == LINE
+    progress.take(make_record(1200, **values))
+    assert "  ".join(progress.pieces().values()) == LINE
 
 
 def test_what_is_not_known_is_not_on_the_line(make_record):
-    pieces = Pace(3500, 350).pieces(make_record(1200))
-    assert not {"val", "mfu", "slowest"} & set(pieces)
+    progress = Pace(3500, 350)
+    progress.take(make_record(1200))
+    assert not {"val", "mfu", "slowest"} & set(progress.pieces())
 
 
 def test_the_time_left_follows_the_clock_and_forgets_a_slow_start(make_record):
     progress = Pace(total_steps=10_000, steps_per_epoch=100)
-    progress.pieces(make_record(10, time=0.0, step_time_s=60.0))
+    progress.take(make_record(10, time=0.0, step_time_s=60.0))
     for step in range(20, 2010, 10):
-        pieces = progress.pieces(make_record(step, time=step * 0.5, step_time_s=0.1))  # evaluations take the rest
-    assert pieces["eta"] in ("eta 1:06:40", "eta 1:06:41")
+        progress.take(make_record(step, time=step * 0.5, step_time_s=0.1))  # evaluations take the rest
+    assert progress.pieces()["eta"] in ("eta 1:06:40", "eta 1:06:41")
 
 
 def test_no_run_is_too_odd_for_the_line(make_record):
@@ -119,7 +120,8 @@ def test_no_run_is_too_odd_for_the_line(make_record):
     odd = make_record(30, train_loss=nan, val_loss=nan, step_time_s=nan, tokens_per_sec=nan, mfu=nan, time=nan)
     progress = Pace(total_steps=20, steps_per_epoch=7)
     for _ in range(2):
-        pieces = progress.pieces(odd)
+        progress.take(odd)
+        pieces = progress.pieces()
     assert pieces["percent"] == "100 %" and pieces["loss"] == "loss nan"
 
 

@@ -1,0 +1,59 @@
+"""Whether the blocks of a run are compiled: what `training.compile: auto` means for it, on all its ranks alike."""
+
+from __future__ import annotations
+
+import torch
+
+from llmtrain.config import RunConfig
+from llmtrain.engine import Engine
+from llmtrain.engine.device import lacking_to_compile
+from llmtrain.errors import UserError
+from llmtrain.model.cost import flops_per_token
+from llmtrain.planning.budget import planned_tokens
+
+# For each thread of each rank. Compiling takes a CPU up to half a minute, evaluation included, again on every new
+# machine, and a step is 10 to 20 % faster then (docs/LOG.md); so much work takes a core a quarter of an hour.
+COMPILED_FROM_FLOPS = 1e14
+
+
+def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_tokens: int) -> tuple[bool, list[str]]:
+    """Decide for a config as it was loaded; all ranks call it.
+
+    Returns:
+        what `auto` means, and a warning where a run that would gain by it cannot be compiled on some machine.
+
+    Raises:
+        UserError: it is asked for, and cannot be.
+    """
+    asked = config.training.compile
+    if engine.device.type != "cpu":
+        return engine.can_compile, []
+    is_wanted = asked is True or (
+        asked == "auto" and engine.can_compile and _is_long(config, engine, vocab_size, data_tokens)
+    )
+    answers = engine.gather((is_wanted, _why_not() if is_wanted else None))
+    problem = next((reason for _, reason in answers if reason), None)
+    if problem and asked is True:
+        raise UserError(f"training.compile: true, but it does not work here: {problem}; leave it out")
+    wanted_by_all = all(wanted for wanted, _ in answers)  # the number of threads may differ
+    if problem and wanted_by_all:
+        return False, [f"not compiled, by which so long a run would gain (training.compile): {problem}"]
+    return wanted_by_all, []
+
+
+def _is_long(config: RunConfig, engine: Engine, vocab_size: int, data_tokens: int) -> bool:
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or vocab_size})
+    tokens, _ = planned_tokens(config.model_copy(update={"model": model}), data_tokens)
+    flops = flops_per_token(model, config.data.seq_len) * tokens
+    return flops >= COMPILED_FROM_FLOPS * torch.get_num_threads() * engine.world_size
+
+
+def _why_not() -> str | None:
+    """Compile something small: that all is there does not say that it works."""
+    if problem := lacking_to_compile():
+        return problem
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except Exception as error:  # whatever its compiler, that one's files or the folder of its cache have
+        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no reason given')}"
+    return None
