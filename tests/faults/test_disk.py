@@ -83,7 +83,8 @@ MOMENTS = {
 def test_the_right_to_write_is_withdrawn(
     launcher: Launcher, data: Path, disk: Path, begun: Path, undisturbed: Path, tmp_path: Path, moment: str
 ) -> None:
-    """Then the disk is read-only for the next launch, and then all is well again."""
+    """Then the disk is read-only for the next launch, and then all is well again; the data can be read all the time."""
+    data = Path(shutil.copytree(data, disk / "data"))
     events = launcher.events(config_of(data, copied(begun, tmp_path / "counted")))
     kind, name = MOMENTS[moment]
     number = next(n for n, event in enumerate(events, 1) if event.startswith(kind) and name in event)
