@@ -25,17 +25,18 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
     Raises:
         UserError: it is asked for, and cannot be.
     """
-    asked = config.training.compile
     if engine.device.type != "cpu":
         return engine.can_compile, []
-    is_wanted = asked is True or (
-        asked == "auto" and engine.can_compile and _is_long(config, engine, vocab_size, data_tokens)
-    )
-    answers = engine.gather((is_wanted, _why_not() if is_wanted else None))
-    problem = next((reason for _, reason in answers if reason), None)
-    if problem and asked is True:
-        raise UserError(f"training.compile: true, but it does not work here: {problem}; leave it out")
-    wanted_by_all = all(wanted for wanted, _ in answers)  # the number of threads may differ
+    asked = config.training.compile
+    is_long = asked == "auto" and engine.can_compile and _is_long(config, engine, vocab_size, data_tokens)
+    is_wanted = asked is True or is_long
+    answers = engine.gather((asked, is_wanted, _why_not() if is_wanted else None))
+    problem = next((reason for *_, reason in answers if reason), None)
+    if problem and any(one is True for one, *_ in answers):
+        error = UserError(f"training.compile: true, but it does not work here: {problem}; leave it out")
+        error.is_everywhere = True
+        raise error
+    wanted_by_all = all(wanted for _, wanted, _ in answers)  # the number of threads may differ
     if problem and wanted_by_all:
         return False, [f"not compiled, by which so long a run would gain (training.compile): {problem}"]
     return wanted_by_all, []

@@ -110,8 +110,9 @@ def _cores() -> Finding:
 
 
 def _compiler() -> Finding:
-    problem = lacking_to_compile() if pick_device().type == "cpu" else None
-    return warn("compiler", f"{problem}: long runs gain by it") if problem else ok("compiler", "torch.compile")
+    if problem := lacking_to_compile():
+        return warn("compiler", f"{problem}; without it torch.compile, which long runs gain by, does not work")
+    return ok("compiler", "there, with the headers of Python, for torch.compile")
 
 
 def _room(name: str, free: float, advice: str) -> Finding:

@@ -68,6 +68,35 @@ def test_freed_memory_is_kept_for_the_next_step_unless_the_user_has_set_malloc_u
     assert done.stdout == f"{is_kept}\n", done.stderr
 
 
+START = """
+import os
+from pathlib import Path
+import torch
+from llmtrain.engine import make_engine
+from llmtrain.engine.device import give_back_memory
+
+make_engine(30.0)
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+before = resident()
+only_to_start, stays = torch.ones(1 << 26), torch.ones(1 << 20)
+del only_to_start
+kept = resident() - before
+give_back_memory()
+print(kept > 1 << 28, resident() - before < 1 << 25)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_only_needed_to_start_is_given_back_when_that_is_asked_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START], env=without_settings(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "True True\n", done.stderr
+
+
 def without_settings() -> dict[str, str]:
     """The environment of somebody who has said nothing about memory."""
     own = ("THP_MEM_ALLOC_ENABLE", "MALLOC_", "GLIBC_TUNABLES")
