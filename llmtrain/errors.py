@@ -6,7 +6,9 @@ traceback.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import os
 import platform
@@ -90,6 +92,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     or not survive the interpreter: with all work done, one launch of two processes in 25 aborted there (torch 2.13,
     gloo, a busy machine). And the interpreter waits for a save that is under way, however long that takes.
     """
+    atexit.register(gc.freeze)  # or the interpreter looks for garbage among all there is: a second after a run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without some character costs only that character

@@ -111,16 +111,25 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class LinesChunk:
-    """Whole lines of a JSONL file, not yet parsed."""
+    """Whole lines of a JSONL file, not yet parsed.
+
+    Args:
+        start: of the first line.
+        file: which they are in.
+        source_bytes: how much of the file they are.
+        data: the lines where the file is compressed; None: they are to be read, so many bytes from `start` on. To send
+            them to another process takes longer than that.
+    """
 
     start: Position
     file: SourceFile
-    data: bytes
     source_bytes: int
+    data: bytes | None
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each line's document."""
-        for index, line in enumerate(io.BytesIO(self.data)):  # a line at a time: there may be one, of all memory
+        data = self._read_again() if self.data is None else self.data
+        for index, line in enumerate(io.BytesIO(data)):  # a line at a time: there may be one, of all memory
             if line.isspace():
                 continue
             try:
@@ -132,6 +141,14 @@ class LinesChunk:
                 yield self.start.ordinal + index, text
             else:
                 skipped["empty documents"] += 1
+
+    def _read_again(self) -> bytes:
+        with _open_bytes(self.file) as (stream, _):
+            stream.seek(self.start.place)
+            data = stream.read(self.source_bytes)
+        if len(data) < self.source_bytes:
+            raise UserError(f"{self.file.path}: became shorter while it was read; prepare it once it stays as it is")
+        return data
 
 
 @dataclass(frozen=True)
@@ -267,26 +284,27 @@ def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[
         _skip(stream, start.place, file)
         done = raw.tell()
         while data := stream.read(chunk_bytes):
-            lines = data.count(b"\n")
+            lines, size, kept = data.count(b"\n"), len(data), [data]
             if not data.endswith(b"\n"):
                 lines += 1
-                data += _rest_of_line(stream, file, here.record + lines, len(data))
+                for part in _rest_of_line(stream, file, here.record + lines, size):
+                    size += len(part)
+                    if file.compression:
+                        kept.append(part)
             consumed = raw.tell() - done
-            yield LinesChunk(here, file, data, consumed), lines
-            here = here.after(lines, places=len(data))
+            yield LinesChunk(here, file, consumed, b"".join(kept) if file.compression else None), lines
+            here = here.after(lines, places=size)
             done += consumed
 
 
-def _rest_of_line(stream: IO[bytes], file: SourceFile, number: int, begun: int) -> bytes:
+def _rest_of_line(stream: IO[bytes], file: SourceFile, number: int, begun: int) -> Iterator[bytes]:
     """Read up to the end of a line; `begun` bytes with the beginning of it, and maybe lines before it, are read."""
-    parts, size = list[bytes](), begun
     while part := stream.readline(_LOOKED_AFTER):
-        parts.append(part)
-        size += len(part)
+        yield part
         if part.endswith(b"\n"):
             break
-        require_room(f"{file.path}: line {number}", size, "")
-    return b"".join(parts)
+        begun += len(part)
+        require_room(f"{file.path}: line {number}", begun, "")
 
 
 def _skip(stream: IO[bytes], count: int, file: SourceFile) -> None:

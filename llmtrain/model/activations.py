@@ -63,11 +63,11 @@ def activation_memory(
         micro_batch: sequences.
         precision: `bf16` or `fp32`.
         checkpointing: `training.activation_checkpointing`.
-        device: `cpu`, or one on which RMSNorm is one kernel; on a CPU it is several, which keep one tensor more.
+        device: `cpu`, or one on which RMSNorm is one kernel; backward, several hold one tensor more.
     """
     assert config.vocab_size is not None
     tokens = float(seq_len * micro_batch)
-    width = _Widths(config, 2 if precision == "bf16" else 4, device != "cpu")
+    width = _Widths(config, 2 if precision == "bf16" else 4)
     whole = width.attention() + width.feed_forward()
     attention, feed_forward, again = width.attention(), width.feed_forward(), 0.0
     if checkpointing == "full":
@@ -85,7 +85,7 @@ def activation_memory(
         recomputed=tokens * again,
         gradients=tokens * (float_stream + width.feed_forward_gradients()),
         output=tokens * (2 * float_stream + width.norm()),
-        output_gradients=tokens * float_stream * (2 if width.is_fused(config.norm) else 4),
+        output_gradients=tokens * float_stream * (3 if device == "cpu" and config.norm == "rmsnorm" else 2),
         loss=loss,
         loss_gradients=loss_gradients,
         loss_in_one=tokens <= tokens_at_once(config.vocab_size),
@@ -95,25 +95,17 @@ def activation_memory(
 class _Widths:
     """Bytes for each token that parts of a block keep for the backward pass."""
 
-    def __init__(self, config: ModelSection, product: int, fused_rms_norm: bool):
+    def __init__(self, config: ModelSection, product: int):
         self.config = config
         self.product = product  # h
-        self.fused_rms_norm = fused_rms_norm
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.queries, self.keys = config.query_width, config.key_width
         self.ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
         self.ups = 2 if config.activation == "swiglu" else 1
 
-    def is_fused(self, norm: str) -> bool:
-        return self.fused_rms_norm or norm == "layernorm"
-
     def norm(self) -> float:
         """A norm of the residual stream, beside its input: mean and root mean square."""
-        return 8.0 if self.config.norm == "layernorm" else self.rms_norm(self.config.dim)
-
-    def rms_norm(self, width: int) -> float:
-        """The root mean square of a vector, beside its input; unfused also the vector divided by it."""
-        return 4.0 + (0 if self.fused_rms_norm else 4.0 * width)
+        return 8.0 if self.config.norm == "layernorm" else 4.0
 
     def norm_result(self, readers: int) -> float:
         """What products read of a norm's float32 result: autocast casts it anew for each of them."""
@@ -128,7 +120,7 @@ class _Widths:
         normed = 0.0
         if self.config.qk_norm:  # of what it reads, in float32
             heads = self.heads + self.kv_heads
-            normed = 4.0 * (queries + keys) + heads * self.rms_norm(self.config.head_width)
+            normed = 4.0 * (queries + keys + heads)
         return self.norm() + self.norm_result(3) + qkv + normed + result
 
     def feed_forward(self) -> float:

@@ -339,7 +339,36 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last dimension."""
-        return F.rms_norm(x.float(), list(self.normalized_shape), self.weight, self.eps)
+        if x.is_cuda:  # where it is one kernel
+            return F.rms_norm(x.float(), list(self.normalized_shape), self.weight, self.eps)
+        y: Tensor = NormedByRMS.apply(x.float(), self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+class NormedByRMS(torch.autograd.Function):
+    """`F.rms_norm` where torch has no kernel for it: the same bits, in two thirds of the passes, and kept as a kernel
+    keeps it: its input and the root mean squares, not the quotient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x (…, D) divided by the root mean square of each row, times weight (D,); laid out row by row."""
+        x = x.contiguous()
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Bit for bit what autograd makes of the forward pass: a factor of 2 may be anywhere in a product."""
+        x, weight, scale = ctx.saved_tensors
+        of_quotient = x * scale
+        of_weight = of_quotient.mul_(gradient).flatten(0, -2).sum(0)
+        of_quotient = torch.mul(gradient, weight, out=of_quotient)
+        product = of_quotient * x
+        of_scale = product.sum(-1, keepdim=True)
+        of_squares = (of_scale * -0.5 * scale.pow(3)) / x.shape[-1]
+        return of_quotient.mul_(scale).add_(torch.mul(x, of_squares * 2, out=product)), of_weight, None
 
 
 def make_norm(config: ModelSection) -> nn.Module:

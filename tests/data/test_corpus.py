@@ -103,6 +103,15 @@ def test_compressed_and_plain_files_give_the_same_documents(tmp_path, suffix, ch
     assert read(tmp_path, chunk_bytes=chunk_bytes) == ["one\ntwo é", "three", "vier\n", "fünf"]
 
 
+def test_lines_that_are_gone_when_they_are_read_are_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["one", "two"]))
+    chunk = next(cut_into_chunks(find_files([str(path)]), ReadOptions()))
+    path.write_bytes(jsonl(["one"]))
+    with pytest.raises(UserError, match=r"a\.jsonl: became shorter while it was read"):
+        list(chunk.read(ReadOptions(), Counter()))
+
+
 def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
     frames = [zstandard.ZstdCompressor().compress(jsonl([text])) for text in ("one", "two")]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))

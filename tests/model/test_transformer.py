@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
 from llmtrain.config import ModelSection, make_config
 from llmtrain.model.cost import flops_per_token, model_flops_utilization, parameter_count
-from llmtrain.model.transformer import KVCache, SquaredReLU, Transformer
+from llmtrain.model.transformer import KVCache, RMSNorm, SquaredReLU, Transformer
 from llmtrain.optim.optimizers import make_optimizer, parameter_groups
 from llmtrain.presets import PRESETS
 from llmtrain.resolve import resolve
@@ -292,6 +292,20 @@ def test_squared_relu_has_the_gradient_of_autograd_bit_for_bit() -> None:
     y = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
     (ours,) = torch.autograd.grad(y, x, gradient)
     assert torch.equal(y, F.relu(x).square()) and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_cpu_and_its_gradients_are_those_of_torch_to_the_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads_first = torch.randn(5, 7, 3, 16).to(dtype).transpose(1, 2).requires_grad_()
+    weight, gradient = torch.rand(16, requires_grad=True), torch.randn(5, 3, 7, 16)
+    norm = RMSNorm(16, eps=1e-6)
+    norm.weight = torch.nn.Parameter(weight.detach().clone())
+    ours, torchs = norm(heads_first), F.rms_norm(heads_first.float(), [16], weight, 1e-6)
+    assert torch.equal(ours, torchs) and ours.stride() == torchs.stride()
+    found = torch.autograd.grad(ours, (heads_first, norm.weight), gradient)
+    expected = torch.autograd.grad(torchs, (heads_first, weight), gradient)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("tie", [True, False])
