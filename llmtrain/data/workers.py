@@ -10,11 +10,13 @@ import multiprocessing
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from llmtrain.errors import LlmtrainError, UserError
@@ -23,6 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # How far results may run ahead of the one that is waited for, per worker: bounds memory when one item takes long.
 AHEAD = 4
+_FITS = 1 << 14  # bytes of an item, in a pipe that is empty
 _NO_MORE = object()
 
 
@@ -49,23 +52,27 @@ def ordered_map(
 
 def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
     source = iter(items)
-    idle, busy = list(connections), dict[Connection, int]()
+    held: Any = None  # the next item, pickled, until somebody takes it
+    dealt_to: dict[Connection, deque[int]] = {connection: deque() for connection in connections}
     done = dict[int, Any]()
     dealt = yielded = 0
-    exhausted = False
-    while busy or not exhausted:
-        # A worker gets an item only while it waits for one: were both to send at once, both would block.
-        while idle and not exhausted and dealt < yielded + AHEAD * len(connections):
-            item = next(source, _NO_MORE)
-            if item is _NO_MORE:
-                exhausted = True
-            else:
-                busy[idle[-1]] = dealt
-                _send(idle.pop(), item)
-                dealt += 1
-        for connection in _ready(busy):
-            done[busy.pop(connection)] = _receive(connection)
-            idle.append(connection)
+    while True:
+        while dealt < yielded + AHEAD * len(connections):
+            if held is None and (item := next(source, _NO_MORE)) is not _NO_MORE:
+                held = ForkingPickler.dumps(item)
+            connection = min(connections, key=lambda each: len(dealt_to[each]))
+            # Were both to send at once what does not fit into the pipe, both would block. So a worker that has
+            # something to do gets only what fits, and finds it there when it is ready.
+            if held is None or len(dealt_to[connection]) >= (2 if len(held) <= _FITS else 1):
+                break
+            _send(connection, held)
+            dealt_to[connection].append(dealt)
+            dealt, held = dealt + 1, None
+        if not any(dealt_to.values()):
+            return
+        for ready in wait([connection for connection, numbers in dealt_to.items() if numbers]):
+            assert isinstance(ready, Connection)
+            done[dealt_to[ready].popleft()] = _receive(ready)
         while yielded in done:
             failed, result = done.pop(yielded)
             if failed:
@@ -74,13 +81,9 @@ def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
             yielded += 1
 
 
-def _ready(busy: dict[Connection, int]) -> list[Connection]:
-    return [c for c in wait(list(busy)) if isinstance(c, Connection)] if busy else []
-
-
-def _send(connection: Connection, item: object) -> None:
+def _send(connection: Connection, item: Any) -> None:
     try:
-        connection.send(item)
+        connection.send_bytes(item)
     except OSError as error:
         raise _worker_died() from error
 

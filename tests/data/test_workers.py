@@ -27,6 +27,14 @@ def make_double() -> Callable[[int], int]:
     return double
 
 
+def twice(item: bytes) -> bytes:
+    return item + item
+
+
+def make_twice() -> Callable[[bytes], bytes]:
+    return twice
+
+
 @pytest.mark.parametrize("another_thread", [False, True])
 def test_an_interrupt_while_workers_start_is_not_lost(another_thread: bool) -> None:
     """Also when a thread that does not block signals takes it, as the kernel is free to let it."""
@@ -73,6 +81,12 @@ def fail_at_three(item: int) -> int:
 
 def make_fail_at_three() -> Callable[[int], int]:
     return fail_at_three
+
+
+def test_items_and_results_larger_than_a_pipe_go_both_ways_beside_small_ones() -> None:
+    """Of which a worker holds two: nobody waits for the other to take what he sends."""
+    items = [bytes(size) for _ in range(6) for size in (1, 3 << 20, 10, 1 << 15, 1 << 20)]
+    assert list(workers.ordered_map(make_twice, items, 2)) == [item + item for item in items]
 
 
 def test_the_error_of_the_first_item_that_fails_comes_after_the_results_before_it() -> None:
