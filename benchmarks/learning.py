@@ -1,6 +1,6 @@
 """How long to the validation loss of nanoGPT's published CPU recipe: same text, at most its size, whole processes.
 
-    python -m benchmarks.learning --text book.txt --nanogpt DIR [--repeats 3]
+    python -m benchmarks.learning --text book.txt --nanogpt DIR [--repeats 3] [--out FILE]
 
 nanoGPT runs by its own code from DIR with the flags of its README for a CPU: 0.8M parameters, length 64, batch 12,
 2,000 steps, characters. llmtrain runs `configs/char.yaml` as shipped. Both split the text 90 : 10 at the same place, so
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="about 1 MB of prose")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; left out, only llmtrain runs")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file of the result; default: benchmarks/results/learning-char.json")
     parser.add_argument("overrides", nargs="*", help="section.key=value for llmtrain")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
@@ -93,7 +94,7 @@ def main() -> None:
         rows.append({"trainer": trainer, "val_loss": f"{losses['median']:.4f}", "loss": losses, "seconds": seconds})
     print_table(rows)
     about = {"text": args.text.name, "characters": len(text), "overrides": args.overrides, "threads": os.cpu_count()}
-    write_result("learning-char", [*rows, about], ["llmtrain", "torch"])
+    print(write_result("learning-char", [*rows, about], ["llmtrain", "torch"], args.out))
 
 
 if __name__ == "__main__":

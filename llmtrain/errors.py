@@ -92,7 +92,9 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     or not survive the interpreter: with all work done, one launch of two processes in 25 aborted there (torch 2.13,
     gloo, a busy machine). And the interpreter waits for a save that is under way, however long that takes.
     """
-    atexit.register(gc.freeze)  # or the interpreter looks for garbage among all there is: a second after a run
+    # Or the interpreter looks for garbage among all there is, for a second after a run. What only that would close, a
+    # file in a cycle, is not closed, as where a launcher started the process.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding without some character costs only that character

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -146,10 +147,12 @@ class LinesChunk:
 
     def _read_again(self) -> bytes:
         with _open_bytes(self.file) as (stream, _):
+            status = os.fstat(stream.fileno())
             stream.seek(self.start.place)
             data = stream.read(self.source_bytes)
-        if len(data) < self.source_bytes:
-            raise UserError(f"{self.file.path}: became shorter while it was read; prepare it once it stays as it is")
+        # Another file's lines could have the ordinals of this one's.
+        if (status.st_size, status.st_mtime_ns) != (self.file.bytes, self.file.modified_ns):
+            raise UserError(f"{self.file.path}: was changed while it was read; prepare it once it stays as it is")
         return data
 
 
@@ -285,18 +288,28 @@ def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[
     with _open_bytes(file) as (stream, raw):
         _skip(stream, start.place, file)
         done = raw.tell()
-        while data := stream.read(chunk_bytes):
-            lines, size, kept = _count_newlines(data), len(data), [data]
-            if not data.endswith(b"\n"):
-                lines += 1
-                for part in _rest_of_line(stream, file, here.record + lines, size):
-                    size += len(part)
-                    if file.compression:
-                        kept.append(part)
+        while read := _read_lines(stream, file, here.record, chunk_bytes):
+            lines, size, data = read
             consumed = raw.tell() - done
-            yield LinesChunk(here, file, consumed, b"".join(kept) if file.compression else None), lines
+            yield LinesChunk(here, file, consumed, data), lines
             here = here.after(lines, places=size)
             done += consumed
+
+
+def _read_lines(stream: IO[bytes], file: SourceFile, record: int, wanted: int) -> tuple[int, int, bytes | None] | None:
+    """Read so many bytes and on to the end of a line: how many lines, how many bytes, and these of a compressed file;
+    None: there are no more. `record` is the number of the first.
+    """
+    if not (data := stream.read(wanted)):
+        return None
+    lines, size, parts = _count_newlines(data), len(data), [data]
+    if not data.endswith(b"\n"):
+        lines += 1
+        for part in _rest_of_line(stream, file, record + lines, size):
+            size += len(part)
+            if file.compression:
+                parts.append(part)
+    return lines, size, b"".join(parts) if file.compression else None
 
 
 def _count_newlines(data: bytes) -> int:

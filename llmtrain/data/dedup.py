@@ -52,7 +52,7 @@ def find_duplicates(
 
     def hashed() -> Iterator[Records]:
         nonlocal end
-        for records, source_bytes in ordered_map(partial(_Hasher, reading), chunks, workers):
+        for records, source_bytes in ordered_map(partial(_Hasher, reading), chunks, workers, alike=True):
             if len(records):
                 end = int(records["ordinal"][-1]) + 1
             report(source_bytes)

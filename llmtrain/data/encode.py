@@ -151,7 +151,7 @@ def encode_to_shards(
     written, source_bytes = sum(state.documents for state in done.splits.values()), done.source_bytes
     report(source_bytes)
     make_encoder: Callable[[], ChunkEncoder] = partial(ChunkEncoder.load, division, tokenizer_folder)
-    for number, chunk in enumerate(ordered_map(make_encoder, chunks, workers), done.chunks + 1):
+    for number, chunk in enumerate(ordered_map(make_encoder, chunks, workers, alike=True), done.chunks + 1):
         for name, documents in chunk.splits.items():
             writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
             unknown[name] += documents.unknown

@@ -25,12 +25,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # How far results may run ahead of the one that is waited for, per worker: bounds memory when one item takes long.
 AHEAD = 4
-_FITS = 1 << 14  # bytes of an item, in a pipe that is empty
+_FITS = 1 << 12  # bytes of an item, in a pipe that is empty: half of what macOS gives one
 _NO_MORE = object()
 
 
 def ordered_map(
-    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+    make_function: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int, *, alike: bool = False
 ) -> Iterator[Result]:
     """Apply a function to items and yield the results in order; with one worker in this very process.
 
@@ -38,6 +38,8 @@ def ordered_map(
         make_function: makes the function, once in each worker (it may load something large).
         items: taken one by one, as workers become free.
         workers: number of processes.
+        alike: whether all items take about as long. Then a worker that is busy is given its next one, which it finds
+            when it is ready; else that one might wait for long, with another worker idle.
 
     Raises:
         LlmtrainError: what the function raised for the first item it failed on.
@@ -47,10 +49,10 @@ def ordered_map(
         yield from map(make_function(), items)
         return
     with _started(make_function, workers) as connections:
-        yield from _deal(items, connections)
+        yield from _deal(items, connections, at_most=2 if alike else 1)
 
 
-def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
+def _deal(items: Iterable[Any], connections: list[Connection], at_most: int) -> Iterator[Any]:
     source = iter(items)
     held: Any = None  # the next item, pickled, until somebody takes it
     dealt_to: dict[Connection, deque[int]] = {connection: deque() for connection in connections}
@@ -61,9 +63,9 @@ def _deal(items: Iterable[Any], connections: list[Connection]) -> Iterator[Any]:
             if held is None and (item := next(source, _NO_MORE)) is not _NO_MORE:
                 held = ForkingPickler.dumps(item)
             connection = min(connections, key=lambda each: len(dealt_to[each]))
-            # Were both to send at once what does not fit into the pipe, both would block. So a worker that has
-            # something to do gets only what fits, and finds it there when it is ready.
-            if held is None or len(dealt_to[connection]) >= (2 if len(held) <= _FITS else 1):
+            # Were both to send at once what does not fit into the pipe, both would block: what is large is for a
+            # worker that waits.
+            if held is None or len(dealt_to[connection]) >= (at_most if len(held) <= _FITS else 1):
                 break
             _send(connection, held)
             dealt_to[connection].append(dealt)

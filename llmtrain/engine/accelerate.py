@@ -44,7 +44,7 @@ class AccelerateEngine(Processes):
         else:
             self._max_norm = optimizer.clip_norm or self._max_norm
             self._optimizer = make_optimizer(model, optimizer)
-        # Where it is not told, it looks for tensors of another kind, whose import takes more than a second.
+        # Where it is not told, it looks for tensors of another kind, whose import takes half a second.
         placed = self._accelerator.device_placement
         self._model = self._accelerator.prepare_model(model, device_placement=placed)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

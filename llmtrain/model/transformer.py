@@ -339,15 +339,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last dimension."""
-        if x.is_cuda:  # where it is one kernel
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             return F.rms_norm(x.float(), list(self.normalized_shape), self.weight, self.eps)
         y: Tensor = NormedByRMS.apply(x.float(), self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
 
 
 class NormedByRMS(torch.autograd.Function):
-    """`F.rms_norm` where torch has no kernel for it: the same bits, in two thirds of the passes, and kept as a kernel
-    keeps it: its input and the root mean squares, not the quotient.
+    """`F.rms_norm` on a CPU, where torch has no kernel for it: half the time, and kept as a kernel keeps it: its input
+    and the root mean squares, not the quotient. To the bit the same result and gradients; but what autograd adds up
+    with these it adds in another order.
     """
 
     @staticmethod
@@ -360,15 +361,13 @@ class NormedByRMS(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Bit for bit what autograd makes of the forward pass: a factor of 2 may be anywhere in a product."""
+        """As autograd differentiates the forward pass; a factor of 2 may be anywhere in a product."""
         x, weight, scale = ctx.saved_tensors
-        of_quotient = x * scale
-        of_weight = of_quotient.mul_(gradient).flatten(0, -2).sum(0)
-        of_quotient = torch.mul(gradient, weight, out=of_quotient)
-        product = of_quotient * x
-        of_scale = product.sum(-1, keepdim=True)
+        of_weight = (gradient * (x * scale)).sum(tuple(range(x.dim() - 1)))
+        of_quotient = gradient * weight
+        of_scale = (of_quotient * x).sum(-1, keepdim=True)
         of_squares = (of_scale * -0.5 * scale.pow(3)) / x.shape[-1]
-        return of_quotient.mul_(scale).add_(torch.mul(x, of_squares * 2, out=product)), of_weight, None
+        return of_quotient.mul_(scale).add_(x * (of_squares * 2)), of_weight, None
 
 
 def make_norm(config: ModelSection) -> nn.Module:

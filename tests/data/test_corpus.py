@@ -103,12 +103,14 @@ def test_compressed_and_plain_files_give_the_same_documents(tmp_path, suffix, ch
     assert read(tmp_path, chunk_bytes=chunk_bytes) == ["one\ntwo é", "three", "vier\n", "fünf"]
 
 
-def test_lines_that_are_gone_when_they_are_read_are_an_error(tmp_path):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("texts", [["one"], ["one", "two", "three"], ["one", "too"]])
+def test_lines_of_a_file_that_was_changed_meanwhile_are_refused(tmp_path, texts):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b"
     path.write_bytes(jsonl(["one", "two"]))
     chunk = next(cut_into_chunks(find_files([str(path)]), ReadOptions()))
-    path.write_bytes(jsonl(["one"]))
-    with pytest.raises(UserError, match=r"a\.jsonl: became shorter while it was read"):
+    other.write_bytes(jsonl(texts))
+    other.replace(path)
+    with pytest.raises(UserError, match=r"a\.jsonl: was changed while it was read"):
         list(chunk.read(ReadOptions(), Counter()))
 
 

@@ -85,8 +85,8 @@ def make_fail_at_three() -> Callable[[int], int]:
 
 def test_items_and_results_larger_than_a_pipe_go_both_ways_beside_small_ones() -> None:
     """Of which a worker holds two: nobody waits for the other to take what he sends."""
-    items = [bytes(size) for _ in range(6) for size in (1, 3 << 20, 10, 1 << 15, 1 << 20)]
-    assert list(workers.ordered_map(make_twice, items, 2)) == [item + item for item in items]
+    items = [bytes(size) for _ in range(6) for size in (1, 3 << 20, 4000, 4000, 1 << 15, 1 << 20)]
+    assert list(workers.ordered_map(make_twice, items, 2, alike=True)) == [item + item for item in items]
 
 
 def test_the_error_of_the_first_item_that_fails_comes_after_the_results_before_it() -> None:

@@ -294,11 +294,16 @@ def test_squared_relu_has_the_gradient_of_autograd_bit_for_bit() -> None:
     assert torch.equal(y, F.relu(x).square()) and torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("heads_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_of_a_cpu_and_its_gradients_are_those_of_torch_to_the_bit(dtype: torch.dtype) -> None:
+def test_the_norm_of_a_cpu_and_its_gradients_are_those_of_torch_to_the_bit(
+    dtype: torch.dtype, heads_last: bool
+) -> None:
     torch.manual_seed(0)
     heads_first = torch.randn(5, 7, 3, 16).to(dtype).transpose(1, 2).requires_grad_()
     weight, gradient = torch.rand(16, requires_grad=True), torch.randn(5, 3, 7, 16)
+    if heads_last:  # as attention lays out its gradients
+        gradient = torch.randn(5, 7, 3, 16).transpose(1, 2)
     norm = RMSNorm(16, eps=1e-6)
     norm.weight = torch.nn.Parameter(weight.detach().clone())
     ours, torchs = norm(heads_first), F.rms_norm(heads_first.float(), [16], weight, 1e-6)
