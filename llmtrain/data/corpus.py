@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import zlib
 from collections import Counter
@@ -25,12 +24,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import IO, Any, Protocol, TypeVar, cast
 
-import numpy as np
 import zstandard
-from pydantic_core import from_json
 
 from llmtrain.data.files import SourceFile
 from llmtrain.data.hub import DatasetShard, batches_of_group
+from llmtrain.data.json_lines import count_newlines, parse_line
 from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
 from llmtrain.errors import UserError
@@ -42,7 +40,6 @@ LARGE_GROUP = 8  # times a chunk: whoever takes a row group has all of it in mem
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
 _BUFFERED = 1 << 20  # bytes of a Parquet column; else all of it that a row group has is read at once
-_COUNTED_AT_ONCE = 1 << 17
 _LOOKED_AFTER = 64 << 20  # bytes of one document after which it is asked whether there is memory for it
 Skipped = Counter[str]
 
@@ -136,7 +133,7 @@ class LinesChunk:
             if line.isspace():
                 continue
             try:
-                text = _parse_line(line, options.text_field)
+                text = parse_line(line, options.text_field)
             except ValueError as error:
                 options.bad("lines", f"{self.file.path}: line {self.start.record + index + 1}: {error}", skipped)
                 continue
@@ -302,7 +299,7 @@ def _read_lines(stream: IO[bytes], file: SourceFile, record: int, wanted: int) -
     """
     if not (data := stream.read(wanted)):
         return None
-    lines, size, parts = _count_newlines(data), len(data), [data]
+    lines, size, parts = count_newlines(data), len(data), [data]
     if not data.endswith(b"\n"):
         lines += 1
         for part in _rest_of_line(stream, file, record + lines, size):
@@ -310,13 +307,6 @@ def _read_lines(stream: IO[bytes], file: SourceFile, record: int, wanted: int) -
             if file.compression:
                 parts.append(part)
     return lines, size, b"".join(parts) if file.compression else None
-
-
-def _count_newlines(data: bytes) -> int:
-    """Four times as fast as `bytes.count`, as long as what is compared fits the cache."""
-    codes = np.frombuffer(data, np.uint8)
-    pieces = (codes[begin : begin + _COUNTED_AT_ONCE] for begin in range(0, len(codes), _COUNTED_AT_ONCE))
-    return sum(int(np.count_nonzero(piece == ord("\n"))) for piece in pieces)
 
 
 def _rest_of_line(stream: IO[bytes], file: SourceFile, number: int, begun: int) -> Iterator[bytes]:
@@ -442,38 +432,6 @@ def _read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
         if size > _LOOKED_AFTER:
             require_room(str(file.path), size, "")
     return b"".join(parts)
-
-
-def _parse_line(line: bytes, field: str) -> str:
-    """Return the text of a JSONL line; raise ValueError with what is wrong with it."""
-    try:
-        record, may_be_half = from_json(line, cache_strings="none"), False
-    except ValueError:  # Python's own takes twice as long, says better what is wrong, and takes half a surrogate pair
-        record, may_be_half = _loaded(line), True
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    if field not in record:
-        raise ValueError(f"no field '{field}' (it has: {', '.join(record) or 'none'}; --text-field names another)")
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"field '{field}' is no text")
-    if may_be_half:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"half of a surrogate pair at character {error.start} of '{field}'") from error
-    return text
-
-
-def _loaded(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1} of the line)") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
 
 
 @contextmanager

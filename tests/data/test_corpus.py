@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, _parse_line, cut_into_chunks
+from llmtrain.data.corpus import BEGINNING, Position, ReadOptions, cut_into_chunks
 from llmtrain.data.files import find_files
+from llmtrain.data.json_lines import parse_line
 from llmtrain.data.memory import free_host_memory
 from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
@@ -270,7 +271,7 @@ def test_a_line_has_the_text_that_json_of_python_gives_it(record, is_ascii, spoi
     except Exception:
         expected = None
     try:
-        found = _parse_line(line, "text")
+        found = parse_line(line, "text")
     except ValueError:
         found = None
     assert found == expected
