@@ -38,10 +38,19 @@ class RangeTest:
         return self.rates[self.losses.index(min(self.losses))]
 
     @property
+    def rise(self) -> float:
+        """How far the loss is above its lowest."""
+        return self.losses[-1] - min(self.losses)
+
+    @property
     def has_turned(self) -> bool:
         """Whether the loss rose again, so that the turn is one."""
-        lowest = min(self.losses)
-        return self.is_lost or self.losses[-1] - lowest > max(_RISEN * (self.losses[0] - lowest), _NOISE)
+        return self.is_lost or self.rise > _NOISE
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it rose so far that higher rates have nothing more to tell."""
+        return self.rise > max(_RISEN * (self.losses[0] - min(self.losses)), _NOISE)
 
 
 def range_test(parts: Assembly) -> RangeTest:
@@ -59,7 +68,7 @@ def range_test(parts: Assembly) -> RangeTest:
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         rates.append(lr)
         losses.append(smoothed / weight)
-        if RangeTest(rates, losses).has_turned:
+        if RangeTest(rates, losses).is_over:
             break
     return RangeTest(rates, losses)
 
