@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import platform
+import random
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 
 _HELD = {errno.EAGAIN, errno.EACCES}
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_GLANCE_S = 0.05  # far longer than `is_locked` holds a lock to see whether it is free
+_GLANCE_S = 0.01  # longer than `is_locked` shares a lock to see whether it is free
+_GLANCES = 500
 
 
 class FileLock:
@@ -115,14 +117,22 @@ def is_locked(path: Path) -> bool | None:
 
 
 def _take(descriptor: int) -> None:
-    """Lock the file, once more if it is held: somebody may only have looked whether it is."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _HELD:
-            raise
-        time.sleep(_GLANCE_S)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Lock the file. Whoever only looks shares the lock for a moment: that is waited for, a lock of one's own is not.
+
+    Raises:
+        OSError: another holds it, or the file system has no locks.
+    """
+    for _ in range(_GLANCES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(random.uniform(0.1, 1) * _GLANCE_S)  # two that start at once do not meet again and again
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import multiprocessing
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from llmtrain.checkpoint.lock import RunLock
-from llmtrain.data.lock import FileLock
+from llmtrain.data.lock import FileLock, holder_name
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path) -> None:
@@ -36,6 +38,18 @@ def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path
     finally:
         go_on.set()
         child.join()
+
+
+def test_who_only_looks_is_waited_for_and_who_holds_it_is_not(tmp_path: Path) -> None:
+    """A process that looks at the lock may lose the processor while it shares it."""
+    path = tmp_path / ".lock"
+    with path.open("w") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.5, fcntl.flock, (looked_at, fcntl.LOCK_UN)).start()
+        lock = FileLock(path)
+        assert lock.acquire() is None
+    assert FileLock(path).acquire() == holder_name(os.getpid())
+    lock.release()
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
