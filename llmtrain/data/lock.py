@@ -15,8 +15,8 @@ from pathlib import Path
 
 _HELD = {errno.EAGAIN, errno.EACCES}
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_GLANCE_S = 0.01  # longer than `is_locked` shares a lock to see whether it is free
-_GLANCES = 500
+_GLANCE_S = 0.01  # longer than `is_locked` shares a lock to see whether it is free, unless it loses the processor
+_GLANCES = 500  # that many are waited for, a few seconds
 
 
 class FileLock:
