@@ -33,7 +33,6 @@ class Activations:
     output_gradients: float  # while the backward pass is in the final norm
     loss: float  # at the loss, forward: logits and what is made of them, and gradients if they are made at once
     loss_gradients: float  # at the loss, backward
-    loss_in_one: bool  # not in parts
 
     @property
     def kept(self) -> float:
@@ -88,7 +87,6 @@ def activation_memory(
         output_gradients=tokens * float_stream * (3 if device == "cpu" and config.norm == "rmsnorm" else 2),
         loss=loss,
         loss_gradients=loss_gradients,
-        loss_in_one=tokens <= tokens_at_once(config.vocab_size),
     )
 
 
@@ -148,15 +146,12 @@ def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, flo
     """Bytes at the loss forward and backward; see llmtrain/model/loss.py."""
     assert config.vocab_size is not None
     vocab, dim = config.vocab_size, config.dim
+    if product == 4 and tokens <= tokens_at_once(vocab):
+        # Forward: the logits and their log-probabilities. Backward: these, their gradient, the logits' gradient.
+        return tokens * 8.0 * vocab, tokens * 12.0 * vocab
     cast = 2.0 * vocab * dim if product == 2 else 0.0  # of the head's weight
     cast_hidden = 2.0 * dim if product == 2 else 0.0
-    at_once = tokens_at_once(vocab)
-    if tokens <= at_once:
-        # Forward: the logits, in float32 too if they were not, and their log-probabilities. Backward: these, their
-        # gradient, the logits' gradient; of the hidden states only what the product read is left.
-        forward = tokens * ((8.0 + product % 4) * vocab + cast_hidden) + cast
-        read = cast_hidden - 4.0 * dim if product == 2 else 0.0
-        return forward, tokens * (12.0 * vocab + read) + cast
+    at_once = min(tokens, tokens_at_once(vocab))
     # Whole gradients of the hidden states and the weight are filled part by part. In a part: float32 logits and
     # log-probabilities; or these (by then the gradient), in bf16 too, and a product that is added to the weight's.
     gradients = 4.0 * tokens * dim + 4.0 * vocab * dim

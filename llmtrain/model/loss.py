@@ -2,7 +2,8 @@
 
 The logits of a batch may take more memory than all else: for 8 × 2048 tokens and a vocabulary of 50,304 they are 3.3 GB
 in float32, and as much again for their gradient. So beyond a limit they are made for a few tokens at a time, and what
-is needed of them backward is computed at once: they are never all there, and never made twice.
+is needed of them backward is computed at once: they are never all there, and never made twice. In bf16 it is always
+computed at once, for that takes fewer passes over the logits; float32 below the limit keeps torch's order of rounding.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: 
     """
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
     of_each_N = torch.zeros_like(targets_N, dtype=torch.float32) if by_row else None
-    if len(targets_N) <= tokens_at_once(len(weight_VD), MOST_LOGITS):
+    is_bf16 = _product_dtype(hidden_ND) == torch.bfloat16
+    if not is_bf16 and len(targets_N) <= tokens_at_once(len(weight_VD), MOST_LOGITS):
         # What `cross_entropy_sum` does in one call; its own sum stays, for one over rows would take another order.
-        log_p_NV = F.linear(hidden_ND, weight_VD).float().log_softmax(dim=-1)
+        log_p_NV = F.linear(hidden_ND, weight_VD).log_softmax(dim=-1)
         loss = F.nll_loss(log_p_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
         if of_each_N is not None:
             _look_up(log_p_NV.detach(), targets_N, of_each_N)
@@ -72,13 +74,12 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, of_each_N: Tensor | None) -> Tensor:
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        dtype = _product_dtype(hidden_ND)
         wants_gradient = any(ctx.needs_input_grad)
         hidden_gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else hidden_ND
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else weight_VD
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)  # once: autocast would do it for each part
             for part in _parts(len(targets_N), weight_VD):
                 hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
@@ -88,11 +89,13 @@ class _InParts(torch.autograd.Function):
                     _look_up(log_p_NV, targets, of_each_N[part])
                 if wants_gradient:
                     gradient_NV = _logits_gradient(log_p_NV, targets).to(dtype)
-                    hidden_gradient_ND[part] = gradient_NV @ weight
+                    counts_N1 = (targets != IGNORE_INDEX)[:, None]
+                    torch.mul(gradient_NV @ weight, counts_N1, out=hidden_gradient_ND[part])
+                    counted = hidden * counts_N1
                     if dtype == torch.float32:
-                        weight_gradient_VD.addmm_(gradient_NV.T, hidden)
+                        weight_gradient_VD.addmm_(gradient_NV.T, counted)
                     else:
-                        weight_gradient_VD += gradient_NV.T @ hidden
+                        weight_gradient_VD += gradient_NV.T @ counted
                     del gradient_NV
                 del log_p_NV  # or it would be there beside the logits of the next part
         ctx.gradients = hidden_gradient_ND, weight_gradient_VD
@@ -105,12 +108,16 @@ class _InParts(torch.autograd.Function):
         return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None, None
 
 
+def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    device = hidden_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+
+
 def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Softmax minus one at the target, 0 where there is none; written over the argument."""
+    """Softmax minus one at the target, written over the argument; a row without a target has anything."""
     gradient_NV = log_p_NV.exp_()
     at_N1 = targets_N.clamp(min=0)[:, None]
-    gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
-    return gradient_NV.mul_((targets_N != IGNORE_INDEX)[:, None])
+    return gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
 
 
 def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:

@@ -104,7 +104,6 @@ def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing:
     casts = layers * cast if checkpointing == "none" else 0.0  # autograd's, until they were used
     stream = parts.stream / layers
     matrix_gradient = weights.largest * (1.5 if weights.bf16 else 1)  # the one that is being made, and cast
-    head_gradient = head * (1.5 if weights.bf16 and parts.loss_in_one else 1)  # the loss in parts makes it float32
     in_a_block = parts.recomputed + parts.gradients + matrix_gradient
     # A tied weight has two gradients. The head's waits for the embedding's, and autograd adds them in place only if the
     # first is no view, as it is after a float32 product. Where other micro-batches' gradients are, they wait, too.
@@ -113,7 +112,7 @@ def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing:
     tied_head = head if weights.tied and not grown else 0.0
     return {
         "backward of the loss": state + parts.kept + parts.output + casts + parts.loss_gradients,
-        "backward of the final norm": state + parts.kept + parts.output - stream + casts + head_gradient
+        "backward of the final norm": state + parts.kept + parts.output - stream + casts + head
         + parts.output_gradients,
         "backward of the last block": state + parts.kept + max(casts, cast) + head + in_a_block,
         "backward of the first block": state + parts.kept / layers + cast + made + tied_head + in_a_block,
