@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from llmtrain.config import RunConfig, make_config
 from llmtrain.engine.accelerate import AccelerateEngine
+from llmtrain.model.short_attention import attention_gradients
 from llmtrain.model.transformer import Transformer
 from llmtrain.resolve import resolve
 
@@ -37,7 +38,11 @@ class Held(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.llmtrain.attention_gradients.default:
+            with self:  # it is ours, and takes what counts
+                out = attention_gradients(*args)
+        else:
+            out = func(*args, **(kwargs or {}))
         for value in tree_iter((args, kwargs, out)):
             if isinstance(value, Tensor):
                 self._add(value)

@@ -94,9 +94,9 @@ UNUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "fp32"), ("adamw", "bf16")])
 def test_up_to_its_first_record_a_launch_imports_nothing_that_it_does_not_use(
-    config_dict: dict[str, Any], tmp_path: Path, optimizer: str
+    config_dict: dict[str, Any], tmp_path: Path, optimizer: str, precision: str
 ) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(config_dict))
@@ -107,7 +107,8 @@ def log(self, *_):
     print("found:", *sorted({UNUSED} & set(sys.modules)))
     raise KeyboardInterrupt
 Run.log = log
-llmtrain.cli.main(["train", "--config", {str(config)!r}, "optimizer.name={optimizer}", "logging.every=1"])
+llmtrain.cli.main(["train", "--config", {str(config)!r}, "optimizer.name={optimizer}",
+    "training.precision={precision}", "logging.every=1"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert [line for line in result.stdout.splitlines() if line.startswith("found:")] == ["found:"], result.stderr

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtrain.config import ModelSection, default_ff_dim
-from llmtrain.model.limits import tokens_at_once
+from llmtrain.model.limits import LONGEST_SHORT, MOST_SCORES, tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ def activation_memory(
     """Bytes of activations by part, without dropout and torch.compile (which keeps less).
 
     Attention is taken for one that keeps no scores: torch's flash, memory-efficient and cuDNN kernels on a GPU, and its
-    flash kernel on a CPU. Where torch has none of these it falls back to one that keeps several float32 tensors of
-    heads × seq_len² for each sequence, which is not counted here: with dropout on a CPU, and on a GPU with grouped
-    keys in float32.
+    flash kernel on a CPU; there, in bf16 and over short sequences, for one that makes a limited number of them backward
+    (llmtrain/model/short_attention.py). Where torch has none of these it falls back to one that keeps several float32
+    tensors of heads × seq_len² for each sequence, which is not counted here: with dropout on a CPU, and on a GPU with
+    grouped keys in float32.
 
     Args:
         config: with `vocab_size` set.
@@ -76,13 +77,17 @@ def activation_memory(
         # All else is made again; what was kept is taken out of store one by one, the last product not at all.
         again = whole - attention - feed_forward + width.product * config.dim
     float_stream = 4.0 * config.dim
+    in_feed_forward, in_attention = tokens * width.feed_forward_gradients(), 0.0
+    if device == "cpu" and precision == "bf16" and seq_len <= LONGEST_SHORT:
+        # By then what the feed-forward kept has gone.
+        in_attention = width.short_attention(seq_len, micro_batch) - tokens * width.feed_forward()
     loss, loss_gradients = _loss(config, tokens, width.product)
     return Activations(
         stream=tokens * config.layers * float_stream,
         attention=tokens * config.layers * attention,
         feed_forward=tokens * config.layers * feed_forward,
         recomputed=tokens * again,
-        gradients=tokens * (float_stream + width.feed_forward_gradients()),
+        gradients=tokens * float_stream + max(in_feed_forward, in_attention),
         output=tokens * (2 * float_stream + width.norm()),
         output_gradients=tokens * float_stream * (3 if device == "cpu" and config.norm == "rmsnorm" else 2),
         loss=loss,
@@ -141,6 +146,17 @@ class _Widths:
         """Beyond what is kept, when most is there: the gradients of SwiGLU's two factors, or of the one function."""
         return float(self.ups * self.product * self.ff_dim)
 
+    def short_attention(self, seq_len: int, micro_batch: int) -> float:
+        """Of a micro-batch, in all: gradients of what attention was given and made, and for as many key-value heads as
+        go at once float32 scores and their gradients, what was given, and gradients of that before they are added up.
+        """
+        gradients = self.product * (2.0 * self.queries + 2 * self.keys) * seq_len * micro_batch
+        groups = self.heads // self.kv_heads
+        fitting = MOST_SCORES // (groups * seq_len**2)
+        rows, columns = min(micro_batch, max(1, fitting // self.kv_heads)), max(1, min(self.kv_heads, fitting))
+        query_values = groups * seq_len * self.queries // self.heads
+        return gradients + 4.0 * rows * columns * (2 * groups * seq_len**2 + (6 + 2 / groups) * query_values)
+
 
 def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, float]:
     """Bytes at the loss forward and backward; see llmtrain/model/loss.py."""
@@ -152,10 +168,12 @@ def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, flo
     cast = 2.0 * vocab * dim if product == 2 else 0.0  # of the head's weight
     cast_hidden = 2.0 * dim if product == 2 else 0.0
     at_once = min(tokens, tokens_at_once(vocab))
-    # Whole gradients of the hidden states and the weight are filled part by part. In a part: float32 logits and
-    # log-probabilities; or these (by then the gradient), in bf16 too, and a product that is added to the weight's.
-    gradients = 4.0 * tokens * dim + 4.0 * vocab * dim
-    part = 8.0 * at_once * vocab
+    # Whole gradients of the hidden states and the weight are filled part by part; the first part makes the weight's. In
+    # a part: float32 logits and log-probabilities; or these (by then the gradient), in bf16 too, and a product that is
+    # added to the weight's.
+    of_hidden, of_weight = 4.0 * tokens * dim, 4.0 * vocab * dim
+    later = min(at_once, tokens - at_once)
+    part = max(8.0 * at_once * vocab, 8.0 * later * vocab + (of_weight if later else 0.0))
     if product == 2:
-        part = max(part, 6.0 * at_once * vocab + cast)
-    return gradients + cast + at_once * cast_hidden + part, gradients
+        part = max(part, of_weight + 6.0 * at_once * vocab + cast)
+    return of_hidden + cast + at_once * cast_hidden + part, of_hidden + of_weight

@@ -9,3 +9,7 @@ BATCH_NUMEL = 1 << 24  # at most so many numbers go through Muon's products toge
 def tokens_at_once(vocab_size: int, most_logits: int = MOST_LOGITS) -> int:
     """For how many tokens the logits are made at once."""
     return max(1, most_logits // vocab_size)
+
+
+LONGEST_SHORT = 512  # positions of a sequence whose attention llmtrain/model/short_attention.py computes
+MOST_SCORES = 1 << 21  # that are held at once there, if it is more than the queries of one key-value head

@@ -39,12 +39,14 @@ def linear_cross_entropy_sum(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: 
     Returns:
         float32 scalar; `by_row`: float32 (1 + B,), the very same sum, then each row's.
     """
+    if not torch.is_grad_enabled():
+        hidden_BSD, weight_VD = hidden_BSD.detach(), weight_VD.detach()  # or gradients would be made that nobody reads
     hidden_ND, targets_N = hidden_BSD.flatten(0, -2), targets_BS.flatten()
     of_each_N = torch.zeros_like(targets_N, dtype=torch.float32) if by_row else None
     is_bf16 = _product_dtype(hidden_ND) == torch.bfloat16
     if not is_bf16 and len(targets_N) <= tokens_at_once(len(weight_VD), MOST_LOGITS):
         # What `cross_entropy_sum` does in one call; its own sum stays, for one over rows would take another order.
-        log_p_NV = F.linear(hidden_ND, weight_VD).log_softmax(dim=-1)
+        log_p_NV = F.linear(hidden_ND, weight_VD).float().log_softmax(dim=-1)
         loss = F.nll_loss(log_p_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
         if of_each_N is not None:
             _look_up(log_p_NV.detach(), targets_N, of_each_N)
@@ -77,7 +79,7 @@ class _InParts(torch.autograd.Function):
         dtype = _product_dtype(hidden_ND)
         wants_gradient = any(ctx.needs_input_grad)
         hidden_gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else hidden_ND
-        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else weight_VD
+        weight_gradient_VD: Tensor | None = None
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)  # once: autocast would do it for each part
@@ -92,7 +94,9 @@ class _InParts(torch.autograd.Function):
                     counts_N1 = (targets != IGNORE_INDEX)[:, None]
                     torch.mul(gradient_NV @ weight, counts_N1, out=hidden_gradient_ND[part])
                     counted = hidden * counts_N1
-                    if dtype == torch.float32:
+                    if weight_gradient_VD is None:
+                        weight_gradient_VD = (gradient_NV.T @ counted).float()
+                    elif dtype == torch.float32:
                         weight_gradient_VD.addmm_(gradient_NV.T, counted)
                     else:
                         weight_gradient_VD += gradient_NV.T @ counted
@@ -103,6 +107,8 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward through the loss a second time: its gradients are made once, with the loss")
         hidden_gradient_ND, weight_gradient_VD = ctx.gradients
         ctx.gradients = None  # scaled where they lie, for they may be large: once
         return hidden_gradient_ND.mul_(scale), weight_gradient_VD.mul_(scale), None, None
@@ -114,7 +120,7 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
 
 
 def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Softmax minus one at the target, written over the argument; a row without a target has anything."""
+    """Softmax minus one at the target, written over the argument; rows without a target are not made zero."""
     gradient_NV = log_p_NV.exp_()
     at_N1 = targets_N.clamp(min=0)[:, None]
     return gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
@@ -122,4 +128,4 @@ def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:
     step = tokens_at_once(len(weight_VD), MOST_LOGITS)
-    return (slice(begin, begin + step) for begin in range(0, tokens, step))
+    return (slice(begin, begin + step) for begin in range(0, max(1, tokens), step))

@@ -1,8 +1,8 @@
 """Causal attention over short sequences in bf16 on a CPU, with a backward pass of our own.
 
 torch's takes eight times as long as its forward pass there: its products are small, and not those for which a CPU has
-bf16. These are batches of whole ones, nearly twice as fast up to `LONGEST` (docs/LOG.md), and round no more: scores,
-their gradients and all sums are float32, and only what goes into a product is bf16 (Dao et al. 2022, section 3.1).
+bf16. These are batches of whole ones, 1.2 to 4 times as fast (docs/LOG.md), and round no more: scores, their gradients
+and all sums are float32, and only what goes into a product is bf16 (Dao et al. 2022, section 3.1).
 Letters as in transformer.py; G is the query heads that share a key-value head.
 """
 
@@ -10,24 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LONGEST = 512  # positions; beyond, torch leaves out what lies above the diagonal, and is as fast
-_MOST_SCORES = 1 << 22  # at once, of as many heads as that allows: 17 MB in float32
+from llmtrain.model.limits import LONGEST_SHORT, MOST_SCORES
+
+_ONE_AT_A_TIME = Lock()  # for what `_products_in_bf16` changes is of the whole process
 
 
 def short_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
-    """`scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)` of bf16 on a CPU, forward bit for bit."""
+    """`scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`, forward bit for bit, of what suits it."""
     y_BHSE: Tensor = _ShortAttention.apply(q_BHSE, k_BKSE, v_BKSE)  # type: ignore[no-untyped-call]
     return y_BHSE
 
 
-def is_short(q_BHSE: Tensor) -> bool:
-    """Whether `short_attention` is for such queries."""
-    return q_BHSE.device.type == "cpu" and q_BHSE.dtype == torch.bfloat16 and q_BHSE.shape[2] <= LONGEST
+def suits_short_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> bool:
+    """Whether `short_attention` is for such tensors: torch's kernel, which it calls itself, would not check them."""
+    is_bf16 = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (q_BHSE, k_BKSE, v_BKSE))
+    is_laid_out = all(x.stride(-1) == 1 for x in (q_BHSE, k_BKSE, v_BKSE))
+    return is_bf16 and is_laid_out and 0 < q_BHSE.shape[2] == k_BKSE.shape[2] <= LONGEST_SHORT
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -40,14 +44,14 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_BHSE: Tensor) -> tuple[Tensor, ...]:
-        return tuple(attention_gradients(*ctx.saved_tensors, gradient_BHSE))
+        gradients: tuple[Tensor, ...] = torch.ops.llmtrain.attention_gradients(*ctx.saved_tensors, gradient_BHSE)
+        return gradients
 
 
-@torch.library.custom_op("llmtrain::attention_gradients", mutates_args=())
 def attention_gradients(  # noqa: PLR0917 -- torch wants an operator's tensors to be positional
     q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, y_BHSE: Tensor, log_sums_BHS: Tensor, gradient_BHSE: Tensor
-) -> list[Tensor]:
-    """The gradients of queries, keys and values, from that of the result; one operator to a compiler.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values, from that of the result.
 
     Args:
         q_BHSE, k_BKSE, v_BKSE, y_BHSE: bf16: what attention was given, and its result.
@@ -56,26 +60,25 @@ def attention_gradients(  # noqa: PLR0917 -- torch wants an operator's tensors t
     """
     batch, kv_heads, length, _ = k_BKSE.shape
     groups = q_BHSE.shape[1] // kv_heads
-    gradients = [torch.empty_like(x) for x in (q_BHSE, k_BKSE, v_BKSE)]
+    q_gradient, k_gradient, v_gradient = _alike(q_BHSE, k_BKSE, v_BKSE)
     k_BK1SE, v_BK1SE = k_BKSE.unsqueeze(2), v_BKSE.unsqueeze(2)
     with _products_in_bf16():
-        for part in _parts(batch, kv_heads, max(1, _MOST_SCORES // (groups * length**2))):
+        for part in _parts(batch, kv_heads, max(1, MOST_SCORES // (groups * length**2))):
             of_q, of_k, of_v = _gradients(
-                _grouped(q_BHSE, groups)[part].float(),
-                k_BK1SE[part].float(),
-                v_BK1SE[part].float(),
-                y=_grouped(y_BHSE, groups)[part].float(),
+                _float32(_grouped(q_BHSE, groups)[part]),
+                _float32(k_BK1SE[part]),
+                _float32(v_BK1SE[part]),
+                y=_float32(_grouped(y_BHSE, groups)[part]),
                 log_sums=_grouped(log_sums_BHS, groups)[part].unsqueeze(-1),
-                gradient=_grouped(gradient_BHSE, groups)[part].float(),
+                gradient=_float32(_grouped(gradient_BHSE, groups)[part]),
             )
-            _grouped(gradients[0], groups)[part] = of_q
-            gradients[1][part], gradients[2][part] = _over_groups(of_k), _over_groups(of_v)
-    return gradients
+            _grouped(q_gradient, groups)[part] = of_q
+            k_gradient[part], v_gradient[part] = _over_groups(of_k), _over_groups(of_v)
+    return q_gradient, k_gradient, v_gradient
 
 
-@attention_gradients.register_fake
-def _(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *_: Tensor) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (q_BHSE, k_BKSE, v_BKSE)]
+def _alike(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_BHSE), torch.empty_like(k_BKSE), torch.empty_like(v_BKSE)
 
 
 def _gradients(
@@ -94,6 +97,11 @@ def _grouped(x_BH: Tensor, groups: int) -> Tensor:
     return x_BH.view(x_BH.shape[0], -1, groups, *x_BH.shape[2:])
 
 
+def _float32(x: Tensor) -> Tensor:
+    """Laid out for products, or each of them would do it anew."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
 def _over_groups(x_BKGSE: Tensor) -> Tensor:
     return x_BKGSE.sum(2) if x_BKGSE.shape[2] > 1 else x_BKGSE.squeeze(2)
 
@@ -110,9 +118,25 @@ def _parts(batch: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]
 def _products_in_bf16() -> Iterator[None]:
     """Products of float32 matrices take their numbers in bf16, which those from bf16 are, and add up in float32."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _ONE_AT_A_TIME:
+        before = settings.fp32_precision
+        try:
+            settings.fp32_precision = "bf16"
+            yield
+        finally:
+            settings.fp32_precision = "none"  # what the settings above it say
+            if settings.fp32_precision != before:
+                settings.fp32_precision = before
+
+
+def _register() -> None:
+    """Make it one operator to a compiler. (`torch.library.custom_op` would import that at its first call.)"""
+    torch.library.define(
+        "llmtrain::attention_gradients",
+        "(Tensor q, Tensor k, Tensor v, Tensor y, Tensor log_sums, Tensor gradient) -> (Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl("llmtrain::attention_gradients", "CPU", attention_gradients)
+    torch.library.register_fake("llmtrain::attention_gradients", _alike)
+
+
+_register()

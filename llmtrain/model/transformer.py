@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from llmtrain.config import ModelSection, RopeScalingSection
 from llmtrain.model.document_mask import Documents, Mask, flex_attention, flex_suits, within_documents
 from llmtrain.model.loss import linear_cross_entropy_sum, loss_and_correct
-from llmtrain.model.short_attention import is_short, short_attention
+from llmtrain.model.short_attention import short_attention, suits_short_attention
 
 
 @dataclass
@@ -83,7 +83,9 @@ class Attention(nn.Module):
             k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
             if mask is None and seen and new > 1:
                 mask = torch.ones(new, seen + new, dtype=torch.bool, device=x_BSD.device).tril(seen)
-        if mask is None and cache is None and self._has_own_gradients(q_BHSE):
+        has_dropout = self.training and self.dropout > 0
+        is_plain = mask is None and cache is None and torch.is_grad_enabled() and not has_dropout
+        if is_plain and suits_short_attention(q_BHSE, k_BKSE, v_BKSE):
             y_BHSE = short_attention(q_BHSE, k_BKSE, v_BKSE)
         elif mask is None or isinstance(mask, Tensor):
             y_BHSE = F.scaled_dot_product_attention(
@@ -91,7 +93,7 @@ class Attention(nn.Module):
                 k_BKSE,
                 v_BKSE,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=self.dropout if has_dropout else 0.0,
                 is_causal=mask is None and q_BHSE.shape[2] == k_BKSE.shape[2],
                 enable_gqa=self.enable_gqa,
             )
@@ -99,9 +101,6 @@ class Attention(nn.Module):
             y_BHSE = flex_attention(q_BHSE, k_BKSE, v_BKSE, mask, enable_gqa=self.enable_gqa)
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).flatten(2))
         return y_BSD
-
-    def _has_own_gradients(self, q_BHSE: Tensor) -> bool:
-        return torch.is_grad_enabled() and is_short(q_BHSE) and not (self.dropout and self.training)
 
 
 class SquaredReLU(torch.autograd.Function):

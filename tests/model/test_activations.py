@@ -72,6 +72,7 @@ MOMENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("loss", {"vocab_size": 60_000, "tie_embeddings": False}, {"micro_batch": 8, "precision": "bf16"}),  # in parts
     ("backward of the loss", {"vocab_size": 4000}, {"micro_batch": 4}),
     ("backward of the last block", {"vocab_size": 256}, {"micro_batch": 8}),
+    ("backward of the last block", {"vocab_size": 256, "kv_heads": 2}, {"micro_batch": 8, "precision": "bf16"}),
     ("backward of the first block", {}, {"micro_batch": 8, "activation_checkpointing": "full"}),
     ("backward of the embedding", {"vocab_size": 30_000}, {"micro_batch": 1, "seq_len": 32, "accumulation": 2}),
     ("update", {}, {"micro_batch": 1, "seq_len": 32, "optimizer": "muon"}),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
 from llmtrain.model import loss as loss_module
 from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum, linear_cross_entropy_sum, loss_and_correct
@@ -70,25 +71,52 @@ def test_the_loss_of_each_row_comes_beside_the_very_same_loss_and_gradients(
         assert plain is not None and ours is not None and torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("tokens", [7, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_products_are_in_its_type_and_gradients_in_the_weights(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
 ) -> None:
-    """bf16 products and logits: each is off by 2⁻⁹, the loss by less than that, for the errors are of either sign."""
+    """Beside the plain loss of bf16 products: each is off by 2⁻⁹, the loss by less, for errors are of either sign."""
+    monkeypatch.setattr(loss_module, "MOST_LOGITS", tokens * VOCABULARY)
     whole = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = linear_cross_entropy_sum(whole[0].to(dtype), whole[1], whole[2])
-    expected.backward()
-    monkeypatch.setattr(loss_module, "MOST_LOGITS", 7 * VOCABULARY)
+        expected = cross_entropy_sum(F.linear(whole[0].to(dtype), whole[1]), whole[2])
+    (expected * 0.37).backward()
     hidden, weight, targets = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy_sum(hidden.to(dtype), weight, targets)
     assert loss.dtype == torch.float32
-    loss.backward()
+    (loss * 0.37).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=2**-9)
     for ours, plain in ((hidden.grad, whole[0].grad), (weight.grad, whole[1].grad)):
         assert ours is not None and plain is not None and ours.dtype == torch.float32
         assert (ours - plain).norm() <= 2**-7 * plain.norm()
+
+
+def test_whatever_the_type_of_the_states_the_loss_is_float32() -> None:
+    """300,000 nats, which float16 does not hold."""
+    hidden, weight = torch.zeros(1, 100_000, 4, dtype=torch.float16), torch.zeros(20, 4, dtype=torch.float16)
+    loss = linear_cross_entropy_sum(hidden, weight, torch.zeros(1, 100_000, dtype=torch.int64))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(100_000 * math.log(20), rel=1e-4)
+
+
+def test_without_a_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("gradients of logits were made")
+
+    monkeypatch.setattr(loss_module, "_logits_gradient", refuse)
+    hidden, weight, targets = inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy_sum(hidden, weight, targets)
+
+
+def test_a_second_backward_pass_says_what_is_wrong() -> None:
+    hidden, weight, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
 
 
 def test_where_nothing_is_a_target_loss_and_gradients_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
