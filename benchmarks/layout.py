@@ -43,12 +43,12 @@ class Layout:
     worker_rate: float = 70e6  # bytes of text a second; bbpe, half of what text with repeats gives
     # Bytes of text a second that the one process of a part, which has all the workers, reads, deals out and writes, and
     # that a core counts the lines of: benchmarks/dealing.py.
-    parquet_rate: float = 761e6
-    jsonl_rate: float = 361e6
-    zst_rate: float = 263e6
-    counting_rate: float = 1323e6
-    zst_counting_rate: float = 473e6
-    footers_rate: float = 126e9  # and of Parquet, of which it reads the ends
+    parquet_rate: float = 453e6
+    jsonl_rate: float = 593e6
+    zst_rate: float = 313e6
+    counting_rate: float = 2975e6
+    zst_counting_rate: float = 826e6
+    footers_rate: float = 31e9  # and of Parquet, of which it reads the ends
     plan_workers: int = 64  # of the part that comes first and makes the plan
     source_file_bytes: int = 10**9  # of text in one input file
     join_rate: float = 2e9  # bytes a second that one node reads and writes at once, where parts are joined
