@@ -12,4 +12,4 @@ def tokens_at_once(vocab_size: int, most_logits: int = MOST_LOGITS) -> int:
 
 
 LONGEST_SHORT = 512  # positions of a sequence whose attention llmtrain/model/short_attention.py computes
-MOST_SCORES = 1 << 21  # that are held at once there, if it is more than the queries of one key-value head
+MOST_SCORES = 1 << 21  # at most so many scores are made at once there, or those of one key-value head's queries

@@ -28,10 +28,11 @@ def short_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
 
 
 def suits_short_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> bool:
-    """Whether `short_attention` is for such tensors: torch's kernel, which it calls itself, would not check them."""
-    is_bf16 = all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (q_BHSE, k_BKSE, v_BKSE))
+    """Whether it is for such tensors, all of one type and device: the kernel that it calls would not check them."""
+    if q_BHSE.dtype != torch.bfloat16 or q_BHSE.device.type != "cpu":
+        return False
     is_laid_out = all(x.stride(-1) == 1 for x in (q_BHSE, k_BKSE, v_BKSE))
-    return is_bf16 and is_laid_out and 0 < q_BHSE.shape[2] == k_BKSE.shape[2] <= LONGEST_SHORT
+    return is_laid_out and 0 < q_BHSE.shape[2] == k_BKSE.shape[2] <= LONGEST_SHORT
 
 
 class _ShortAttention(torch.autograd.Function):
