@@ -50,9 +50,10 @@ def step():
         torch.ones(size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults = [step() for _ in range(8)]
+# Where the kernel put the heap decides for how many steps (up to 16 of 60 starts) freed pieces fall into place.
+faults = [step() for _ in range(60)]
 print(faults, file=sys.stderr)
-print(max(faults[4:]) < 50)
+print(max(faults[-8:]) < 50)
 """
 
 
