@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -145,8 +145,9 @@ class Megatron:
             RuntimeError: the process has ended.
         """
         assert self._process.stdin and self._process.stdout and self._process.stderr
-        self._process.stdin.write(json.dumps([str(jsonl), str(self.prefix)]) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # of one that has ended, what it said is read below
+            self._process.stdin.write(json.dumps([str(jsonl), str(self.prefix)]) + "\n")
+            self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
             said = self._process.stderr.read().strip().splitlines() or ["nothing said"]
             raise RuntimeError(f"{MEGATRON}: {said[-1]}")
