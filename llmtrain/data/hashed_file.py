@@ -21,6 +21,8 @@ class HashedFile:
                 for begin in range(0, begun, _AT_ONCE):
                     self._digest.update(file.read(min(_AT_ONCE, begun - begin)))
             os.truncate(path, begun)
+        else:
+            path.unlink(missing_ok=True)  # and not written into: it may be open in another process
         self._file = path.open("ab" if begun else "wb")
 
     def write(self, data: bytes | memoryview) -> None:

@@ -3,6 +3,9 @@
 Whenever a chunk has finished a shard, all that is written is synced, and then a line is added to the journal: how many
 chunks are done, and where each split is. A process that comes later takes the last whole line and drops what was
 written after it. So nothing is lost but the shards that were open, and of these only what came since the line.
+
+What can still grow is copied before it is gone on with, and the copy takes its name: a process that was taken for dead,
+on a node that has lost its network, then writes into files that have none.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from llmtrain.data.shard_writer import NOTHING, ShardWriter, WriterState
 from llmtrain.data.shards import hash_file, verify_files
 from llmtrain.data.staging import Say, sync_path
 from llmtrain.errors import UserError
+
+_AT_ONCE = 1 << 20
 
 
 class Done(BaseModel):
@@ -80,7 +85,7 @@ class Journal:
         if lines and lines[-1].plan_sha256 != self._plan_sha256:
             self._say(f"{self._path}: of another plan; what it made is made again")
             whole = 0
-        os.truncate(self._path, whole)
+        self._give_own(self._path, whole)
         if not whole:
             return Done()
         splits = dict[str, WriterState]()
@@ -101,3 +106,15 @@ class Journal:
             path = self._folder / file.path
             if not path.is_file() or hash_file(path, begin=file.bytes) != file.sha256:
                 raise ValueError(f"{path} was changed")
+            self._give_own(path, file.bytes)
+
+    def _give_own(self, path: Path, size: int) -> None:
+        """Copy the first bytes of a file into its place, as one that no other process has open."""
+        own = self._path.with_suffix(".tmp")  # not among the shards
+        with path.open("rb") as file, own.open("wb") as copy:
+            while size and (data := file.read(min(size, _AT_ONCE))):
+                size -= copy.write(data)
+            copy.flush()
+            os.fsync(copy.fileno())
+        own.replace(path)
+        sync_path(path.parent)

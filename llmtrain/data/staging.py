@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmtrain.data.lock import FileLock, holder_name
+from llmtrain.data.takeover import SlurmJob, sign
 from llmtrain.errors import UserError
 
 Say = Callable[[str], None]  # tells the user one line
@@ -63,19 +64,23 @@ def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
 
     The block is given a folder and may keep the file `JOURNAL` beside it. When the block fails or the process is
     killed, both stay as `OUT.partial-HOST-kept`, unless the journal is empty. Only one that is `alone` (see there) on
-    its host finds what was left; any other begins with nothing, and leaves nothing.
+    its host finds what was left; any other begins with nothing, and leaves nothing. In a Slurm job, what a job that has
+    ended left on another host counts as left on this one.
 
     Raises:
         UserError: something could not be written.
     """
     target = out.resolve()
     partial = target.with_name(f"{target.name}.partial-{platform.node()}-{_KEPT if alone else os.getpid()}")
-    folder = partial / "data"
+    folder, job = partial / "data", SlurmJob.current()
     try:
+        if alone and job:
+            _take_over(target, partial, job, say)
         _remove_abandoned(target, alone, say)
         if not is_begun(partial):
             shutil.rmtree(partial, ignore_errors=True)
         make_folder(folder)
+        sign(partial, job)
         yield folder
         _sync(folder)
         folder.rename(target)
@@ -91,6 +96,22 @@ def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
             raise UserError(f"{out}: cannot be written ({error.strerror or error}){kept}") from error
         raise
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_over(target: Path, partial: Path, job: SlurmJob, say: Say) -> None:
+    """Put what a job that has ended left on another host in the place of what lies here, which is of another try."""
+    for other in target.parent.glob(f"{glob.escape(target.name)}.partial-*-{_KEPT}"):
+        left_by = SlurmJob.of(other) if other != partial and is_begun(other) else None
+        if left_by is None or not left_by.has_ended(job):
+            continue
+        taken = target.with_name(f"{target.name}.partial-{platform.node()}-{os.getpid()}")  # nobody else looks there
+        with contextlib.suppress(FileNotFoundError):  # another job was faster
+            other.rename(taken)
+            sign(taken, job)
+            shutil.rmtree(partial, ignore_errors=True)
+            taken.rename(partial)
+            say(f"{partial}: taken over from {other.name}, which Slurm job {left_by.id} left when it ended")
+            return
 
 
 def is_begun(partial: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +20,18 @@ SCRIPT = "slurm/prepare-array.sbatch"
 TASKS = 3
 
 
+def write_lines(path: Path, count: int) -> None:
+    lines = (json.dumps({"text": f"{path.stem} {i} " + "some words " * (i % 9)}) + "\n" for i in range(count))
+    path.write_text("".join(lines))
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Nine megabytes in two files: three chunks."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("a", "b"):
-        lines = (json.dumps({"text": f"{name} {i} " + "some words " * (i % 9)}) + "\n" for i in range(70_000))
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_lines(folder / f"{name}.jsonl", 70_000)
     return folder
 
 
@@ -126,4 +131,25 @@ def test_a_task_that_is_requeued_while_it_fits_the_tokenizer_costs_nothing_but_t
         site.done(f"{job}_{number}")
     told = "".join(site.log(f"{job}_{number}") for number in range(TASKS))
     assert "which a killed process left unfinished" in told
+    assert_same_as_one_process(corpus, out, tmp_path, "word")
+
+
+@pytest.mark.slow
+def test_what_a_job_left_on_another_host_is_gone_on_with_by_the_next(site, corpus, tmp_path):
+    for name in "cdefgh":
+        write_lines(corpus / f"{name}.jsonl", 140_000)
+    out = tmp_path / "out"
+    submitted = ("--array=0-0", SCRIPT, *arguments(corpus, out, "word"))
+    first = f"{site.sbatch(*submitted)}_0"
+    journals = lambda: [path for path in tmp_path.glob("out.parts/*/journal.jsonl") if path.stat().st_size]  # noqa: E731
+    wait_until(journals, 60, lambda: site.log(first))
+    site.cluster.run("scancel", "--signal=KILL", "--full", first)
+    wait_until(lambda: site.cluster.job(first).state not in {"RUNNING", "COMPLETING"}, 60, lambda: site.log(first))
+    (left,) = (path.parent for path in journals())
+    left.rename(left.with_name(left.name.replace(platform.node(), "elsewhere")))
+
+    second = f"{site.sbatch(*submitted)}_0"
+    site.done(second)
+    assert "-elsewhere-kept, which Slurm job " in site.log(second)
+    assert "going on behind" in site.log(second)
     assert_same_as_one_process(corpus, out, tmp_path, "word")
