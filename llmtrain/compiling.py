@@ -6,10 +6,10 @@ import torch
 
 from llmtrain.config import RunConfig
 from llmtrain.engine import Engine
-from llmtrain.engine.device import lacking_to_compile
 from llmtrain.errors import UserError
 from llmtrain.model.cost import flops_per_token
 from llmtrain.planning.budget import planned_tokens
+from llmtrain.toolchain import why_not_compiled
 
 # For each thread of each rank. Compiling takes a CPU up to half a minute, evaluation included, again on every new
 # machine, and a step is 10 to 20 % faster then (docs/LOG.md); so much work takes a core a quarter of an hour.
@@ -25,12 +25,11 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
     Raises:
         UserError: it is asked for, and cannot be.
     """
-    if engine.device.type != "cpu":
-        return engine.can_compile, []
-    asked = config.training.compile
-    is_long = asked == "auto" and engine.can_compile and _is_long(config, engine, vocab_size, data_tokens)
-    is_wanted = asked is True or is_long
-    answers = engine.gather((asked, is_wanted, _why_not() if is_wanted else None))
+    asked, kind = config.training.compile, engine.device.type
+    is_wanted = asked is True or (
+        asked == "auto" and engine.can_compile and (kind != "cpu" or _is_long(config, engine, vocab_size, data_tokens))
+    )
+    answers = engine.gather((asked, is_wanted, why_not_compiled(kind) if is_wanted else None))
     problem = next((reason for *_, reason in answers if reason), None)
     if problem and any(one is True for one, *_ in answers):
         error = UserError(f"training.compile: true, but it does not work here: {problem}; leave it out")
@@ -38,7 +37,7 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
         raise error
     wanted_by_all = all(wanted for _, wanted, _ in answers)  # the number of threads may differ
     if problem and wanted_by_all:
-        return False, [f"not compiled, by which so long a run would gain (training.compile): {problem}"]
+        return False, [f"not compiled, by which this run would gain (training.compile): {problem}"]
     return wanted_by_all, []
 
 
@@ -47,14 +46,3 @@ def _is_long(config: RunConfig, engine: Engine, vocab_size: int, data_tokens: in
     tokens, _ = planned_tokens(config.model_copy(update={"model": model}), data_tokens)
     flops = flops_per_token(model, config.data.seq_len) * tokens
     return flops >= COMPILED_FROM_FLOPS * torch.get_num_threads() * engine.world_size
-
-
-def _why_not() -> str | None:
-    """Compile something small: that all is there does not say that it works."""
-    if problem := lacking_to_compile():
-        return problem
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
-    except Exception as error:  # whatever its compiler, that one's files or the folder of its cache have
-        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no reason given')}"
-    return None

@@ -438,7 +438,7 @@ def test_a_compiler_that_does_not_work_costs_a_long_run_a_warning_and_who_asked_
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = llmtrain("train", "--config", tmp_path / "config.yaml", "--dry-run", env={**os.environ, **broken})
     assert done.returncode == code, done.stderr
-    line = "not compiled, by which so long a run would gain (training.compile): "
+    line = "not compiled, by which this run would gain (training.compile): "
     line = line if asked == "auto" else "training.compile: true, but it does not work here: "
     assert line in done.stderr and "Traceback" not in done.stderr
     assert ("all checks passed" in done.stdout) == (code == 0)

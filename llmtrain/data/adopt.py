@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from llmtrain import __version__
 from llmtrain.data.ends import EndsWriter
 from llmtrain.data.files import digest_of
+from llmtrain.data.memory import usable_cores
 from llmtrain.data.outside import Ids, TokenRange, hash_samples, place_in_file, read_blocks
 from llmtrain.data.progress_bar import Report, progress_bar
 from llmtrain.data.recipe import Options, Outcome, check_unused, find_existing, save_tokenizer
@@ -226,7 +226,6 @@ def _scan(
     folder: Path, pieces: list[Piece], vocab_size: int, options: Options, report: Report
 ) -> Iterator[tuple[str, ShardInfo]]:
     """Read all pieces, several at a time; yield name and shard of each, or raise what is wrong with the first."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     stop, lock = threading.Event(), threading.Lock()
 
     def told(done: int) -> None:
@@ -239,7 +238,7 @@ def _scan(
         except OSError as error:
             raise UserError(f"{piece.file.path}: cannot be read ({error.strerror or error})") from error
 
-    with ThreadPoolExecutor(min(options.workers or cores, THREADS)) as pool:
+    with ThreadPoolExecutor(min(options.workers or usable_cores(), THREADS)) as pool:
         try:
             yield from zip((piece.name for piece in pieces), pool.map(scan, pieces), strict=True)
         except BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, leads_in_circle
 from llmtrain.data.filters import code_digest
 from llmtrain.data.fit import choose_splitter, fit
+from llmtrain.data.memory import usable_cores
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
@@ -216,5 +216,4 @@ def total_bytes(files: Sequence[SourceFile]) -> int:
 
 def default_workers(work_bytes: int) -> int:
     """One process per core, fewer for little work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, work_bytes // BYTES_PER_WORKER))
+    return max(1, min(usable_cores(), work_bytes // BYTES_PER_WORKER))

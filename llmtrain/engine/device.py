@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
-import sysconfig
 from contextlib import suppress
-from pathlib import Path
 
 import torch
+
+from llmtrain.data.memory import usable_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -51,18 +50,14 @@ def computes_bf16_natively(device: torch.device) -> bool:
     return False
 
 
-def lacking_to_compile() -> str | None:
-    """What `torch.compile` would need for a CPU and does not find (torch/_inductor/config.py, `cxx`)."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler}); install it, or name another by CXX"
-    if not Path(headers := sysconfig.get_path("include"), "Python.h").is_file():
-        return f"no headers of this Python in {headers}; install them (Debian: python3-dev)"
-    return None
-
-
 def give_back_memory() -> None:
     """Let the kernel have what is free of the memory that `set_up_allocator` keeps: what was only needed to start."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def use_own_cores() -> None:
+    """Compute in as many threads as this process has cores, where torch's launcher left it one (distributed/run.py)."""
+    if torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -24,6 +24,8 @@ def set_precision(model: Transformer, training: TrainingSection, device: torch.d
         to_fp8(model, device)
     if training.compile is True:
         # Each block on its own: they share one compiled graph, so compile time does not grow with depth.
+        # torch would cut each block's graph again, where DDP ends a bucket, to send it earlier: it is small as it is.
+        torch._dynamo.config.optimize_ddp = False
         for block in model.blocks:
             block.compile()
         # It warns of operators in place in what is recomputed selectively; a block has none.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.protocol import Limits, Verdict
@@ -44,6 +45,11 @@ class Processes:
             self._accelerator = _accelerator(timeout_s, on_gpu)
             self._accelerator.wait_for_everyone()  # the first exchange shows whether they can talk
             self._side = SideChannel(timeout_s) if self._accelerator.num_processes > 1 else None
+        # NCCL ends a process whose exchange takes longer, without a word from Python: later than the watchdog, which
+        # says who is missing.
+        self.exchange_timeout = timedelta(seconds=timeout_s * (2 if on_gpu else 1))
+        if on_gpu and self._side:
+            _set_pg_timeout(self.exchange_timeout)
         self.timeout_s = timeout_s
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -102,12 +108,10 @@ class Processes:
 
     def gather(self, value: Value) -> list[Value]:
         """See `Engine`."""
-        if self.world_size == 1:
+        if self._side is None:
             return [value]
         self.before_gather()
-        values: list[Value | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]  # every place is filled now
+        return self._side.gather(value)
 
     @contextmanager
     def evaluating(self) -> Iterator[Transformer]:
@@ -121,7 +125,8 @@ class Processes:
 
     def barrier(self) -> None:
         """See `Engine`."""
-        self._accelerator.wait_for_everyone()
+        if self._side:
+            self._side.barrier()
 
     def close(self) -> None:
         """See `Engine`. Accelerate keeps its state in globals; clearing them lets one process run again."""

@@ -50,7 +50,7 @@ class ZeroGate:
 
     def _refuses(self, norm: Any) -> bool:
         device = self._processes.device
-        self._refused_norm = torch.tensor(float("inf"), device=device)
+        self._refused_norm = torch.full((), torch.inf, device=device)  # made there: a copy would be waited for
         seen = self._processes.judge(self.next[0], torch.as_tensor(norm, device=device), self.next[1])
         self._seen = seen if isinstance(seen, Verdict) else Verdict.read(seen)
         return self._seen.is_refused

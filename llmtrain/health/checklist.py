@@ -108,9 +108,10 @@ def _first_loss(parts: Assembly, batch: OneBatch) -> Finding:
     """A model that knows nothing must find all tokens about equally likely."""
     name, vocab_size = "first loss", parts.config.model.vocab_size or 1
     with parts.engine.evaluating() as model:
-        logits_BSV = model(batch.inputs)
-        loss = cross_entropy_sum(logits_BSV, batch.targets).item() / batch.target_count
-    expected = (*batch.inputs.shape, vocab_size)
+        inputs_1S, targets_1S = batch.inputs[:1], batch.targets[:1]  # all logits of a batch might not fit
+        logits_BSV = model(inputs_1S)
+        loss = cross_entropy_sum(logits_BSV, targets_1S).item() / int((targets_1S != IGNORE_INDEX).sum())
+    expected = (*inputs_1S.shape, vocab_size)
     if tuple(logits_BSV.shape) != expected:
         return fail(name, f"logits have the shape {tuple(logits_BSV.shape)} instead of {expected}")
     if not logits_BSV.isfinite().all():
@@ -126,7 +127,8 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
     lr = parts.config.optimizer.lr
     with parts.engine.evaluating() as model:
         parameters = dict(model.named_parameters())
-    before = {name: values.clone() for name, values in _weights(parts.engine, parameters)}
+    # Beside the weights a device may have no room for them once more.
+    before = {name: values.detach().to("cpu", copy=True) for name, values in _weights(parts.engine, parameters)}
     reached: set[str] = set()
     losses, norms = [], []
     for _ in range(STEPS):
@@ -144,7 +146,7 @@ def _first_steps(parts: Assembly, batch: OneBatch) -> Iterator[Finding]:
         yield fail("gradients", f"none in {STEPS} steps for {_named(unreached)}; is it part of the loss at all?")
     else:
         yield ok("gradients", f"for all {told}; global norm {norms[0]:.3g} at first")
-    moved = [name for name, values in _weights(parts.engine, parameters) if not torch.equal(values, before[name])]
+    moved = [name for name, values in _weights(parts.engine, parameters) if not torch.equal(values.cpu(), before[name])]
     moved_anywhere = set().union(*parts.engine.gather(moved))
     unmoved = [name for name in parameters if name not in moved_anywhere]
     if unmoved:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -12,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.data.memory import free_host_memory
-from llmtrain.engine.device import computes_bf16_natively, lacking_to_compile, pick_device
+from llmtrain.data.memory import free_host_memory, usable_cores
+from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.health.gpus import gpu_findings
 from llmtrain.health.limits import limit_findings
 from llmtrain.health.versions import version_findings
+from llmtrain.toolchain import lacking_to_compile
 
 RENDEZVOUS_TIMEOUT_S = 5.0
 TIGHT_BYTES = 2e9  # free memory or disk under which even small runs may fail
@@ -101,7 +101,7 @@ def _bf16() -> Finding:
 
 
 def _cores() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     threads = torch.get_num_threads()
     detail = f"{cores} cores, {threads} threads"
     if pick_device().type == "cpu" and threads * 2 < cores:

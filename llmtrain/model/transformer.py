@@ -292,7 +292,9 @@ class Transformer(nn.Module):
         device = ids_BS.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        use_flex = cache is None and flex_suits(device, self.config.head_width, self.config.dropout)
+        # Each other length would be compiled for itself, until torch gave up and made all scores.
+        is_whole = cache is None and ids_BS.shape[1] == self.seq_len
+        use_flex = is_whole and flex_suits(device, self.config.head_width, self.config.dropout)
         seen_BT = ids_BS if cache is None else cache.see(ids_BS)
         return within_documents(seen_BT, ids_BS.shape[1], self.document_end, dtype, use_flex=use_flex)
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 
+from llmtrain.compiling import settle_compile
 from llmtrain.config import RunConfig, make_config
 from llmtrain.engine import Engine, Limits, Verdict, make_engine
 from llmtrain.engine.accelerate import dealt_out
+from llmtrain.engine.precision import set_precision
 from llmtrain.engine.processes import Processes
+from llmtrain.errors import UserError
 from llmtrain.model.transformer import Transformer
 from llmtrain.resolve import resolve
 
@@ -220,3 +227,34 @@ def test_ranks_share_the_writing_evenly(sizes: list[int], ranks: int) -> None:
     owners = dealt_out(sizes, ranks)
     held = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
     assert sum(held) == sum(sizes) and max(held) <= sum(sizes) / ranks + max(sizes, default=0)
+
+
+def test_a_compiled_block_is_one_graph_under_ddp_too(tmp_path: Any) -> None:
+    """torch would cut it where DDP's buckets end: a block of this width is larger than the first."""
+    config = config_of("adamw", compile=True)
+    model = Transformer(config.model.model_copy(update={"dim": 768, "ff_dim": 2048}), SEQ_LEN)
+    model.init_weights()
+    set_precision(model, config.training, torch.device("cpu"))
+    graphs = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=graphs)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        inputs, targets = batch()
+        DistributedDataParallel(model)(inputs, targets).backward()
+    finally:
+        dist.destroy_process_group()
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("asked", ["auto", True])
+def test_where_nothing_can_be_compiled_for_a_gpu_a_run_goes_without_unless_it_was_asked_for(asked: Any) -> None:
+    """This torch has no CUDA, so it fails as it would where Triton is missing or the GPU too old for it."""
+    engine: Any = SimpleNamespace(device=torch.device("cuda"), can_compile=True, gather=lambda answer: [answer])
+    config = make_config({"training": {"compile": asked}})
+    if asked is True:
+        with pytest.raises(UserError, match="true, but it does not work here: AssertionError: Torch"):
+            settle_compile(config, engine, VOCAB, 10**6)
+    else:
+        compiled, (warning,) = settle_compile(config, engine, VOCAB, 10**6)
+        assert not compiled and warning.startswith("not compiled, by which this run would gain (training.compile): ")

@@ -165,7 +165,9 @@ def test_flex_attention_gives_the_reference(variant: dict[str, Any], monkeypatch
             lambda *a, **k: used.append(a[3]) or document_mask.flex_attention(*a, **k),
         )
         assert torch.allclose(model(ids), reference, atol=FLOAT32)
-    assert len(used) == 3 and len(set(map(id, used))) == 1  # one mask for all layers
+        assert len(used) == 3 and len(set(map(id, used))) == 1  # one mask for all layers
+        model(ids[:, :200])
+        assert len(used) == 3  # each length would be another kernel
 
 
 def test_other_documents_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
