@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmtrain.compiling import settle_compile
+from llmtrain.compiling import settle_compile, settle_flex
 from llmtrain.config import RunConfig
 from llmtrain.data.batches import Layout, Order, Windows, WindowSet
 from llmtrain.data.documents import with_mask
@@ -143,10 +143,14 @@ def assemble(
         rank=engine.rank,
         world_size=engine.world_size,
     )
+    flex, doubt = settle_flex(config, engine)
+    warnings += doubt
     torch.manual_seed(config.run.seed)
     with nullcontext() if is_drawn else Undrawn():
         engine.build(
-            lambda: Transformer(config.model, config.data.seq_len, config.training.activation_checkpointing, end),
+            lambda: Transformer(
+                config.model, config.data.seq_len, config.training.activation_checkpointing, end, may_use_flex=flex
+            ),
             config.training,
             config.optimizer,
         )

@@ -41,6 +41,20 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
     return wanted_by_all, []
 
 
+def settle_flex(config: RunConfig, engine: Engine) -> tuple[bool, list[str]]:
+    """Whether documents are kept apart by flex_attention, which has to be compiled; all ranks call it.
+
+    Returns:
+        the answer, the same on all ranks, and a warning where it would be used and cannot be.
+    """
+    if not config.data.document_mask or engine.device.type != "cuda":
+        return False, []
+    problem = next(filter(None, engine.gather(why_not_compiled("cuda"))), None)
+    if problem is None:
+        return True, []
+    return False, [f"data.document_mask without flex_attention, which takes less time and memory: {problem}"]
+
+
 def _is_long(config: RunConfig, engine: Engine, vocab_size: int, data_tokens: int) -> bool:
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or vocab_size})
     tokens, _ = planned_tokens(config.model_copy(update={"model": model}), data_tokens)

@@ -12,6 +12,7 @@ from llmtrain.checkpoint.format import CheckpointReader
 from llmtrain.checkpoint.remote import local_checkpoint
 from llmtrain.checkpoint.resume import saved_config
 from llmtrain.checkpoint.store import find_checkpoint
+from llmtrain.compiling import settle_flex
 from llmtrain.config import RunConfig
 from llmtrain.data.shards import TOKENIZER_FOLDER
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,9 +53,12 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
     end = tokenizer.eos_id if config.data.document_mask else None
     engine = make_engine(config.health.timeout_s)
     try:
+        flex, _ = settle_flex(config, engine)
         with Undrawn():
             engine.build(
-                lambda: Transformer(config.model, config.data.seq_len, document_end=end), config.training, None
+                lambda: Transformer(config.model, config.data.seq_len, document_end=end, may_use_flex=flex),
+                config.training,
+                None,
             )
         with naming_others(path, folder):
             files = [file.path for file in reader.tensor_files()]

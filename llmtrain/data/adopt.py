@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from llmtrain import __version__
+from llmtrain.cores import usable_cores
 from llmtrain.data.ends import EndsWriter
 from llmtrain.data.files import digest_of
-from llmtrain.data.memory import usable_cores
 from llmtrain.data.outside import Ids, TokenRange, hash_samples, place_in_file, read_blocks
 from llmtrain.data.progress_bar import Report, progress_bar
 from llmtrain.data.recipe import Options, Outcome, check_unused, find_existing, save_tokenizer
@@ -238,7 +238,7 @@ def _scan(
         except OSError as error:
             raise UserError(f"{piece.file.path}: cannot be read ({error.strerror or error})") from error
 
-    with ThreadPoolExecutor(min(options.workers or usable_cores(), THREADS)) as pool:
+    with ThreadPoolExecutor(min(options.workers or len(usable_cores()), THREADS)) as pool:
         try:
             yield from zip((piece.name for piece in pieces), pool.map(scan, pieces), strict=True)
         except BaseException:

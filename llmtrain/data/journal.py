@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +38,15 @@ class Done(BaseModel):
     skipped: dict[str, int] = {}
     unknown: dict[str, int] = {}
     sources: dict[str, dict[int, int]] = {}
+
+
+def chunks_done(journal: Path, plan_sha256: str) -> int:
+    """How many chunks are done by a journal; 0 where there is none, or it is damaged or of another plan."""
+    with suppress(OSError, ValueError, IndexError):
+        data = journal.read_bytes()
+        last = Done.model_validate_json(data[: data.rfind(b"\n") + 1].splitlines()[-1])
+        return last.chunks if last.plan_sha256 == plan_sha256 else 0
+    return 0
 
 
 class Journal:
@@ -111,7 +121,8 @@ class Journal:
     def _give_own(self, path: Path, size: int) -> None:
         """Copy the first bytes of a file into its place, as one that no other process has open."""
         own = self._path.with_suffix(".tmp")  # not among the shards
-        with path.open("rb") as file, own.open("wb") as copy:
+        own.unlink(missing_ok=True)
+        with path.open("rb") as file, own.open("xb") as copy:
             while size and (data := file.read(min(size, _AT_ONCE))):
                 size -= copy.write(data)
             copy.flush()

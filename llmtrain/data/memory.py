@@ -1,4 +1,4 @@
-"""What this process may take of the machine: memory, for which some documents are too large, and cores."""
+"""How much memory there is, and documents that are larger."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from llmtrain.errors import UserError
 # most. Measured, of ASCII; one character beyond U+FFFF makes each of a text four bytes in memory.
 COPIES = 7
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_host_memory() -> int:

@@ -20,7 +20,7 @@ from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
 from llmtrain.data.join import join_parts
-from llmtrain.data.journal import Journal
+from llmtrain.data.journal import Journal, chunks_done
 from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
@@ -35,7 +35,7 @@ from llmtrain.data.recipe import (
 )
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, describe
 from llmtrain.data.split import Splitter
-from llmtrain.data.staging import JOURNAL, Say, make_once
+from llmtrain.data.staging import JOURNAL, Reached, Say, make_once
 from llmtrain.data.survey import Outline, coarsened, survey
 from llmtrain.errors import UserError
 
@@ -230,7 +230,7 @@ class _Parts:
             record = PartRecord(plan_sha256=plan_sha256, encoded=encoded)
             (folder / PART).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-        return not self._once(self.folder.part(number, count), make, f"making part {number}/{count}", resumes=True)
+        return not self._once(self.folder.part(number, count), make, f"making part {number}/{count}", self._reached)
 
     def make_all(self) -> Outcome:
         """Write all into OUT."""
@@ -241,7 +241,7 @@ class _Parts:
             encoded = self._encode(plan, plan.stretches[0], folder, "encoding")
             self._complete(folder, plan, encoded)
 
-        return self._publish(self._once(self.folder.joined, make, "encoding", resumes=True))
+        return self._publish(self._once(self.folder.joined, make, "encoding", self._reached))
 
     def _encode(self, plan: Plan, stretch: Stretch, folder: Path, task: str) -> Encoded:
         """Write the shards of a stretch into a folder, from where its journal ends."""
@@ -308,13 +308,16 @@ class _Parts:
         self.folder.remove()
         return Outcome(manifest, not made)
 
-    def _once(self, folder: Path, make: Callable[[Path], None], task: str, resumes: bool = False) -> bool:
+    def _reached(self, journal: Path) -> int:
+        return chunks_done(journal, self.folder.plan_hash()) if self.folder.has_plan() else 0
+
+    def _once(self, folder: Path, make: Callable[[Path], None], task: str, reached: Reached | None = None) -> bool:
         """Make a folder, unless it is there or all is joined already; return whether this process made it."""
 
         def is_made() -> bool:
             return folder.is_dir() or (self._options.out / MANIFEST).is_file()
 
-        return make_once(folder, make, is_made=is_made, say=self._say, task=task, resumes=resumes)
+        return make_once(folder, make, is_made=is_made, say=self._say, task=task, reached=reached)
 
 
 def numbers_as_ranges(numbers: list[int]) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain import __version__
+from llmtrain.cores import usable_cores
 from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, leads_in_circle
 from llmtrain.data.filters import code_digest
 from llmtrain.data.fit import choose_splitter, fit
-from llmtrain.data.memory import usable_cores
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
@@ -216,4 +216,4 @@ def total_bytes(files: Sequence[SourceFile]) -> int:
 
 def default_workers(work_bytes: int) -> int:
     """One process per core, fewer for little work."""
-    return max(1, min(usable_cores(), work_bytes // BYTES_PER_WORKER))
+    return max(1, min(len(usable_cores()), work_bytes // BYTES_PER_WORKER))

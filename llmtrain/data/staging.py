@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial as with_arguments
 from pathlib import Path
 
 from llmtrain.data.lock import FileLock, holder_name
@@ -16,6 +17,7 @@ from llmtrain.data.takeover import SlurmJob, sign
 from llmtrain.errors import UserError
 
 Say = Callable[[str], None]  # tells the user one line
+Reached = Callable[[Path], int]
 POLL_S = 0.2
 JOURNAL = "journal.jsonl"
 _KEPT = "kept"  # instead of the process; last in a name, as a host may be called `node` and another `node-7`
@@ -59,13 +61,19 @@ def staged_folder(out: Path, *, alone: bool = False, say: Say = _say_nothing) ->
 
 
 @contextlib.contextmanager
-def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
+def resumed_folder(out: Path, *, alone: bool, reached: Reached, say: Say) -> Iterator[Path]:
     """As `staged_folder`, but what a process of this host left unfinished is there again, if it kept a journal.
 
     The block is given a folder and may keep the file `JOURNAL` beside it. When the block fails or the process is
     killed, both stay as `OUT.partial-HOST-kept`, unless the journal is empty. Only one that is `alone` (see there) on
     its host finds what was left; any other begins with nothing, and leaves nothing. In a Slurm job, what a job that has
-    ended left on another host counts as left on this one.
+    ended left on another host counts as left on this one, if it came farther.
+
+    Args:
+        out: the folder to make.
+        alone: nobody else can be making it on this host.
+        reached: how far a journal has come; 0: it is none that can be gone on with.
+        say: is told what was removed, kept or taken over.
 
     Raises:
         UserError: something could not be written.
@@ -74,8 +82,8 @@ def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
     partial = target.with_name(f"{target.name}.partial-{platform.node()}-{_KEPT if alone else os.getpid()}")
     folder, job = partial / "data", SlurmJob.current()
     try:
-        if alone and job:
-            _take_over(target, partial, job, say)
+        if alone:
+            _take_over(target, partial, job, reached, say)
         _remove_abandoned(target, alone, say)
         if not is_begun(partial):
             shutil.rmtree(partial, ignore_errors=True)
@@ -98,20 +106,41 @@ def resumed_folder(out: Path, *, alone: bool, say: Say) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_over(target: Path, partial: Path, job: SlurmJob, say: Say) -> None:
-    """Put what a job that has ended left on another host in the place of what lies here, which is of another try."""
-    for other in target.parent.glob(f"{glob.escape(target.name)}.partial-*-{_KEPT}"):
-        left_by = SlurmJob.of(other) if other != partial and is_begun(other) else None
-        if left_by is None or not left_by.has_ended(job):
+def _take_over(target: Path, partial: Path, job: SlurmJob | None, reached: Reached, say: Say) -> None:
+    """Put what has come farthest of all that was left on other hosts by jobs that have ended in this one's place."""
+    best, farthest = None, reached(partial / JOURNAL)
+    for other in sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*-{_KEPT}")):
+        if other == partial or (far := reached(other / JOURNAL)) <= farthest:
             continue
-        taken = target.with_name(f"{target.name}.partial-{platform.node()}-{os.getpid()}")  # nobody else looks there
-        with contextlib.suppress(FileNotFoundError):  # another job was faster
-            other.rename(taken)
-            sign(taken, job)
-            shutil.rmtree(partial, ignore_errors=True)
-            taken.rename(partial)
-            say(f"{partial}: taken over from {other.name}, which Slurm job {left_by.id} left when it ended")
-            return
+        left_by = SlurmJob.of(other)
+        if why := left_by.why_alive(job) if left_by else "no Slurm job has left it":
+            say(f"{other}: finished shards of another host, not gone on with: {why}")
+        else:
+            best, farthest = other, far
+    if best is not None:
+        try:
+            _put_in_place(
+                best, partial, aside=target.with_name(f"{target.name}.partial-{platform.node()}-{os.getpid()}")
+            )
+            say(f"{partial}: taken over from {best.name}, whose Slurm job has ended")
+        except FileNotFoundError:
+            say(f"{best}: another process was faster to take it over")
+        except OSError as error:
+            raise UserError(f"{best}: cannot be taken over ({error.strerror or error}); it stays") from error
+
+
+def _put_in_place(best: Path, partial: Path, aside: Path) -> None:
+    """At no moment `best` has a name that is swept."""
+    sign(best, SlurmJob.current())  # so that no third one takes it meanwhile
+    if partial.exists():
+        partial.rename(aside)
+    try:
+        best.rename(partial)
+    except FileNotFoundError:
+        if aside.exists():
+            aside.rename(partial)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_begun(partial: Path) -> bool:
@@ -127,7 +156,7 @@ def make_once(
     is_made: Callable[[], bool],
     say: Say,
     task: str,
-    resumes: bool = False,
+    reached: Reached | None = None,
 ) -> bool:
     """Make a folder unless it is made, through `staged_folder`; while another process is at it, wait.
 
@@ -140,7 +169,7 @@ def make_once(
         is_made: whether there is nothing (more) to do.
         say: is told whom we wait for.
         task: what is waited for, as in "… is fitting the tokenizer".
-        resumes: `make` keeps a journal: through `resumed_folder`.
+        reached: of `resumed_folder`, through which it is made where `make` keeps a journal.
 
     Returns:
         Whether this process made it.
@@ -166,7 +195,7 @@ def make_once(
         try:
             if is_made():  # by the one that held the lock until now
                 break
-            staged = resumed_folder if resumes else staged_folder
+            staged = with_arguments(resumed_folder, reached=reached) if reached else staged_folder
             with staged(out, alone=lock.is_exclusive, say=say) as folder:
                 make(folder)
             return True
@@ -194,7 +223,8 @@ def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
         # A lock may hold on one machine only, so what another one makes is left alone for a day.
         is_old = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > 86_400
         is_dead = owner.isdecimal() and not _is_alive(int(owner))
-        if is_dead or (alone and (owner.isdecimal() or (is_old and owner != _KEPT))):
+        is_kept = owner.endswith(_KEPT) and is_begun(folder)  # on whatever host
+        if is_dead or (alone and (owner.isdecimal() or (is_old and not is_kept))):
             shutil.rmtree(folder, ignore_errors=True)
             say(f"removed {folder}, which a killed process left unfinished")
 

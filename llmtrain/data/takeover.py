@@ -1,8 +1,8 @@
 """What a Slurm job has left unfinished on another host, and whether it is gone on with on this one.
 
 A lock that a process held may reach its own host only, so what lies there of another host could be of a process that
-lives. Slurm knows: it starts a job again, on whatever host, once that has ended or its node is lost, and what is not
-in its queue has ended. (A lost node may live on without its network, so whoever goes on with files that were open
+lives. Slurm knows: it starts a job again, on whatever host, once that has ended or its node is lost, and `squeue` tells
+whether another has ended. (A lost node may live on without its network, so whoever goes on with files that were open
 gives them new inodes first: `data/journal.py`.)
 """
 
@@ -18,6 +18,12 @@ from typing import Self
 
 _JOB = "slurm-job.json"
 _QUEUE_S = 30.0  # for a controller that is slow
+_FILTERS = ("SQUEUE_", "SLURM_CLUSTERS")  # by which a user hides jobs from himself
+_FORGOTTEN = "Invalid job id"  # of a job that has ended long ago
+# squeue(1), job state codes: where no process is left, nor will be.
+_ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,25 +54,36 @@ class SlurmJob:
                 return cls(**json.loads((partial / _JOB).read_bytes()))
         return None
 
-    def has_ended(self, now: SlurmJob) -> bool:
-        """Whether it cannot be running; `now` is the job that asks."""
-        if self.cluster != now.cluster:
-            return False
+    def why_alive(self, now: SlurmJob | None) -> str | None:
+        """Why it may be running, seen from the job `now`; None: it has ended."""
+        if now is None or self.cluster != now.cluster:
+            return f"Slurm job {self.id} on '{self.cluster}' cannot be asked about from here"
         if self.id == now.id:
-            return self.restarts < now.restarts
-        command = ["squeue", "--noheader", "--format=%T", f"--jobs={self.id}"]
+            return None if self.restarts < now.restarts else f"it is of this very job, {self.id}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_FILTERS)}
+        command = ["squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={self.id}"]
         try:
-            asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_QUEUE_S)
-        except (OSError, subprocess.TimeoutExpired):
-            return False  # nobody can say
+            asked = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=_QUEUE_S, env=environment
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"nobody says whether Slurm job {self.id} has ended ({error})"
         if asked.returncode:
-            return "Invalid job id" in asked.stderr  # long ended, and forgotten
-        return not asked.stdout.strip()
+            said = asked.stderr.strip() or f"squeue ended with {asked.returncode}"
+            return None if _FORGOTTEN in said else f"nobody says whether Slurm job {self.id} has ended ({said})"
+        # Of an array the id of one task is that of the array: all tasks are listed, but for what is forgotten.
+        listed = [line.strip().partition(" ") for line in asked.stdout.splitlines()]
+        states = [state.strip() for job, _, state in listed if job == self.id]
+        if listed and set(states) <= _ENDED:
+            return None
+        return f"Slurm job {self.id} is {' and '.join(states) or 'not listed'}"
 
 
 def sign(partial: Path, job: SlurmJob | None) -> None:
     """Say in an unfinished folder which job is at it; None: a process of none, which nobody can ask about."""
     if job:
-        (partial / _JOB).write_text(json.dumps(asdict(job)))
+        signed = partial / f"{_JOB}.{os.getpid()}"
+        signed.write_text(json.dumps(asdict(job)))
+        signed.replace(partial / _JOB)
     else:
         (partial / _JOB).unlink(missing_ok=True)

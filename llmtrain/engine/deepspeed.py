@@ -24,7 +24,6 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from llmtrain.config import OptimizerSection, TrainingSection
-from llmtrain.engine.device import use_own_cores
 from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome
@@ -70,7 +69,7 @@ class DeepSpeedEngine(Processes):
         # DeepSpeed sends gradients over a group of its own, which it would make with torch's timeout of half an hour.
         groups._WORLD_GROUP = dist.new_group(timeout=self.exchange_timeout)
         if self.device.type == "cuda" and "offload_optimizer" in config["zero_optimization"]:
-            use_own_cores()  # for the update
+            self.use_own_cores()  # for the update
         self.exchanges_in_forward = stage == 3
         if stage == 3:
             # A module at a time, each at once cut over the ranks: no rank ever holds the model whole.

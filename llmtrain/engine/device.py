@@ -9,8 +9,6 @@ from contextlib import suppress
 
 import torch
 
-from llmtrain.data.memory import usable_cores
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -55,9 +53,3 @@ def give_back_memory() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def use_own_cores() -> None:
-    """Compute in as many threads as this process has cores, where torch's launcher left it one (distributed/run.py)."""
-    if torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

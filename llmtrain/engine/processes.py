@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from llmtrain.cores import usable_cores
 from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.protocol import Limits, Verdict
 from llmtrain.engine.rendezvous import meeting
@@ -112,6 +114,16 @@ class Processes:
             return [value]
         self.before_gather()
         return self._side.gather(value)
+
+    def use_own_cores(self) -> None:
+        """Compute on the CPU in as many threads as this process has cores for itself; all ranks call it.
+
+        torch's launcher leaves each one thread, unless OMP_NUM_THREADS is set (torch/distributed/run.py).
+        """
+        cores = (platform.node(), usable_cores())
+        sharing = self.gather(cores).count(cores)
+        if torch.get_num_threads() == 1:
+            torch.set_num_threads(max(1, len(cores[1]) // sharing))
 
     @contextmanager
     def evaluating(self) -> Iterator[Transformer]:

@@ -108,13 +108,16 @@ def _first_loss(parts: Assembly, batch: OneBatch) -> Finding:
     """A model that knows nothing must find all tokens about equally likely."""
     name, vocab_size = "first loss", parts.config.model.vocab_size or 1
     with parts.engine.evaluating() as model:
-        inputs_1S, targets_1S = batch.inputs[:1], batch.targets[:1]  # all logits of a batch might not fit
-        logits_BSV = model(inputs_1S)
-        loss = cross_entropy_sum(logits_BSV, targets_1S).item() / int((targets_1S != IGNORE_INDEX).sum())
-    expected = (*inputs_1S.shape, vocab_size)
-    if tuple(logits_BSV.shape) != expected:
-        return fail(name, f"logits have the shape {tuple(logits_BSV.shape)} instead of {expected}")
-    if not logits_BSV.isfinite().all():
+        shapes, is_finite, total = set(), True, 0.0
+        for row in range(len(batch.inputs)):
+            logits_1SV = model(batch.inputs[row : row + 1])  # those of a batch might not fit
+            shapes.add(tuple(logits_1SV.shape))
+            is_finite &= bool(logits_1SV.isfinite().all())
+            total += cross_entropy_sum(logits_1SV, batch.targets[row : row + 1]).item()
+    loss, expected = total / batch.target_count, (1, batch.inputs.shape[1], vocab_size)
+    if shapes != {expected}:
+        return fail(name, f"logits of a sequence have the shape {shapes} instead of {expected}")
+    if not is_finite:
         return fail(name, "the logits of a fresh model are not finite; look at its initialisation and precision")
     detail = f"{loss:.4f}, chance is ln({vocab_size:,}) = {math.log(vocab_size):.4f}; logits {expected}, all finite"
     if abs(loss - math.log(vocab_size)) <= INITIAL_LOSS_TOLERANCE:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.data.memory import free_host_memory, usable_cores
+from llmtrain.cores import usable_cores
+from llmtrain.data.memory import free_host_memory
 from llmtrain.engine.device import computes_bf16_natively, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
@@ -101,7 +102,7 @@ def _bf16() -> Finding:
 
 
 def _cores() -> Finding:
-    cores = usable_cores()
+    cores = len(usable_cores())
     threads = torch.get_num_threads()
     detail = f"{cores} cores, {threads} threads"
     if pick_device().type == "cpu" and threads * 2 < cores:

@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from llmtrain.toolchain import why_not_compiled
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -64,9 +62,8 @@ def document_begins(ids_BT: Tensor, document_end: int) -> Tensor:
 
 
 def flex_suits(device: torch.device, head_dim: int, dropout: float) -> bool:
-    """Whether flex_attention has a kernel for it: only on CUDA, where one can be compiled, and it knows no dropout."""
-    is_possible = device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and not dropout
-    return is_possible and why_not_compiled(device.type) is None
+    """Whether flex_attention has a kernel for it: only on CUDA, and it knows no dropout."""
+    return device.type == "cuda" and head_dim >= LEAST_HEAD_DIM and not dropout
 
 
 def _added_mask(begins_BT: Tensor, index_T: Tensor, new: int, dtype: torch.dtype) -> Tensor:

@@ -206,6 +206,7 @@ class Transformer(nn.Module):
             matrix products and attention, recompute the cheap rest).
         document_end: the id between documents, within which attention stays and positions count anew; None: of a
             sequence with several nothing is known, and it is one text.
+        may_use_flex: whether flex_attention can be compiled where it suits.
     """
 
     def __init__(
@@ -214,12 +215,15 @@ class Transformer(nn.Module):
         seq_len: int,
         activation_checkpointing: str = "none",
         document_end: int | None = None,
+        *,
+        may_use_flex: bool = True,
     ):
         super().__init__()
         assert config.vocab_size is not None
         self.config = config
         self.seq_len = seq_len
         self.document_end = document_end
+        self.may_use_flex = may_use_flex
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Embedding(seq_len, config.dim) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -294,7 +298,7 @@ class Transformer(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         # Each other length would be compiled for itself, until torch gave up and made all scores.
         is_whole = cache is None and ids_BS.shape[1] == self.seq_len
-        use_flex = is_whole and flex_suits(device, self.config.head_width, self.config.dropout)
+        use_flex = self.may_use_flex and is_whole and flex_suits(device, self.config.head_width, self.config.dropout)
         seen_BT = ids_BS if cache is None else cache.see(ids_BS)
         return within_documents(seen_BT, ids_BS.shape[1], self.document_end, dtype, use_flex=use_flex)
 

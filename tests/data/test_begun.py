@@ -245,7 +245,10 @@ def test_shards_that_another_plan_made_are_not_gone_on_with(options, tmp_path):
 def test_a_host_whose_name_begins_with_that_of_another_keeps_its_own(tmp_path, monkeypatch):
     for host in ("node-1234567", "node"):
         monkeypatch.setattr(platform, "node", lambda host=host: host)
-        with pytest.raises(KeyboardInterrupt), resumed_folder(tmp_path / "out", alone=True, say=print) as folder:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            resumed_folder(tmp_path / "out", alone=True, reached=lambda _: 0, say=print) as folder,
+        ):
             (folder.parent / "journal.jsonl").write_text("finished")
             raise KeyboardInterrupt
     assert len(list(tmp_path.glob("out.partial-*/journal.jsonl"))) == 2

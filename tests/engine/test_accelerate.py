@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.compiling import settle_compile
+from llmtrain import compiling
+from llmtrain.compiling import settle_compile, settle_flex
 from llmtrain.config import RunConfig, make_config
+from llmtrain.cores import usable_cores
 from llmtrain.engine import Engine, Limits, Verdict, make_engine
 from llmtrain.engine.accelerate import dealt_out
 from llmtrain.engine.precision import set_precision
@@ -247,14 +249,44 @@ def test_a_compiled_block_is_one_graph_under_ddp_too(tmp_path: Any) -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize("asked", ["auto", True])
-def test_where_nothing_can_be_compiled_for_a_gpu_a_run_goes_without_unless_it_was_asked_for(asked: Any) -> None:
-    """This torch has no CUDA, so it fails as it would where Triton is missing or the GPU too old for it."""
-    engine: Any = SimpleNamespace(device=torch.device("cuda"), can_compile=True, gather=lambda answer: [answer])
-    config = make_config({"training": {"compile": asked}})
-    if asked is True:
-        with pytest.raises(UserError, match="true, but it does not work here: AssertionError: Torch"):
-            settle_compile(config, engine, VOCAB, 10**6)
+@pytest.mark.parametrize("works", [True, False])
+def test_where_nothing_can_be_compiled_for_a_gpu_a_run_goes_without_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    """One rank of two is where Triton is missing, or the GPU too old for it."""
+    engine: Any = SimpleNamespace(
+        device=torch.device("cuda"), can_compile=True, gather=lambda mine: [("auto", True, None), mine]
+    )
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda kind: None if works else f"no compiler for {kind}")
+    auto, asked = (make_config({"training": {"compile": how}}) for how in ("auto", True))
+    warnings = [] if works else ["not compiled, by which this run would gain (training.compile): no compiler for cuda"]
+    assert settle_compile(auto, engine, VOCAB, 10**6) == (works, warnings)
+    if works:
+        assert settle_compile(asked, engine, VOCAB, 10**6) == (True, [])
     else:
-        compiled, (warning,) = settle_compile(config, engine, VOCAB, 10**6)
-        assert not compiled and warning.startswith("not compiled, by which this run would gain (training.compile): ")
+        with pytest.raises(UserError, match="compile: true, but it does not work here: no compiler for cuda; leave"):
+            settle_compile(asked, engine, VOCAB, 10**6)
+
+    engine.gather = lambda mine: [None, mine]
+    masked = make_config({"data": {"document_mask": True}})
+    flex, doubts = settle_flex(masked, engine)
+    assert flex == works and (works or "no compiler for cuda" in doubts[0])
+    assert settle_flex(auto, engine) == (False, [])
+
+
+def test_ranks_that_share_cores_take_each_its_part_and_one_that_was_given_threads_keeps_them(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = engines()
+    here = usable_cores()
+    for others, threads, expected in (
+        ([], 1, len(here)),
+        ([here] * (len(here) - 1), 1, 1),
+        ([here] * (2 * len(here)), 1, 1),
+        ([frozenset({999})], 1, len(here)),  # bound to cores of its own
+        ([], len(here) + 1, len(here) + 1),
+    ):
+        monkeypatch.setattr(engine, "gather", lambda mine, o=others: [mine, *((mine[0], cores) for cores in o)])
+        torch.set_num_threads(threads)
+        engine.use_own_cores()
+        assert torch.get_num_threads() == expected

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from llmtrain.engine.device import use_own_cores
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ALLOCATE = """
@@ -99,15 +96,6 @@ def test_what_was_only_needed_to_start_is_given_back_when_that_is_asked_for() ->
         [sys.executable, "-c", START], env=without_settings(), capture_output=True, text=True, check=False, timeout=120
     )
     assert done.stdout == "True True\n", done.stderr
-
-
-def test_a_process_whose_launcher_left_it_one_thread_takes_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = len(os.sched_getaffinity(0))
-    for processes, given, expected in ((1, 1, cores), (cores, 1, 1), (2 * cores, 1, 1), (1, cores + 1, cores + 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        torch.set_num_threads(given)
-        use_own_cores()
-        assert torch.get_num_threads() == expected
 
 
 def without_settings() -> dict[str, str]:

@@ -150,6 +150,6 @@ def test_what_a_job_left_on_another_host_is_gone_on_with_by_the_next(site, corpu
 
     second = f"{site.sbatch(*submitted)}_0"
     site.done(second)
-    assert "-elsewhere-kept, which Slurm job " in site.log(second)
+    assert "-elsewhere-kept, whose Slurm job has ended" in site.log(second)
     assert "going on behind" in site.log(second)
     assert_same_as_one_process(corpus, out, tmp_path, "word")
