@@ -8,6 +8,7 @@ from llmtrain.config import RunConfig
 from llmtrain.engine import Engine
 from llmtrain.errors import UserError
 from llmtrain.model.cost import flops_per_token
+from llmtrain.model.document_mask import flex_suits
 from llmtrain.planning.budget import planned_tokens
 from llmtrain.toolchain import why_not_compiled
 
@@ -44,10 +45,15 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
 def settle_flex(config: RunConfig, engine: Engine) -> tuple[bool, list[str]]:
     """Whether documents are kept apart by flex_attention, which has to be compiled; all ranks call it.
 
+    Args:
+        config: resolved.
+        engine: of this rank.
+
     Returns:
         the answer, the same on all ranks, and a warning where it would be used and cannot be.
     """
-    if not config.data.document_mask or engine.device.type != "cuda":
+    suits = flex_suits(engine.device, config.model.head_width, config.model.dropout)
+    if not (config.data.document_mask and suits):
         return False, []
     problem = next(filter(None, engine.gather(why_not_compiled("cuda"))), None)
     if problem is None:

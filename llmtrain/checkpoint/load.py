@@ -53,7 +53,7 @@ def load_model(path: Path | str, *, compiled: bool = False) -> Iterator[TrainedM
     end = tokenizer.eos_id if config.data.document_mask else None
     engine = make_engine(config.health.timeout_s)
     try:
-        flex, _ = settle_flex(config, engine)
+        flex = compiled and settle_flex(config, engine)[0]
         with Undrawn():
             engine.build(
                 lambda: Transformer(config.model, config.data.seq_len, document_end=end, may_use_flex=flex),

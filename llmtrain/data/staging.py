@@ -67,7 +67,7 @@ def resumed_folder(out: Path, *, alone: bool, reached: Reached, say: Say) -> Ite
     The block is given a folder and may keep the file `JOURNAL` beside it. When the block fails or the process is
     killed, both stay as `OUT.partial-HOST-kept`, unless the journal is empty. Only one that is `alone` (see there) on
     its host finds what was left; any other begins with nothing, and leaves nothing. In a Slurm job, what a job that has
-    ended left on another host counts as left on this one, if it came farther.
+    ended left on another host counts as left on this one, where nothing was.
 
     Args:
         out: the folder to make.
@@ -82,8 +82,10 @@ def resumed_folder(out: Path, *, alone: bool, reached: Reached, say: Say) -> Ite
     partial = target.with_name(f"{target.name}.partial-{platform.node()}-{_KEPT if alone else os.getpid()}")
     folder, job = partial / "data", SlurmJob.current()
     try:
-        if alone:
+        if alone and not is_begun(partial):
             _take_over(target, partial, job, reached, say)
+        if is_begun(partial):
+            sign(partial, job)  # at once, so that no other takes it
         _remove_abandoned(target, alone, say)
         if not is_begun(partial):
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,40 +109,23 @@ def resumed_folder(out: Path, *, alone: bool, reached: Reached, say: Say) -> Ite
 
 
 def _take_over(target: Path, partial: Path, job: SlurmJob | None, reached: Reached, say: Say) -> None:
-    """Put what has come farthest of all that was left on other hosts by jobs that have ended in this one's place."""
-    best, farthest = None, reached(partial / JOURNAL)
-    for other in sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-*-{_KEPT}")):
-        if other == partial or (far := reached(other / JOURNAL)) <= farthest:
+    """Where nothing lies here: of what was left on other hosts by jobs that have ended, what has come farthest."""
+    found = [(reached(other / JOURNAL), other) for other in target.parent.glob(f"{glob.escape(target.name)}.partial-*")]
+    for far, other in sorted(found, reverse=True):
+        if not far or not other.name.endswith(f"-{_KEPT}"):
             continue
         left_by = SlurmJob.of(other)
         if why := left_by.why_alive(job) if left_by else "no Slurm job has left it":
-            say(f"{other}: finished shards of another host, not gone on with: {why}")
-        else:
-            best, farthest = other, far
-    if best is not None:
-        try:
-            _put_in_place(
-                best, partial, aside=target.with_name(f"{target.name}.partial-{platform.node()}-{os.getpid()}")
+            say(
+                f"{other}: finished shards of another host, not gone on with: {why}; where that process has ended, "
+                f"rename it to {partial.name}"
             )
-            say(f"{partial}: taken over from {best.name}, whose Slurm job has ended")
-        except FileNotFoundError:
-            say(f"{best}: another process was faster to take it over")
-        except OSError as error:
-            raise UserError(f"{best}: cannot be taken over ({error.strerror or error}); it stays") from error
-
-
-def _put_in_place(best: Path, partial: Path, aside: Path) -> None:
-    """At no moment `best` has a name that is swept."""
-    sign(best, SlurmJob.current())  # so that no third one takes it meanwhile
-    if partial.exists():
-        partial.rename(aside)
-    try:
-        best.rename(partial)
-    except FileNotFoundError:
-        if aside.exists():
-            aside.rename(partial)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        elif SlurmJob.of(other) == left_by:  # and nobody has come to it while that was asked
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another job was faster
+                other.rename(partial)
+                say(f"{partial}: taken over from {other.name}, whose Slurm job has ended")
+                return
 
 
 def is_begun(partial: Path) -> bool:
@@ -221,7 +206,10 @@ def _remove_abandoned(target: Path, alone: bool, say: Say) -> None:
     for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
         owner = folder.name.removeprefix(ours)
         # A lock may hold on one machine only, so what another one makes is left alone for a day.
-        is_old = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > 86_400
+        try:
+            is_old = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > 86_400
+        except FileNotFoundError:  # somebody is at it
+            continue
         is_dead = owner.isdecimal() and not _is_alive(int(owner))
         is_kept = owner.endswith(_KEPT) and is_begun(folder)  # on whatever host
         if is_dead or (alone and (owner.isdecimal() or (is_old and not is_kept))):

@@ -40,10 +40,15 @@ class SlurmJob:
 
     @classmethod
     def current(cls) -> Self | None:
-        """The one that this process is in."""
+        """The one that this process is in, and ends with.
+
+        In a shell on a login node that was given nodes there is an id, too, but Slurm ends nothing there.
+        """
         of = os.environ
-        with suppress(KeyError, ValueError):  # as it is outside of Slurm
-            return cls(of.get("SLURM_CLUSTER_NAME", ""), of["SLURM_JOB_ID"], int(of.get("SLURM_RESTART_COUNT", "0")))
+        if "SLURMD_NODENAME" in of:
+            with suppress(KeyError, ValueError):
+                restarts = int(of.get("SLURM_RESTART_COUNT", "0"))
+                return cls(of.get("SLURM_CLUSTER_NAME", ""), of["SLURM_JOB_ID"], restarts)
         return None
 
     @classmethod

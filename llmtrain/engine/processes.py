@@ -118,7 +118,8 @@ class Processes:
     def use_own_cores(self) -> None:
         """Compute on the CPU in as many threads as this process has cores for itself; all ranks call it.
 
-        torch's launcher leaves each one thread, unless OMP_NUM_THREADS is set (torch/distributed/run.py).
+        torch's launcher leaves each one thread, unless OMP_NUM_THREADS is set (torch/distributed/run.py); a 1 there is
+        not told from that, more is obeyed.
         """
         cores = (platform.node(), usable_cores())
         sharing = self.gather(cores).count(cores)

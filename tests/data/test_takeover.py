@@ -34,10 +34,11 @@ def options(tmp_path: Path, small_chunks: None) -> Options:  # noqa: F811
 def on(monkeypatch: pytest.MonkeyPatch, host: str, **job: str) -> None:
     """From now on this is a process on that host, in that job."""
     monkeypatch.setattr(platform, "node", lambda: host)
-    for name in ("CLUSTER_NAME", "JOB_ID", "RESTART_COUNT"):
-        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setenv("SLURMD_NODENAME", host)
 
 
 def stopped_on_a(options: Options, monkeypatch: pytest.MonkeyPatch, **job: str) -> Path:
@@ -138,24 +139,47 @@ def test_what_squeue_says_decides(tmp_path, monkeypatch, squeue, why):
     assert found is None if why is None else why in (found or "")
 
 
-def test_a_disk_that_is_still_full_costs_no_finished_shard(options, monkeypatch):
+@pytest.mark.parametrize("failing", ["sign", "_remove_abandoned", "make_folder"])
+def test_a_disk_that_is_still_full_costs_no_finished_shard(options, monkeypatch, failing):
     left = stopped_on_a(options, monkeypatch, CLUSTER_NAME="c", JOB_ID="7")
-    before = content(left)
+    shards = len(content(left))
     on(monkeypatch, "b", CLUSTER_NAME="c", JOB_ID="7", RESTART_COUNT="1")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "sign", full)
+        patch.setattr(staging, failing, full)
         for _ in range(2):
-            with pytest.raises(UserError, match=r"cannot be taken over \(No space left on device\); it stays"):
+            with pytest.raises(UserError, match="No space left on device"):
                 prepare_all(options, say=print)
-    assert content(left) == before
+    (kept,) = left.parent.glob("joined.partial-*-kept")
+    assert len(content(kept)) == shards
     said: list[str] = []
     with pytest.raises(UserError, match="not JSON"):
         prepare_all(options, say=said.append)
-    assert "taken over" in said[0] and "going on behind" in said[1]
+    assert any("going on behind" in line for line in said)
+
+
+def test_one_that_comes_to_it_while_squeue_is_asked_keeps_it(options, tmp_path, monkeypatch):
+    left = stopped_on_a(options, monkeypatch, CLUSTER_NAME="c", JOB_ID="7")
+    nobody = SlurmJob("c", "9", 0)
+
+    def asked(*_: object) -> None:
+        takeover.sign(left, nobody)
+
+    monkeypatch.setattr(SlurmJob, "why_alive", asked)
+    on(monkeypatch, "b", CLUSTER_NAME="c", JOB_ID="8")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare_all(options, say=print)
+    assert SlurmJob.of(left) == nobody
+
+
+def test_a_shell_on_a_login_node_is_in_no_job(monkeypatch):
+    on(monkeypatch, "login", CLUSTER_NAME="c", JOB_ID="7")
+    assert SlurmJob.current() == SlurmJob("c", "7", 0)
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert SlurmJob.current() is None
 
 
 def test_of_a_folder_that_no_job_is_at_any_more_nobody_asks_the_last_one(options, monkeypatch):
@@ -178,21 +202,31 @@ def test_of_another_user_nothing_is_taken(options, monkeypatch):
     assert SlurmJob.of(left) is None
 
 
-@pytest.mark.parametrize(("lines_there", "is_taken"), [(None, True), (1, False), (0, False), ("damaged", False)])
-def test_what_came_farthest_is_gone_on_with(options, monkeypatch, lines_there, is_taken):
+def test_of_several_the_one_that_came_farthest_is_taken(options, monkeypatch):
     left = stopped_on_a(options, monkeypatch, CLUSTER_NAME="c", JOB_ID="7")
-    here, journal = left.with_name("joined.partial-b-kept"), left / "journal.jsonl"
-    shutil.copytree(left, here)
-    whole = journal.read_text().splitlines(keepends=True)
+    whole = (left / "journal.jsonl").read_text().splitlines(keepends=True)
+    others = {"a0": whole[:1], "z": whole[:2], "empty": [], "damaged": ["rubbish\n"]}
+    for host, lines_there in others.items():
+        other = shutil.copytree(left, left.with_name(f"joined.partial-{host}-kept"))
+        (other / "journal.jsonl").write_text("".join(lines_there))
     assert len(whole) > 2
-    (here / "journal.jsonl").write_text("".join(whole[:2]))
-    if lines_there is not None:
-        journal.write_text("rubbish\n" if lines_there == "damaged" else "".join(whole[:lines_there]))
     on(monkeypatch, "b", CLUSTER_NAME="c", JOB_ID="7", RESTART_COUNT="1")
     said: list[str] = []
     with pytest.raises(UserError, match="not JSON"):
         prepare_all(options, say=said.append)
-    assert any("taken over" in line for line in said) == is_taken
-    assert any("going on behind" in line for line in said)
-    assert left.exists() != is_taken
+    assert "taken over from joined.partial-a-kept" in said[0] and "going on behind" in said[1]
+    assert not left.exists() and SlurmJob.of(left.with_name("joined.partial-b-kept")) == SlurmJob("c", "7", 1)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_lies_here_is_never_given_up_for_what_lies_elsewhere(options, monkeypatch, is_damaged):
+    left = stopped_on_a(options, monkeypatch, CLUSTER_NAME="c", JOB_ID="7")
+    here = shutil.copytree(left, left.with_name("joined.partial-b-kept"))
+    whole = (here / "journal.jsonl").read_text().splitlines(keepends=True)
+    (here / "journal.jsonl").write_text("rubbish\n" if is_damaged else "".join(whole[:2]))
+    before = content(left)
+    on(monkeypatch, "b", CLUSTER_NAME="c", JOB_ID="7", RESTART_COUNT="1")
+    with pytest.raises(UserError, match="cannot be gone on with" if is_damaged else "not JSON"):
+        prepare_all(options, say=print)
+    assert content(left) == before
     assert SlurmJob.of(here) == SlurmJob("c", "7", 1)

@@ -268,10 +268,19 @@ def test_where_nothing_can_be_compiled_for_a_gpu_a_run_goes_without_unless_it_wa
             settle_compile(asked, engine, VOCAB, 10**6)
 
     engine.gather = lambda mine: [None, mine]
-    masked = make_config({"data": {"document_mask": True}})
+    masked, dropping = (
+        resolve(
+            make_config({"data": {"document_mask": True}, "model": {"dropout": dropout}}),
+            vocab_size=VOCAB,
+            world_size=1,
+            bf16_native=True,
+            compile_auto=False,
+        )
+        for dropout in (0.0, 0.1)
+    )
     flex, doubts = settle_flex(masked, engine)
     assert flex == works and (works or "no compiler for cuda" in doubts[0])
-    assert settle_flex(auto, engine) == (False, [])
+    assert settle_flex(dropping, engine) == (False, [])  # which flex does not know
 
 
 def test_ranks_that_share_cores_take_each_its_part_and_one_that_was_given_threads_keeps_them(
