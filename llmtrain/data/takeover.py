@@ -74,8 +74,8 @@ class SlurmJob:
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"nobody says whether Slurm job {self.id} has ended ({error})"
         if asked.returncode:
-            said = asked.stderr.strip() or f"squeue ended with {asked.returncode}"
-            return None if _FORGOTTEN in said else f"nobody says whether Slurm job {self.id} has ended ({said})"
+            *_, last = asked.stderr.strip().splitlines() or [f"squeue ended with {asked.returncode}"]
+            return None if _FORGOTTEN in asked.stderr else f"nobody says whether Slurm job {self.id} has ended ({last})"
         # Of an array the id of one task is that of the array: all tasks are listed, but for what is forgotten.
         listed = [line.strip().partition(" ") for line in asked.stdout.splitlines()]
         states = [state.strip() for job, _, state in listed if job == self.id]

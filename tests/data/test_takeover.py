@@ -124,6 +124,7 @@ RUNNING, ENDED = "Slurm job 7 is RUNNING", None
         ("true", "Slurm job 7 is not listed"),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", ENDED),
         ("echo 'Unable to contact slurm controller' >&2; exit 1", "(Unable to contact slurm controller)"),
+        ("printf 'error: no server\\nfatal: no source\\n' >&2; exit 1", "has ended (fatal: no source)"),
         ("exit 3", "(squeue ended with 3)"),
         ("sleep 5", "timed out"),
         ('[ -z "$SQUEUE_STATES$SQUEUE_USERS" ] && echo "7 RUNNING"', RUNNING),
