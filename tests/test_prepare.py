@@ -30,6 +30,7 @@ from llmtrain.data.staging import staged_folder
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options, main, prepare
+from tests.data.inputs import content
 
 COMMAND = [sys.executable, "-m", "llmtrain.prepare"]
 ROOT = Path(__file__).parents[1]
@@ -62,10 +63,6 @@ def documents_of(folder: Path, split: str) -> list[str]:
     ids = stream.gather(np.array([0]), len(stream))[0]
     cuts = np.flatnonzero(ids == tokenizer.eos_id) + 1
     return [tokenizer.decode(part) for part in np.split(ids, cuts)[:-1]]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -23,33 +23,16 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from llmtrain.data.corpus import cut_into_chunks
 from llmtrain.data.filters import FILTERS, quality_filter
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import prepare_all, prepare_part
 from llmtrain.data.refine import Refinement
 from llmtrain.data.staging import resumed_folder
-from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options
+from tests.data.inputs import content, lines
 
 ROOT = Path(__file__).parents[2]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def lines(count: int, what: str) -> bytes:
-    texts = ({"text": f"{what} {i % 40} é " + "words and words " * (i * 7 % 11)} for i in range(count))
-    return "".join(json.dumps(text) + "\n" for text in texts).encode()
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two kilobytes, so that a small input has as many as a large one."""
-    monkeypatch.setattr(cut_into_chunks, "__defaults__", (2000,))
-    monkeypatch.setattr(survey, "__defaults__", (2000,))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import main, prepare
 from tests.conftest import Call, is_one_clear_line
-from tests.test_prepare import content
+from tests.data.inputs import content
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import json
 import os
 import shutil
@@ -21,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from llmtrain import __version__
 from llmtrain.data import join, parts
-from llmtrain.data.corpus import BEGINNING, Position, cut_into_chunks
+from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.encode import Encoded
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import numbers_as_ranges, prepare_part
@@ -37,44 +34,18 @@ from llmtrain.data.plan import PartsFolder, cut_evenly
 from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import read_manifest, verify_files
 from llmtrain.data.staging import Say, make_once
-from llmtrain.data.survey import Outline, survey
+from llmtrain.data.survey import Outline
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options, main, prepare
+from tests.data.inputs import content, every_kind_of_file, lines
 
 ROOT = Path(__file__).parents[2]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def lines(count: int, what: str = "line") -> bytes:
-    texts = ({"text": f"{what} {i} é " + "words and words " * (i * 7 % 11)} for i in range(count))
-    return "".join(json.dumps(text) + "\n" for text in texts).encode()
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Every kind of file, a few hundred documents."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name in ("a.txt", "b.txt", "c.txt", "m.txt", "z.txt"):
-        (folder / name).write_text(f"Text of {name}.\n" * 30)
-    (folder / "d.jsonl").write_bytes(lines(150))
-    (folder / "e.jsonl").write_bytes(b"")
-    (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines(150, "compressed")) + gzip.compress(lines(9, "more")))
-    rows = [f"row {i} " * 9 for i in range(95)]
-    parquet.write_table(pa.table({"text": rows}), folder / "g.parquet", row_group_size=20)
-    # More than is read at once:
-    parquet.write_table(pa.table({"text": [4 * row for row in rows]}), folder / "h.parquet")
-    return folder
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two kilobytes, so that a small input has as many as a large one."""
-    monkeypatch.setattr(cut_into_chunks, "__defaults__", (2000,))
-    monkeypatch.setattr(survey, "__defaults__", (2000,))
+    return every_kind_of_file(tmp_path / "texts", 150, 95)
 
 
 def run_parts(options: Options, numbers: list[int], count: int | None = None, say: Say = print) -> list[Any]:

@@ -32,7 +32,8 @@ from llmtrain.data.refine import Copies, Refinement
 from llmtrain.data.select import LANGUAGES, Selection, patterns_of
 from llmtrain.prepare import main, prepare
 from tests.conftest import Call, is_one_clear_line
-from tests.test_prepare import COMMAND, ROOT, content, documents_of
+from tests.data.inputs import content
+from tests.test_prepare import COMMAND, ROOT, documents_of
 
 
 @pytest.fixture

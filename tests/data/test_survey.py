@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,11 +9,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from llmtrain.data import parts
 from llmtrain.data.corpus import Position, ReadOptions, cut_into_chunks
@@ -24,34 +20,13 @@ from llmtrain.data.parts import prepare_part
 from llmtrain.data.plan import PartsFolder, Stretch, cut_evenly
 from llmtrain.data.survey import OUTLINES, Outline, coarsened, survey
 from llmtrain.prepare import Options, prepare
-from tests.test_prepare import content
-
-
-def lines(count: int, what: str) -> bytes:
-    texts = ({"text": f"{what} {i} " + "words and words " * (i * 7 % 11)} for i in range(count))
-    return "".join(json.dumps(text) + "\n" for text in texts).encode()
+from tests.data.inputs import content, every_kind_of_file, lines
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Every kind of file; of small chunks, most have dozens."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for name in ("a.txt", "b.txt", "z.txt"):
-        (folder / name).write_text(f"Text of {name}.\n" * 30)
-    (folder / "d.jsonl").write_bytes(lines(400, "line"))
-    (folder / "e.jsonl").write_bytes(b"")
-    (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines(400, "compressed")))
-    rows = [f"row {i} " * 9 for i in range(400)]
-    parquet.write_table(pa.table({"text": rows}), folder / "g.parquet", row_group_size=20)
-    parquet.write_table(pa.table({"text": [4 * row for row in rows]}), folder / "h.parquet")
-    return folder
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_into_chunks, "__defaults__", (2000,))
-    monkeypatch.setattr(survey, "__defaults__", (2000,))
+    return every_kind_of_file(tmp_path / "texts", 400, 400)
 
 
 def numbers_of(stretches: tuple[Stretch, ...]) -> list[int]:

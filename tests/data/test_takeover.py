@@ -18,12 +18,12 @@ from llmtrain.data.parts import prepare_all
 from llmtrain.data.takeover import SlurmJob
 from llmtrain.errors import UserError
 from llmtrain.prepare import Options
-from tests.data.test_begun import content, lines, small_chunks  # noqa: F401 -- a fixture
+from tests.data.inputs import content, lines
 from tests.data.test_parts import two_days_ago
 
 
 @pytest.fixture
-def options(tmp_path: Path, small_chunks: None) -> Options:  # noqa: F811
+def options(tmp_path: Path, small_chunks: None) -> Options:
     """An input of many shards whose end may not be read yet."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_bytes(lines(90, "line"))
