@@ -86,7 +86,7 @@ def measure(size: str, device: torch.device, rounds: int) -> list[dict[str, Any]
 
 def make_inputs(size: str, device: torch.device) -> list[Tensor]:
     """Queries, keys, values and the gradient of the output, (rows, heads, length, width)."""
-    seq_len, rows, _ = (SMALL if device.type == "cpu" else LARGE)[size]
+    seq_len, rows, *_ = (SMALL if device.type == "cpu" else LARGE)[size]
     preset = PRESETS["1m" if device.type == "cpu" else size]
     generator = torch.Generator(device).manual_seed(0)
     shape = (rows, seq_len, preset["heads"], preset["dim"] // preset["heads"])
