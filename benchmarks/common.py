@@ -11,6 +11,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +89,23 @@ def write_result(
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def train_records(
+    arguments: list[str], run: Path, *, on_cpu: bool, limit_s: float | None
+) -> tuple[list[dict[str, Any]], str]:
+    """`llmtrain train` in a process of its own: its records, and how it ended."""
+    command = [sys.executable, "-m", "llmtrain", "train", *arguments]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
+    try:
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit_s
+        )
+        said = f"exit code {ended.returncode}: {(ended.stderr.strip().splitlines() or ['nothing was said'])[-1]}"
+    except subprocess.TimeoutExpired:
+        said = f"not done after {limit_s:g} s"
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [], said
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

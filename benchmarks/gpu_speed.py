@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import ROOT, print_table, spread, write_result
+from benchmarks.common import print_table, spread, train_records, write_result
 from benchmarks.synthetic import write_random_data
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import UserError, run_main
@@ -113,16 +111,7 @@ def turn(settings: list[str], run: Path, steps: int, on_cpu: bool, limit_s: floa
     """Train one size once; what it measured, or in `problem` why it did not."""
     empty = run.with_suffix(".yaml")
     empty.write_text("{}\n")
-    command = [sys.executable, "-m", "llmtrain", "train", "--config", str(empty), *settings]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
-    try:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit_s
-        )
-        said = f"exit code {ended.returncode}: {(ended.stderr.strip().splitlines() or ['nothing was said'])[-1]}"
-    except subprocess.TimeoutExpired:
-        said = f"not done after {limit_s:g} s"
-    records = _records(run)
+    records, said = train_records(["--config", str(empty), *settings], run, on_cpu=on_cpu, limit_s=limit_s)
     about: dict[str, Any] = {"settings": settings, "problem": None}
     if not records or records[-1]["step"] < steps // EVERY * EVERY:
         return about | {"problem": said}
@@ -139,11 +128,6 @@ def turn(settings: list[str], run: Path, steps: int, on_cpu: bool, limit_s: floa
         "peak GB": records[-1]["memory_gb"],
         "predicted GB": None if on_cpu else _predicted(config) / 1e9,
     }
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def row(size: str, way: str, turns: list[dict[str, Any]], on_cpu: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_speed
+from benchmarks.common import ROOT
 from benchmarks.synthetic import write_random_data
 from llmtrain.config import load_config
 from llmtrain.resolve import resolve
@@ -23,7 +24,7 @@ def test_each_row_is_a_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_speed", "--cpu", "--sizes", "124m", "7b", "--steps", "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "--out", str(out), "optimizer.name=muon"], cwd=gpu_speed.ROOT, env=environment, capture_output=True,
+        [*command, "--out", str(out), "optimizer.name=muon"], cwd=ROOT, env=environment, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -72,7 +73,7 @@ def test_a_row_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_speed", "--cpu", "--sizes", "124m", "--out", str(tmp_path / "o")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "model.heads=7"], cwd=gpu_speed.ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "model.heads=7"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "124m shipped, 124m eager: did not run to the end" in result.stderr
     assert "dim 128 is not divisible by heads 7" in result.stdout
