@@ -28,7 +28,9 @@ def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_toke
     """
     asked, kind = config.training.compile, engine.device.type
     is_wanted = asked is True or (
-        asked == "auto" and engine.can_compile and (kind != "cpu" or _is_long(config, engine, vocab_size, data_tokens))
+        asked == "auto"
+        and engine.may_compile(config.training)
+        and (kind != "cpu" or _is_long(config, engine, vocab_size, data_tokens))
     )
     answers = engine.gather((asked, is_wanted, why_not_compiled(kind) if is_wanted else None))
     problem = next((reason for *_, reason in answers if reason), None)

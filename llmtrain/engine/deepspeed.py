@@ -20,7 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from llmtrain.config import OptimizerSection, TrainingSection
@@ -32,7 +32,8 @@ from llmtrain.engine.zero_gate import ZeroGate
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
 from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
-from llmtrain.model.transformer import Transformer
+from llmtrain.model.memory import PREFETCH_BUCKET
+from llmtrain.model.transformer import Block, Transformer
 from llmtrain.optim.optimizers import make_optimizer
 
 
@@ -49,8 +50,13 @@ class DeepSpeedEngine(Processes):
         # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().__init__(timeout_s)
-        # Stage 3 gathers in hooks inside the blocks: torch compiled a small one again and again, and gave up.
-        self.can_compile &= self._accelerator.state.deepspeed_plugin.zero_stage != 3
+
+    def may_compile(self, training: TrainingSection) -> bool:
+        """See `Engine`. What is compiled keeps the bf16 casts of a block's weights from its forward to its backward
+        pass, and so on every rank those of all blocks, which stage 3 is to avoid; where it recomputes, it does not.
+        """
+        cuts_weights = self._accelerator.state.deepspeed_plugin.zero_stage == 3
+        return super().may_compile(training) and not (cuts_weights and training.activation_checkpointing == "none")
 
     def build(
         self,
@@ -81,6 +87,8 @@ class DeepSpeedEngine(Processes):
                 model = make_model()
             model.init_weights()
         set_precision(model, training, self.device)
+        if stage == 3 and training.compile is True:
+            self._gather_by_blocks(model, config["zero_optimization"])
         if stage == 3 and training.precision == "bf16":
             for module in model.blocks.modules():
                 if isinstance(module, nn.Linear):
@@ -96,6 +104,16 @@ class DeepSpeedEngine(Processes):
         if isinstance(flat, FlatMuon):
             flat.bind(self._layout)
         require_float32(self._layout.flats)
+
+    @staticmethod
+    def _gather_by_blocks(model: Transformer, zero: dict[str, Any]) -> None:
+        """Have stage 3 gather a block at a time, around its forward pass and not within: so that can be compiled.
+
+        As long as one is computed, the next is fetched; DeepSpeed's own limit is less than a large one.
+        """
+        set_z3_leaf_modules(model, [Block])
+        block = sum(vars(parameter)["ds_numel"] for parameter in model.blocks[0].parameters())
+        zero.setdefault("stage3_prefetch_bucket_size", max(PREFETCH_BUCKET, block))
 
     def forward_backward(
         self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool, by_row: bool = False

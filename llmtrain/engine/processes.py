@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from llmtrain.config import TrainingSection
 from llmtrain.cores import usable_cores
 from llmtrain.engine.asking import SideChannel
 from llmtrain.engine.protocol import Limits, Verdict
@@ -56,9 +57,12 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
-        self.can_compile: bool = self.device.type in ("cpu", "cuda")
         self.before_gather: Callable[[], object] = lambda: None
         self._asked: tuple[bool, ...] = ()
+
+    def may_compile(self, training: TrainingSection) -> bool:
+        """See `Engine`."""
+        return self.device.type in ("cpu", "cuda")
 
     def sum(self, values: Tensor) -> Tensor:
         """See `Engine`."""

@@ -74,7 +74,6 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     exchanges_in_forward: bool  # between ranks, in the model's forward pass
-    can_compile: bool  # the blocks by torch.compile, if the machine has what that needs
     before_gather: Callable[[], object]  # called by `gather` where there are other ranks
 
     def build(
@@ -90,6 +89,9 @@ class Engine(Protocol):
             training: resolved.
             optimizer: which one, and where the gradient is clipped; None: the model is only used, not trained.
         """
+
+    def may_compile(self, training: TrainingSection) -> bool:
+        """Whether `training.compile: auto` may mean yes, if the machine has what that needs."""
 
     def evaluating(self) -> AbstractContextManager[Transformer]:
         """Dropout off, gradients off, the run's precision on; gives the bare model."""

@@ -164,12 +164,23 @@ class Block(nn.Module):
         self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None, mask: Mask | None = None
     ) -> Tensor:
         """Return the residual stream after this block."""
-        if not self.training or self.recomputed == "none":
+        # One token after another is no work for a compiler: each layer and length would be compiled anew, until it gave
+        # up, on training too.
+        if cache is not None:
             return self._forward(x_BSD, rotation, cache, mask)
+        return self._whole(x_BSD, rotation, mask)
+
+    def compile(self, *how: Any, **named: Any) -> None:
+        """Compile what is done with whole sequences; hooks around the block are not compiled with it."""
+        self._whole = torch.compile(self._whole, *how, **named)  # type: ignore[method-assign]
+
+    def _whole(self, x_BSD: Tensor, rotation: Tensor | None, mask: Mask | None) -> Tensor:
+        if not self.training or self.recomputed == "none":
+            return self._forward(x_BSD, rotation, None, mask)
         how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.dropout.p > 0}
         if self.recomputed == "selective":
             how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-        y_BSD: Tensor = checkpoint(self._forward, x_BSD, rotation, cache, mask, **how)
+        y_BSD: Tensor = checkpoint(self._forward, x_BSD, rotation, None, mask, **how)
         return y_BSD
 
     def _forward(self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None, mask: Mask | None) -> Tensor:
@@ -282,10 +293,7 @@ class Transformer(nn.Module):
         if self.rotation is not None:  # (2, S, E), or (2, B, 1, S, E)
             rotation = self.rotation[:, documents.positions].unsqueeze(2) if documents else self.rotation[:, begin:end]
         for block in self.blocks:
-            # One token after another is no work for a compiler: each layer and length would be compiled anew, until it
-            # gave up, on training too. So a compiled block is passed by there; its hooks are not.
-            call: Callable[..., Tensor] = block if cache is None else block._call_impl
-            x_BSD = call(x_BSD, rotation, cache, mask)
+            x_BSD = block(x_BSD, rotation, cache, mask)
         if cache is not None:
             cache.length = end
         normed_BSD: Tensor = self.norm(x_BSD)

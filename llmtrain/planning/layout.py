@@ -12,7 +12,7 @@ from llmtrain.model.peak import peak_memory
 from llmtrain.planning.communication import links_between
 from llmtrain.planning.compute import Work
 from llmtrain.planning.hardware import Gpu
-from llmtrain.planning.step_time import Step, step_seconds
+from llmtrain.planning.step_time import Exchange, Step, step_seconds
 
 # As the launch files are called, from the one that exchanges least to the one that holds least.
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload")
@@ -123,14 +123,16 @@ def outcome_of(run: Run, layout: Layout) -> Outcome:
     accumulation, rest = divmod(run.global_batch, layout.micro_batch * layout.gpus)
     assert not rest
     engine, offload = _stage(layout.engine)
+    compiled = run.compiled and not (engine == "zero3" and layout.checkpointing == "none")  # as `auto` means it
     work = Work(
         run.model, run.seq_len, layout.micro_batch, bf16=run.precision == "bf16", checkpointing=layout.checkpointing,
-        compiled=run.compiled and engine != "zero3",
+        compiled=compiled,
     )  # fmt: skip
     links = links_between(run.gpu, layout.gpus, run.per_machine, run.network)
     step = step_seconds(
-        run.gpu, links, engine, work, accumulation=accumulation, optimizer=run.optimizer, offload=offload != "none"
-    )
+        run.gpu, links, engine, work, accumulation=accumulation, optimizer=run.optimizer, offload=offload != "none",
+        exchange=Exchange(gathers_each_block=int(compiled)),
+    )  # fmt: skip
     speed = run.global_batch * run.seq_len / step.total
 
     def share(causal: bool) -> float | None:

@@ -45,6 +45,10 @@ def main(_argv: list[str]) -> None:
         "dtypes": sorted({str(fragment.values.dtype) for fragment in fragments}),
         "gradient_norms": gradient_norms,
         "norm": engine.parameter_norm().item(),
+        "compiles": {
+            kind: engine.may_compile(config.training.model_copy(update={"activation_checkpointing": kind}))
+            for kind in ("none", "selective", "full")
+        },
     }
     everybody = engine.gather(found)
     if engine.rank == 0:

@@ -42,6 +42,8 @@ def test_what_each_rank_holds_and_when_gradients_are_exchanged() -> None:
         assert [found["held_when_made"] for found in ranks] == [0 if name == "cpu-zero3" else size] * 2
         assert sum(found["owned"] for found in ranks) == size
         assert all(found["dtypes"] == ["torch.float32"] for found in ranks)
+        # What ZeRO-3 cuts would be whole again in what is kept for a compiled backward pass, unless that is made again.
+        assert ranks[0]["compiles"] == {"none": name != "cpu-zero3", "selective": True, "full": True}
         # The same numbers, squared and added up in another order.
         assert [found["norm"] for found in ranks] == pytest.approx([kinds["cpu-ddp"][0]["norm"]] * 2, rel=1e-6)
     # Nothing is exchanged before the last micro-batch: until then each rank has the gradient of its own samples.

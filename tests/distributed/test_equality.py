@@ -64,11 +64,10 @@ def test_bf16_losses_are_those_of_one_process_and_the_masters_are_float32(
             assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F32"}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("name", ["cpu-ddp", "cpu-zero1", "cpu-zero2"])
+@pytest.mark.parametrize("name", ["cpu-ddp", "cpu-zero1", "cpu-zero2", "cpu-zero3"])
 def test_compiled_losses_are_those_of_one_process_that_is_not(
     trained: Trained, data: Path, tmp_path: Path, name: str
 ) -> None:
-    """ZeRO-3 is not compiled: its hooks gather inside the blocks."""
     config = config_of(data, tmp_path / "run", 2)
     config["training"]["compile"] = True
     done = launch(name, 2, config)
@@ -95,8 +94,14 @@ def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, proces
     assert_equal_numbers(many, one, FLOAT32)
 
 
-def test_zero3_that_keeps_nothing_whole_evaluates_each_set_and_samples(data: Path, tmp_path: Path) -> None:
-    """By default small models stay whole on every rank; large ones do not, so here no size is small."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero3_that_keeps_nothing_whole_evaluates_each_set_and_samples(
+    data: Path, tmp_path: Path, compiled: bool
+) -> None:
+    """By default small models stay whole on every rank; large ones do not, so here no size is small.
+
+    What is compiled is with recomputation, as `auto` has it.
+    """
     sets = [  # of 10 windows, and of 3, which is no whole number for each rank
         {"path": str(write_data(tmp_path / name, {"val": prose(characters, seed=7)}, like=data))}
         for name, characters in {"many": 700, "few": 200}.items()
@@ -113,6 +118,8 @@ def test_zero3_that_keeps_nothing_whole_evaluates_each_set_and_samples(data: Pat
         config["model"]["positions"] = "learned"
         config["data"]["validation"] = sets
         config["training"] |= {"max_steps": 6, "eval_every": 3, "sample_every": 3, "sample_tokens": 8}
+        if compiled and name == "cut":
+            config["training"] |= {"compile": True, "activation_checkpointing": "selective"}
         done = launch(name, processes, config, folder=folder)
         assert done.returncode == 0, done.stderr[-4000:]
         outputs.append(re.split(r"\n\S+ \S+  epoch ", done.stdout[done.stdout.index("sample at step 6") :])[0])

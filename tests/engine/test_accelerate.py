@@ -255,7 +255,7 @@ def test_where_nothing_can_be_compiled_for_a_gpu_a_run_goes_without_unless_it_wa
 ) -> None:
     """One rank of two is where Triton is missing, or the GPU too old for it."""
     engine: Any = SimpleNamespace(
-        device=torch.device("cuda"), can_compile=True, gather=lambda mine: [("auto", True, None), mine]
+        device=torch.device("cuda"), may_compile=lambda training: True, gather=lambda mine: [("auto", True, None), mine]
     )
     monkeypatch.setattr(compiling, "why_not_compiled", lambda kind: None if works else f"no compiler for {kind}")
     auto, asked = (make_config({"training": {"compile": how}}) for how in ("auto", True))

@@ -238,6 +238,29 @@ def test_a_compiled_block_keeps_what_selective_checkpointing_asks_for() -> None:
     assert selective < none
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "keeps"), [("none", True), ("selective", False), ("full", False)])
+def test_what_is_compiled_and_made_again_keeps_no_cast_of_a_weight(checkpointing: str, keeps: bool) -> None:
+    """So ZeRO-3, which cuts the weights over the ranks, may compile it: no rank would have all in bf16."""
+    model = shake(build(checkpointing=checkpointing))
+    for block in model.blocks:
+        block.compile()
+    shapes = {side for name, weight in model.blocks.named_parameters() if weight.ndim == 2
+              for side in (tuple(weight.shape), tuple(weight.shape[::-1]))}  # fmt: skip
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    ids = torch.randint(101, (3, SEQ_LEN))  # 96 positions: no weight has a side of so many
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, ids)
+    loss.backward()
+    casts = [tensor for tensor in kept if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes]
+    assert bool(casts) == keeps
+
+
 def test_targets_that_are_ignored_count_for_nothing() -> None:
     model = shake(build())
     ids = torch.randint(101, (2, SEQ_LEN))
