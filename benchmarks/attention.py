@@ -6,8 +6,9 @@ Causal attention forward and backward, in turns: as the model calls it, which le
 kernel that takes the shape, alone. bf16 on a GPU, float32 on a CPU, where shapes are small. `difference` is that of
 output and gradients from those of torch's choice, over the largest of each.
 
-The model leaves the choice to torch (docs/LOG.md). Where this table shows that torch chooses badly, torch's own
-switches change it for a run: `torch.backends.cuda.enable_flash_sdp`, `enable_cudnn_sdp`.
+The model leaves the choice to torch, which prefers cuDNN's on a Hopper or a large Blackwell, and flash elsewhere
+(docs/LOG.md). `fastest` names the kernel that was it for each size; where that is not torch's and by more than the
+spread, `TORCH_CUDNN_SDPA_DEPRIORITIZED=1` in the environment of a run puts cuDNN's last.
 """
 
 from __future__ import annotations
@@ -53,7 +54,23 @@ def main() -> None:
     for size in args.sizes:
         rows += measure(size, device, args.rounds)
     print_table(rows)
-    write_result("attention", [*rows, {"device": str(device), **vars(args), "out": None}], ["torch"], args.out)
+    found = fastest(rows)
+    for size, way in found.items():
+        print(f"{size}: fastest: {way}")
+    write_result(
+        "attention", [*rows, {"fastest": found, "device": str(device), **vars(args), "out": None}], ["torch"], args.out
+    )
+
+
+def fastest(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """By size, the way with the least median, torch's choice where none is faster by more than that one's spread."""
+    found = {}
+    for size in dict.fromkeys(row["size"] for row in rows):
+        own = [row for row in rows if row["size"] == size]
+        best = min(own, key=lambda row: row["ms median"])
+        chosen = next(row for row in own if row["way"] == TORCH)
+        found[size] = best["way"] if best["ms max"] < chosen["ms min"] else TORCH
+    return found
 
 
 def measure(size: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:

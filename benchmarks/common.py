@@ -71,6 +71,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
+def commit() -> str | None:
+    """Of the checkout that was measured, with `+` where files differ from it; None: it is no checkout."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    return found.stdout.strip() + ("+" if changed else "")
+
+
 def write_result(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -83,6 +93,7 @@ def write_result(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(*distributions),
+        "commit": commit(),
         "rows": list(rows),
     }
     path = path or RESULTS / f"{name}.json"

@@ -6,7 +6,7 @@ Each row is a launch of its own, `accelerate launch --num_processes 1` with a fi
 same model from the same first values over the same batches, two micro-batches a step. Losses are compared with those of
 `single` in the same variant: the largest relative difference over all steps. `single` runs twice; how far it is from
 itself is what the GPU's own order of additions does. fp32 is without TF32. ZeRO at one process shards nothing, so its
-numbers here are those of its machinery, not of what it saves.
+numbers here are those of its machinery, not of what it saves. `waits/step`: how often the host waits for the GPU.
 
 Exit code 1 if losses differ by more than rounding explains, or a row fails. Rows that the minutes do not suffice for,
 and ZeRO where DeepSpeed is missing, say so. Without a GPU, or with --cpu, all is small and nothing is compiled.
@@ -25,10 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import ROOT, print_table, write_result
 from llmtrain.errors import run_main
@@ -45,7 +49,10 @@ DISTRIBUTIONS = ["llmtrain", "torch", "accelerate", "deepspeed", "triton"]
 ROW_LIMIT_S = 150
 LARGE = {"preset": "124m", "vocab_size": 50304, "seq_len": 1024, "micro_batch": 16, "warm_steps": 5, "steps": 15}
 SMALL = {"preset": "1m", "vocab_size": 512, "seq_len": 64, "micro_batch": 2, "warm_steps": 2, "steps": 4}
-COLUMNS = ["engine", "variant", "last loss", "difference", "peak GB", "tokens/s", "MFU %", "ms/step", "first step s"]
+COLUMNS = [
+    "engine", "variant", "last loss", "difference", "peak GB", "tokens/s", "MFU %", "ms/step", "waits/step",
+    "first step s",
+]  # fmt: skip
 
 
 def main() -> int:
@@ -187,18 +194,26 @@ def work(variant: str, sizes: dict[str, Any], out: str) -> None:
     # Small ids are frequent: something that a few steps can learn.
     shape = (sizes["warm_steps"] + sizes["steps"], 2, rows, seq_len + 1)
     tokens = (torch.rand(shape, generator=generator) ** 4 * sizes["vocab_size"]).long().to(engine.device)
-    losses, norms, times = [], [], [time.perf_counter()]
-    for step, (first, second) in enumerate(tokens):
-        loss_sum = torch.zeros((), device=engine.device)
-        for micro, is_last in ((first, False), (second, True)):
-            loss_sum += engine.forward_backward(
-                micro[:, :-1], micro[:, 1:], global_targets=2 * rows * seq_len, sync=is_last
-            )
-        norms.append(engine.step(1e-3).grad_norm.clone())
-        losses.append(loss_sum / (2 * rows * seq_len))
-        if step + 1 in (1, sizes["warm_steps"], len(tokens)):
-            wait_for_device(engine.device)
-            times.append(time.perf_counter())
+    losses, norms, times = list[Tensor](), list[Tensor](), [time.perf_counter()]
+
+    def take_steps(tokens: Tensor) -> None:
+        for first, second in tokens:
+            loss_sum = torch.zeros((), device=engine.device)
+            for micro, is_last in ((first, False), (second, True)):
+                loss_sum += engine.forward_backward(
+                    micro[:, :-1], micro[:, 1:], global_targets=2 * rows * seq_len, sync=is_last
+                )
+            norms.append(engine.step(1e-3).grad_norm.clone())
+            losses.append(loss_sum / (2 * rows * seq_len))
+
+    for warming in tokens.split([1, sizes["warm_steps"] - 1, sizes["steps"]])[:2]:
+        take_steps(warming)
+        wait_for_device(engine.device)
+        times.append(time.perf_counter())
+    with host_waits(engine.device) as waits:
+        take_steps(tokens[sizes["warm_steps"] :])
+    wait_for_device(engine.device)
+    times.append(time.perf_counter())
     seconds = (times[-1] - times[-2]) / sizes["steps"]
     tokens_per_s = 2 * rows * seq_len / seconds
     on_gpu = engine.device.type == "cuda"
@@ -214,10 +229,26 @@ def work(variant: str, sizes: dict[str, Any], out: str) -> None:
         "tokens/s": round(tokens_per_s),
         "MFU %": None if mfu is None else 100 * mfu,
         "ms/step": 1000 * seconds,
+        "waits/step": len(waits) / sizes["steps"] if on_gpu else None,
         "first step s": times[1] - times[0],
     }
     Path(out).write_text(json.dumps(content))
     engine.close()
+
+
+@contextmanager
+def host_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """What torch tells of each time that the host waits for a GPU: an engine of ours does not in a step, ZeRO does."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message="called a synchronizing")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield told
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def wait_for_device(device: torch.device) -> None:

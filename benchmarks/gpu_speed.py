@@ -21,6 +21,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from benchmarks.common import print_table, spread, train_records, write_result
 from benchmarks.synthetic import write_random_data
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import UserError, run_main
-from llmtrain.model.cost import flops_per_token
 from llmtrain.model.peak import peak_memory
 
 VOCAB_SIZE = 50_304
@@ -117,17 +117,19 @@ def turn(settings: list[str], run: Path, steps: int, on_cpu: bool, limit_s: floa
         return about | {"problem": said}
     config, records = load_config(run / "config.yaml"), records[LEFT_OUT:]
     seconds = statistics.median(record["step_time_s"] for record in records)
-    mfu = statistics.median(record["mfu"] for record in records) if records[0]["mfu"] is not None else None
-    model, seq_len = config.model, config.data.seq_len
-    palm = flops_per_token(model, seq_len, causal=False) / flops_per_token(model, seq_len)
     return about | {
         "ms/step": 1000 * seconds,
-        "tokens/s": config.training.global_batch_size * seq_len / seconds,
-        "MFU %": None if mfu is None else 100 * mfu,
-        "PaLM MFU %": None if mfu is None else 100 * mfu * palm,
+        "tokens/s": config.training.global_batch_size * config.data.seq_len / seconds,
+        "MFU %": _percent(record["mfu"] for record in records),
+        "PaLM MFU %": _percent(record["mfu_palm"] for record in records),
         "peak GB": records[-1]["memory_gb"],
         "predicted GB": None if on_cpu else _predicted(config) / 1e9,
     }
+
+
+def _percent(shares: Iterable[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return 100 * statistics.median(known) if known else None
 
 
 def row(size: str, way: str, turns: list[dict[str, Any]], on_cpu: bool) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,12 +70,12 @@ def main() -> None:
             }
         )
         parts = assemble(config, make_engine(config.health.timeout_s))
-        contenders = {
-            "bare PyTorch": bare_loop(parts, args.steps),
-            "llmtrain": the_loop(parts, args.steps),
-            "bare again": bare_loop(parts, args.steps),
-        }
-        with without_long_pauses():  # as in a run; the bare loop gains by it too
+        with launched(parts) as run, without_long_pauses():  # by the last the bare loop gains, too
+            contenders = {
+                "bare PyTorch": bare_loop(parts, args.steps),
+                "llmtrain": the_loop(run, args.steps),
+                "bare again": bare_loop(parts, args.steps),
+            }
             measures = alternate(contenders, args.rounds)
     rows = [
         {"loop": name, **{f"ms/step {k}": 1000 * v / args.steps for k, v in spread([one[0] for one in turns]).items()}}
@@ -109,11 +110,21 @@ def _interval(values: list[float]) -> dict[str, float]:
     }
 
 
-def the_loop(parts: Assembly, steps: int) -> Callable[[], Seconds]:
+@contextmanager
+def launched(parts: Assembly) -> Iterator[Run]:
+    """All that `llmtrain train` has around its loop: signals, what watches the ranks and the steps, the run folder."""
+    with StopSignals() as signals, Peers(parts.engine) as peers, peers.watched():
+        lock = RunLock(Path(parts.config.run.dir))
+        lock.acquire()
+        run = Run(parts, "never", peers, signals, lock)
+        run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
+        with run.opened(lock):
+            yield run
+        lock.release()
+
+
+def the_loop(run: Run, steps: int) -> Callable[[], Seconds]:
     """A function that takes `steps` steps of the real loop."""
-    run = Run(parts, "never", Peers(parts.engine), StopSignals())
-    run._open(RunLock(run.dir))
-    run.finish = lambda: None  # type: ignore[method-assign]  # a turn ends, the run does not
 
     def turn() -> Seconds:
         run.total_steps = run.progress.step + steps

@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from benchmarks.common import RESULTS
+
 FITTING = [
     "startup",
     "data",
@@ -32,6 +34,8 @@ FITTING = [
     "peers",
 ]
 
+GPU_PEERS = RESULTS / "peers-124m.json"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -48,9 +52,13 @@ def main() -> None:
         arguments["data"] = ["--peers-python", args.data_peers_python]
     if args.megatron:
         arguments["prepare"] = ["--megatron", args.megatron, "--peers-python", args.data_peers_python]
-    for name in [*FITTING, *(["gpu_smoke", "gpu_speed", "attention"] if torch.cuda.is_available() else [])]:
+    turns = [(name, arguments.get(name, [])) for name in FITTING]
+    if torch.cuda.is_available():
+        turns += [(name, []) for name in ("gpu_smoke", "gpu_speed", "attention")]
+        turns.append(("peers", [*arguments["peers"], "--size", "124m", "--device", "cuda", "--out", str(GPU_PEERS)]))
+    for name, given_to_it in turns:
         print(f"\n== {name}", flush=True)
-        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments.get(name, [])], check=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *given_to_it], check=True)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ class Assembly:
         targets, windows = self._targets_in_windows()
         return targets / windows
 
-    def flops_per_token(self) -> float:
-        """To train on one token; of attention within documents no more than is done.
+    def flops_per_token(self, *, causal: bool = True) -> float:
+        """To train on one token; of attention within documents no more than is done. `causal`: see `cost`.
 
         In pieces of unequal length a token looks at more others on average than in as many equal ones; so these are
         counted. Windows cut at the ends of documents and at their own.
@@ -104,7 +104,7 @@ class Assembly:
             length = self.train.targets / self.train.pieces
         elif self.config.data.document_mask:
             length = self.data.mean_piece(self.train.seq_len)
-        return flops_per_token(self.config.model, length)
+        return flops_per_token(self.config.model, length, causal=causal)
 
 
 def assemble(

@@ -79,7 +79,9 @@ class Run:
         self.guard.load_state(self.progress.guard)
         self._find_rollbacks()
         self._plan()
-        self.meter = Meter(self.engine, parts.flops_per_token(), self.sources.names)
+        self.meter = Meter(
+            self.engine, (parts.flops_per_token(), parts.flops_per_token(causal=False)), self.sources.names
+        )
         self.meter.load_state(self.progress.meter)
         self.mirror = together(self.engine, lambda: make_mirror(self.config, self.engine.rank))
         self.store = self._make_store(own_step(self.dir, self.resumed_from))

@@ -37,6 +37,7 @@ from llmtrain.engine.processes import Processes
 from llmtrain.errors import DivergedError, LlmtrainError, Stopped, UserError
 from llmtrain.health.peers import Peers
 from llmtrain.health.signals import StopSignals
+from llmtrain.model.cost import BF16_PEAK_FLOPS, flops_per_token
 from llmtrain.observe.validation import Validation
 from llmtrain.run import Run
 from llmtrain.train import main
@@ -214,6 +215,18 @@ def test_accumulation_equals_the_big_batch(config_dict: Config, tmp_path: Path) 
             assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
             assert a["learning_rate"] == b["learning_rate"]
+
+
+def test_utilization_is_that_of_the_tokens_a_second_as_they_attend_and_as_palm_counts(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BF16_PEAK_FLOPS, "cpu", 1e12)
+    folder = run(merged(config_dict, training={"max_steps": 4, "eval_every": None}, logging={"every": 2}))
+    config = load_config(folder / "config.yaml")
+    for record in records(folder):
+        for name, causal in (("mfu", True), ("mfu_palm", False)):
+            flops = flops_per_token(config.model, config.data.seq_len, causal=causal)
+            assert record[name] == pytest.approx(record["tokens_per_sec"] * flops / 1e12)
 
 
 @pytest.mark.slow

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.model.transformer import KVCache, Transformer
 
 # Colder than this, float32 probabilities are one and zeros, and a division by the temperature may overflow.
 COLDEST = 1e-6
+
+
+# Not cuDNN's attention, which torch prefers on a Hopper: it plans anew for each length, tens of milliseconds a token.
+KERNELS_FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def sample(model: Transformer, prompt_BS: Tensor, options: SamplingOptions, seed
     cache = KVCache(model.seq_len)
     pending_BS = context_BS
     while True:
-        logits_BSV = model(pending_BS, cache=cache, last_only=True)
+        with sdpa_kernel(KERNELS_FOR_ANY_LENGTH):
+            logits_BSV = model(pending_BS, cache=cache, last_only=True)
         ids_B = choose(logits_BSV[:, -1], options, generators)
         yield ids_B
         pending_BS = ids_B[:, None]

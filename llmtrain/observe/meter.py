@@ -21,9 +21,15 @@ Item = TypeVar("Item")
 
 
 class Meter:
-    """Sums of loss, targets and time since the last record; `sources`: the names of those in a mixture."""
+    """Sums of loss, targets and time since the last record.
 
-    def __init__(self, engine: Engine, flops_per_token: float, sources: Sequence[str] = ()):
+    Args:
+        engine: that takes the steps.
+        flops_per_token: of the model, and as PaLM counts them.
+        sources: the names of those in a mixture.
+    """
+
+    def __init__(self, engine: Engine, flops_per_token: tuple[float, float], sources: Sequence[str] = ()):
         self._engine, self._sources = engine, sources
         self._flops_per_token = flops_per_token
         self._device_name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
@@ -98,6 +104,10 @@ class Meter:
         seconds = time.perf_counter() - self._since
         spread_s, slowest_rank = self._own_time.compare()
         tokens_per_sec = self._timed_targets / seconds
+        mfu, mfu_palm = (
+            model_flops_utilization(tokens_per_sec * flops, self._device_name, self._engine.world_size)
+            for flops in self._flops_per_token
+        )
         record = Record(
             step=step,
             epoch=epoch,
@@ -110,9 +120,8 @@ class Meter:
             tokens=tokens,
             tokens_per_sec=tokens_per_sec,
             step_time_s=seconds / max(1, self._timed_steps),
-            mfu=model_flops_utilization(
-                tokens_per_sec * self._flops_per_token, self._device_name, self._engine.world_size
-            ),
+            mfu=mfu,
+            mfu_palm=mfu_palm,
             memory_gb=peak_memory_gb(self._engine.device),
             step_time_spread_s=spread_s,
             slowest_rank=slowest_rank,

@@ -62,6 +62,7 @@ class Record:
     mfu: Annotated[float | None, "share of the peak FLOP/s, 0 to 1; null where the peak is unknown"]
     memory_gb: Annotated[float, "peak of one device, in 10^9 bytes; without a GPU, of the first process"]
     time: Annotated[float, "Unix seconds"]
+    mfu_palm: Annotated[float | None, "the same as PaLM counts it: as if a token attended to all of the window"] = None
     skipped: Annotated[int, "steps since the last record that were not applied; train_loss is without them"] = 0
     step_time_spread_s: Annotated[
         float | None, "seconds by which the slowest rank is later than the median one, a mean; null: alone"
@@ -120,7 +121,7 @@ class Record:
 
 _FIELDS = tuple(field.name for field in fields(Record) if field.name not in ("sources", "validation"))
 _COUNTS = ("step", "epoch", "tokens")
-_OPTIONAL = ("val_loss", "val_accuracy", "mfu", "step_time_spread_s", "slowest_rank", "data_time_s")
+_OPTIONAL = ("val_loss", "val_accuracy", "mfu", "mfu_palm", "step_time_spread_s", "slowest_rank", "data_time_s")
 COLUMNS = (*_FIELDS[: _FIELDS.index("tokens")], "perplexity", *_FIELDS[_FIELDS.index("tokens") :])
 
 

@@ -117,6 +117,7 @@ def scalars(record: Record) -> dict[str, float]:
             "step_time_spread_s": record.step_time_spread_s,
             "slowest_rank": record.slowest_rank,
             "mfu": record.mfu,
+            "mfu_palm": record.mfu_palm,
             "memory_gb": record.memory_gb,
         },
         "val": {

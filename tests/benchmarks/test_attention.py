@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.attention import TORCH, fastest
 from benchmarks.common import ROOT
 
 
@@ -30,3 +31,11 @@ def test_it_measures_each_kernel_that_is_there_and_names_the_others(tmp_path: Pa
     assert kernels["torch's choice"] == kernels["flash"] != kernels["plain"]  # a switch that did nothing would show
     assert all(row["ms min"] > 0 and float(row["difference"]) < 1e-5 for row in rows)
     assert "cuDNN: left out" in done.stdout
+
+
+def test_the_fastest_is_named_and_within_the_spread_that_is_torchs_choice() -> None:
+    def row(size: str, way: str, least: float, most: float) -> dict[str, object]:
+        return {"size": size, "way": way, "ms min": least, "ms median": (least + most) / 2, "ms max": most}
+
+    rows = [row("7b", TORCH, 10, 12), row("7b", "cuDNN", 7, 8), row("7b", "flash", 8, 9)]
+    assert fastest([*rows, row("1.3b", TORCH, 10, 12), row("1.3b", "flash", 9, 11)]) == {"7b": "cuDNN", "1.3b": TORCH}

@@ -46,6 +46,13 @@ def test_greedy_equals_argmax_without_a_cache_also_past_the_context(variant, pro
     assert write(model, [prompt], GREEDY, tokens) == [argmax_without_cache(model, prompt, tokens)]
 
 
+def test_no_kernel_is_used_that_plans_for_each_length_anew_and_training_has_it_again() -> None:
+    model, seen = build().eval(), list[bool]()
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    write(model, [[1, 2]], GREEDY, 3)
+    assert seen == [False] * 3 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_context_of_one_token_goes_on() -> None:
     torch.manual_seed(0)
     model = Transformer(build().config, 1)
