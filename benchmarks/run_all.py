@@ -34,7 +34,7 @@ FITTING = [
     "peers",
 ]
 
-GPU_PEERS = RESULTS / "peers-124m.json"
+ON_GPU = ["--size", "124m", "--precision", "as-shipped", "--device", "cuda", "--out", str(RESULTS / "peers-124m.json")]
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     turns = [(name, arguments.get(name, [])) for name in FITTING]
     if torch.cuda.is_available():
         turns += [(name, []) for name in ("gpu_smoke", "gpu_speed", "attention")]
-        turns.append(("peers", [*arguments["peers"], "--size", "124m", "--device", "cuda", "--out", str(GPU_PEERS)]))
+        turns.append(("peers", [*arguments["peers"], *ON_GPU]))
     for name, given_to_it in turns:
         print(f"\n== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *given_to_it], check=True)

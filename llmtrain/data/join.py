@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from llmtrain.data.encode import Encoded
+from llmtrain.data.journal import JoinJournal
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shard_writer import ShardWriter
 from llmtrain.data.shards import ShardInfo, SplitInfo
@@ -27,11 +28,30 @@ from llmtrain.errors import UserError
 COPY_TOKENS = 1 << 22
 
 
+def needed(encoded: list[Encoded], shard_tokens: int, whole: Collection[tuple[str, int]]) -> list[int]:
+    """The indices of those parts of which something lies in a final shard that is not whole yet.
+
+    Args:
+        encoded: what each part wrote.
+        shard_tokens: see `join_parts`.
+        whole: split and number of each final shard that is.
+    """
+    found, begins = list[int](), Counter[str]()
+    for index, part in enumerate(encoded):
+        for name, split in part.splits.items():
+            first, begins[name] = begins[name] // shard_tokens, begins[name] + split.tokens
+            numbers = range(first, -(-begins[name] // shard_tokens) if split.tokens else first)
+            if found[-1:] != [index] and any((name, number) not in whole for number in numbers):
+                found.append(index)
+    return found
+
+
 def join_parts(
     parts: list[tuple[Path, Encoded]],
     dtype: Literal["uint16", "uint32"],
     *,
     folder: Path,
+    journal: JoinJournal,
     shard_tokens: int,
     workers: int,
     report: Report,
@@ -42,6 +62,7 @@ def join_parts(
         parts: the folder of each part and what was written there.
         dtype: of the ids.
         folder: where the shards go.
+        journal: of those that are whole, which are not written again.
         shard_tokens: tokens of each shard but the last of a split.
         workers: number of processes.
         report: is told of the bytes of ids copied.
@@ -55,19 +76,22 @@ def join_parts(
                 f"{folder_of_part}: has other splits than {parts[0][0]}; delete the wrong one and run it again"
             )
     sources = {name: list(_sources(name, parts)) for name in parts[0][1].splits}
-    shards: dict[str, list[ShardInfo]] = {name: [] for name in sources}
     totals = {name: sum(source.tokens for source in sources[name]) for name in sources}
-    work = [(name, begin) for name, total in totals.items() for begin in range(0, max(1, total), shard_tokens)]
+    counts = {name: max(1, -(-total // shard_tokens)) for name, total in totals.items()}
+    shards = {(name, number): journal.whole.get((name, number)) for name in counts for number in range(counts[name])}
+    report(sum(shard.ids.bytes for shard in shards.values() if shard))
+    work = [place for place, shard in shards.items() if not shard]
     make_copier = partial(_ShardCopier, sources, dtype, folder, shard_tokens)
-    for (name, _), shard in zip(work, ordered_map(make_copier, work, workers), strict=True):
-        shards[name].append(shard)
+    for place, shard in zip(work, ordered_map(make_copier, work, workers), strict=True):
+        shards[place] = shard
+        journal.add(*place, shard)
         report(shard.ids.bytes)
     splits = {
         name: SplitInfo(
             tokens=totals[name],
             documents=sum(encoded.splits[name].documents for _, encoded in parts),
             text_bytes=sum(encoded.splits[name].text_bytes for _, encoded in parts),
-            shards=tuple(shards[name]),
+            shards=tuple(shard for (split, _), shard in shards.items() if shard and split == name),
         )
         for name in sources
     }
@@ -105,7 +129,7 @@ def _sources(split: str, parts: list[tuple[Path, Encoded]]) -> Iterator[_Source]
 
 
 class _ShardCopier:
-    """Writes the final shard that begins at a token of a split; each process makes its own."""
+    """Writes one final shard, named by its split and number; each process makes its own."""
 
     def __init__(
         self, sources: dict[str, list[_Source]], dtype: Literal["uint16", "uint32"], folder: Path, shard_tokens: int
@@ -114,8 +138,8 @@ class _ShardCopier:
         self._begins = {name: [source.begin for source in sources[name]] for name in sources}
 
     def __call__(self, item: tuple[str, int]) -> ShardInfo:
-        split, begin = item
-        number = begin // self._shard_tokens
+        split, number = item
+        begin = number * self._shard_tokens
         try:
             writer = ShardWriter(self._folder, split, self._dtype, self._shard_tokens, first_shard=number)
             first = bisect_right(self._begins[split], begin) - 1

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.shard_writer import NOTHING, ShardWriter, WriterState
-from llmtrain.data.shards import hash_file, verify_files
+from llmtrain.data.shards import ShardInfo, hash_file, verify_files
 from llmtrain.data.staging import Say, sync_path
 from llmtrain.errors import UserError
 
@@ -95,7 +95,7 @@ class Journal:
         if lines and lines[-1].plan_sha256 != self._plan_sha256:
             self._say(f"{self._path}: of another plan; what it made is made again")
             whole = 0
-        self._give_own(self._path, whole)
+        give_own(self._path, whole, self._path.with_suffix(".tmp"))
         if not whole:
             return Done()
         splits = dict[str, WriterState]()
@@ -116,16 +116,78 @@ class Journal:
             path = self._folder / file.path
             if not path.is_file() or hash_file(path, begin=file.bytes) != file.sha256:
                 raise ValueError(f"{path} was changed")
-            self._give_own(path, file.bytes)
+            give_own(path, file.bytes, self._path.with_suffix(".tmp"))  # not among the shards
 
-    def _give_own(self, path: Path, size: int) -> None:
-        """Copy the first bytes of a file into its place, as one that no other process has open."""
-        own = self._path.with_suffix(".tmp")  # not among the shards
+
+class Copied(BaseModel):
+    """A shard of a join that is whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    plan_sha256: str
+    split: str
+    number: int = Field(ge=0)
+    shard: ShardInfo
+
+
+def copied(journal: Path, plan_sha256: str) -> list[Copied]:
+    """What is whole by the journal of a join; nothing where it is damaged or of another plan."""
+    with suppress(OSError, ValueError):
+        data = journal.read_bytes()
+        lines = [Copied.model_validate_json(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        return lines if all(line.plan_sha256 == plan_sha256 for line in lines) else []
+    return []
+
+
+class JoinJournal:
+    """The lines about the shards of a join, each of which is copied on its own.
+
+    Args:
+        path: the file; what it says is whole is checked at once, and what is not, or is of another plan, dropped.
+        folder: of the shards.
+        plan_sha256: of the parts.
+        say: is told that work goes on.
+    """
+
+    def __init__(self, path: Path, folder: Path, plan_sha256: str, say: Say):
+        self._path, self._folder, self._plan_sha256 = path, folder, plan_sha256
+        path.touch()
+        found = copied(path, plan_sha256)
+        if found:
+            say(f"going on behind {len(found):,} joined shards in {folder}; first the hashes are compared")
+        self.whole = {(line.split, line.number): line.shard for line in found if self._is_whole(line.shard)}
+        kept = [self._line(*place, shard) for place, shard in self.whole.items()]
+        own = path.with_suffix(".tmp")
         own.unlink(missing_ok=True)
-        with path.open("rb") as file, own.open("xb") as copy:
-            while size and (data := file.read(min(size, _AT_ONCE))):
-                size -= copy.write(data)
-            copy.flush()
-            os.fsync(copy.fileno())
+        own.write_text("".join(kept), encoding="utf-8")
+        sync_path(own)
         own.replace(path)
         sync_path(path.parent)
+
+    def add(self, split: str, number: int, shard: ShardInfo) -> None:
+        """Note a shard that is written, once it is on the disk."""
+        for file in shard.files():
+            sync_path(self._folder / file.path)
+        sync_path(self._folder)
+        with self._path.open("a", encoding="utf-8") as journal:
+            journal.write(self._line(split, number, shard))
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def _line(self, split: str, number: int, shard: ShardInfo) -> str:
+        line = Copied(plan_sha256=self._plan_sha256, split=split, number=number, shard=shard)
+        return line.model_dump_json() + "\n"
+
+    def _is_whole(self, shard: ShardInfo) -> bool:
+        return not verify_files(self._folder, shard.files())
+
+
+def give_own(path: Path, size: int, own: Path) -> None:
+    """Copy the first bytes of a file into its place, by way of `own`, as one that no other process has open."""
+    own.unlink(missing_ok=True)
+    with path.open("rb") as file, own.open("xb") as copy:
+        while size and (data := file.read(min(size, _AT_ONCE))):
+            size -= copy.write(data)
+        copy.flush()
+        os.fsync(copy.fileno())
+    own.replace(path)
+    sync_path(path.parent)

@@ -19,8 +19,8 @@ from llmtrain import __version__
 from llmtrain.data.corpus import ReadOptions, cut_into_chunks
 from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
-from llmtrain.data.join import join_parts
-from llmtrain.data.journal import Journal, chunks_done
+from llmtrain.data.join import join_parts, needed
+from llmtrain.data.journal import JoinJournal, Journal, chunks_done, copied
 from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
@@ -273,24 +273,29 @@ class _Parts:
         options, count = self._options, len(plan.stretches)
 
         def make(folder: Path) -> None:
-            sizes = [self.folder.read_part(number, count).size() for number in range(1, count + 1)]
-            with progress_bar("checking", sum(sizes), self._show) as report:
-                parts = [
-                    (self.folder.part(number, count), self.folder.read_part(number, count, report).encoded)
-                    for number in range(1, count + 1)
-                ]
+            journal = JoinJournal(folder.with_name(JOURNAL), folder, self.folder.plan_hash(), self._say)
+            records = [self.folder.read_part(number, count) for number in range(1, count + 1)]
+            left = needed([record.encoded for record in records], options.shard_tokens, journal.whole)
+            with progress_bar("checking", sum(records[index].size() for index in left), self._show) as report:
+                for index in left:
+                    self.folder.read_part(index + 1, count, report)
+            sizes = [record.size() for record in records]
             with progress_bar("joining", sum(sizes), self._show) as report:
                 encoded = join_parts(
-                    parts,
+                    [(self.folder.part(index + 1, count), record.encoded) for index, record in enumerate(records)],
                     plan.dtype,
                     folder=folder,
+                    journal=journal,
                     shard_tokens=options.shard_tokens,
                     workers=options.workers or default_workers(sum(sizes)),
                     report=report,
                 )
             self._complete(folder, plan, encoded)
 
-        return self._publish(self._once(self.folder.joined, make, "joining the parts"))
+        plan_sha256 = self.folder.plan_hash()
+        return self._publish(
+            self._once(self.folder.joined, make, "joining the parts", lambda path: len(copied(path, plan_sha256)))
+        )
 
     def _complete(self, folder: Path, plan: Plan, encoded: Encoded) -> None:
         """Put the tokenizer and the manifest beside all shards."""

@@ -28,6 +28,7 @@ from llmtrain import __version__
 from llmtrain.data import join, parts
 from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.encode import Encoded
+from llmtrain.data.journal import JoinJournal
 from llmtrain.data.lock import FileLock
 from llmtrain.data.parts import numbers_as_ranges, prepare_part
 from llmtrain.data.plan import PartsFolder, cut_evenly
@@ -134,8 +135,9 @@ def test_joined_shards_are_those_of_one_writer(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(join, "COPY_TOKENS", data.draw(st.integers(1, 20), "tokens copied at once"))
         joined = join.join_parts(
-            parts, "uint16", folder=folder / "joined", shard_tokens=of_result, workers=1, report=lambda *_: None
-        )
+            parts, "uint16", folder=folder / "joined", journal=JoinJournal(folder / "journal", folder, "", print),
+            shard_tokens=of_result, workers=1, report=lambda *_: None,
+        )  # fmt: skip
     assert joined == expected
     assert content(folder / "joined") == content(expected_folder)
 

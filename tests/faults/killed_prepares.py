@@ -2,8 +2,8 @@
 
     python -m tests.faults.killed_prepares FOLDER INPUT PART
 
-What became of each is a line of JSON on stdout. Each prepare is a process of its own, forked from this one, which has
-all imported.
+PART is empty for the whole, `2/3` and the like for a part, `join` for what joins three that are done. What became of
+each is a line of JSON on stdout. Each prepare is a process of its own, forked from this one, which has all imported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from llmtrain.data.corpus import cut_into_chunks
 from llmtrain.data.encode import encode_to_shards  # noqa: F401 -- imported once, here
+from llmtrain.data.parts import _Parts
 from llmtrain.data.staging import JOURNAL, is_begun
 from llmtrain.data.survey import survey
 from llmtrain.errors import run_main
@@ -32,9 +33,16 @@ def main_of_test(folder: Path, source: str, part: str) -> None:
     cut_into_chunks.__defaults__ = survey.__defaults__ = (2000,)  # as many chunks as a large input has
     out, lots = folder / "out", random.Random(part)
     command = ["--input", source, "--tokenizer", "byte", "--shard-tokens", "1500", "--workers", "1"]
-    command += ["--out", str(out), *(["--part", part] if part else [])]
+    command += ["--out", str(out)]
+    if part == "join":
+        make_parts(command, folder)
+        command.append("--join")
+    elif part:
+        command += ["--part", part]
     at, events = 0, 100
     while True:
+        if part == "join":
+            shutil.copytree(folder.with_name("made"), folder / "out.parts")
         at += 1
         first = run(command, at)
         kept = finished(folder)
@@ -50,6 +58,18 @@ def main_of_test(folder: Path, source: str, part: str) -> None:
         for path in folder.iterdir():
             shutil.rmtree(path)
     print(json.dumps({"at": None, "last": first, "left": left(folder), "content": digest(folder)}), flush=True)
+
+
+def make_parts(command: list[str], folder: Path) -> None:
+    """All three of three, in the folder `made` beside the other, without joining them."""
+    for number in (1, 2, 3):
+        if (child := os.fork()) == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _Parts.join = lambda *_: os._exit(0)  # type: ignore[assignment, method-assign, return-value]
+            run_main(main, [*command, "--part", f"{number}/3"])
+            os._exit(0)
+        os.waitpid(child, 0)
+    (folder / "out.parts").rename(folder.with_name("made"))
 
 
 def run(command: list[str], at: int | None) -> int:
@@ -69,8 +89,9 @@ def finished(folder: Path, name: str | None = None) -> dict[str, Any]:
         if not is_begun(journal.parent):
             continue
         for line in journal.read_text().splitlines(keepends=True):
-            splits = json.loads(line)["splits"] if line.endswith("\n") else {}
-            shards = [shard for state in splits.values() for shard in state["shards"]]
+            told = json.loads(line) if line.endswith("\n") else {}
+            shards = [shard for state in told.get("splits", {}).values() for shard in state["shards"]]
+            shards += [told["shard"]] if "shard" in told else []
             for file in (shard[what]["path"] for shard in shards for what in ("ids", "ends")):
                 found[file] = which(journal.parent / "data" / file)
     if name is None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["", "2/3"])
+@pytest.mark.parametrize("part", ["", "2/3", "join"])
 def test_killed_at_every_change_it_ends_the_same_and_makes_no_finished_shard_again(tmp_path, part):
     (tmp_path / "texts").mkdir()
     lines = (json.dumps({"text": f"line {i} é " + "words and words " * (i * 7 % 11)}) for i in range(60))
