@@ -13,19 +13,16 @@ A text file is one document; so is a JSONL line, a Parquet row, or an example of
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import IO, Any, Protocol, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar
 
-import zstandard
-
+from llmtrain.data.compressed import open_bytes
 from llmtrain.data.files import SourceFile
 from llmtrain.data.hub import DatasetShard, batches_of_group
 from llmtrain.data.json_lines import count_newlines, parse_line
@@ -143,7 +140,7 @@ class LinesChunk:
                 skipped["empty documents"] += 1
 
     def _read_again(self) -> bytes:
-        with _open_bytes(self.file) as (stream, _):
+        with open_bytes(self.file.path, self.file.compression) as (stream, _):
             status = os.fstat(stream.fileno())
             stream.seek(self.start.place)
             data = stream.read(self.source_bytes)
@@ -282,7 +279,7 @@ def cut(
 
 def _cut_lines(file: SourceFile, start: Position, chunk_bytes: int) -> Iterator[tuple[LinesChunk, int]]:
     here = start
-    with _open_bytes(file) as (stream, raw):
+    with open_bytes(file.path, file.compression) as (stream, raw):
         _skip(stream, start.place, file)
         done = raw.tell()
         while read := _read_lines(stream, file, here.record, chunk_bytes):
@@ -407,7 +404,7 @@ def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str 
     """Return a file's text; None if it was skipped."""
     if file.bytes > _LOOKED_AFTER:
         require_room(str(file.path), file.bytes, ", or leave it out by --max-file-bytes")
-    with _open_bytes(file) as (stream, _):
+    with open_bytes(file.path, file.compression) as (stream, _):
         data = _read_whole(stream, file) if file.compression else stream.read()
     if b"\0" in data[:BINARY_PROBE_BYTES]:
         if file.named:
@@ -432,24 +429,6 @@ def _read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
         if size > _LOOKED_AFTER:
             require_room(str(file.path), size, "")
     return b"".join(parts)
-
-
-@contextmanager
-def _open_bytes(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file decompressed; also give the file beneath, whose position tells how much of it is read."""
-    try:
-        with file.path.open("rb") as raw:
-            if file.compression == ".gz":
-                yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw
-            elif file.compression == ".zst":
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(reader), raw
-            else:
-                yield raw, raw
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{file.path}: damaged or truncated {file.compression} file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read ({error.strerror or error})") from error
 
 
 @contextmanager
