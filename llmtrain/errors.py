@@ -16,7 +16,8 @@ import select
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -25,6 +26,7 @@ from llmtrain import __version__
 DEBUG = "--debug"  # shows tracebacks of foreseen ends, too; every verb takes it
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LAST_WORDS_S = 5.0
+_NAMED = 20
 NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of storage, which may be there again later
 _WHAT_TO_DO = {  # about an error of the file system that nobody closer to it has made a line of
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is open to you, or open it"),
@@ -245,6 +247,18 @@ def _leave_exit_code(code: int) -> None:
         Path(staged).replace(path)
     except OSError as error:
         tell(f"llmtrain: warning: LLMTRAIN_EXIT_CODE_FILE={path} cannot be written: {error}", sys.stderr)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text of others, to be quoted: if it is longer than so many characters, its beginning."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def listed(names: Collection[str]) -> str:
+    """Name what is there: the first twenty, for there may be as many as someone else's file has."""
+    named = ", ".join(shortened(name) for name in islice(names, _NAMED))
+    left = len(names) - _NAMED
+    return f"{named}, … and {left:,} more" if left > 0 else named or "none"
 
 
 def nearest(name: str, known: list[str]) -> str:

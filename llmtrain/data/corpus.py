@@ -28,7 +28,7 @@ from llmtrain.data.hub import DatasetShard, batches_of_group
 from llmtrain.data.json_lines import count_newlines, parse_line
 from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, listed, shortened
 
 CHUNK_BYTES = 4 << 20
 MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
@@ -440,13 +440,13 @@ def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
         with parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFERED) as opened:
             schema = opened.schema_arrow
             if column not in schema.names:
-                names = ", ".join(schema.names)
+                names = listed(schema.names)
                 raise UserError(f"{file.path}: no column '{column}' (it has: {names}; --text-field names another)")
             kind = schema.field(column).type
             if pa.types.is_dictionary(kind):  # as pandas writes categories
                 kind = kind.value_type
             if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-                raise UserError(f"{file.path}: column '{column}' holds {kind}, not text")
+                raise UserError(f"{file.path}: column '{column}' holds {shortened(str(kind))}, not text")
             yield opened
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.path}: not a Parquet file that can be read ({error})") from error
+        raise UserError(f"{file.path}: not a Parquet file that can be read ({shortened(str(error), 300)})") from error

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, listed, shortened
 
 PREFIX = "hf:"
 KINDS = ("parquet", "json", "arrow", "csv", "text")
@@ -48,11 +48,11 @@ class DatasetShard:
         tables = self._tables(column, skip)
         while (table := self._next(tables)) is not None:
             if column not in table.column_names:
-                names = ", ".join(table.column_names)
+                names = listed(table.column_names)
                 raise UserError(f"{self.source}: no column '{column}' (it has: {names}; --text-field names another)")
             texts = table[column]
             if texts.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
-                raise UserError(f"{self.source}: column '{column}' holds {texts.type}, not text")
+                raise UserError(f"{self.source}: column '{column}' holds {shortened(str(texts.type))}, not text")
             # As bytes, because only then one row that is not UTF-8 does not spoil the others.
             yield texts.cast(pa.large_binary()).to_pylist()
 
@@ -186,4 +186,4 @@ def _told_in_one_line(source: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source}: {what} ({said[:300]})") from error
+        raise UserError(f"{source}: {what} ({shortened(said, 300)})") from error

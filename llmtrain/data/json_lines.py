@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
+from llmtrain.errors import listed
+
 _COUNTED_AT_ONCE = 1 << 17
 
 
@@ -27,7 +29,7 @@ def parse_line(line: bytes, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if field not in record:
-        raise ValueError(f"no field '{field}' (it has: {', '.join(record) or 'none'}; --text-field names another)")
+        raise ValueError(f"no field '{field}' (it has: {listed(record)}; --text-field names another)")
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"field '{field}' is no text")

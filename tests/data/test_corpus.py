@@ -242,6 +242,23 @@ def test_a_broken_jsonl_line_is_named_with_its_number_or_counted(tmp_path, line,
     assert skipped == {"bad lines": 1}
 
 
+def test_of_a_record_with_very_many_names_some_are_told(tmp_path):
+    record = {f"key {number} " + "x" * (200 if number < 2 else 0): "text" for number in range(100_000)}
+    path, parquet_path = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    path.write_text(json.dumps(record))
+    names = list(record)[:3000]
+    parquet.write_table(pa.table({name: ["text"] for name in names}), parquet_path)
+    struct = pa.struct([pa.field(name, pa.string()) for name in names])
+    parquet.write_table(pa.table({"text": pa.array([{names[0]: "text"}], struct)}), tmp_path / "b.parquet")
+    for file, more in ((path, "and 99,980 more"), (parquet_path, "and 2,980 more")):
+        with pytest.raises(UserError, match=f"it has: key 0 x{{73}}…, key 1 .*, key 19 , … {more}; --text") as error:
+            read(file)
+        assert len(str(error.value)) < 1000
+    with pytest.raises(UserError, match=r"column 'text' holds struct<key 0 x+…, not text") as error:
+        read(tmp_path / "b.parquet")
+    assert len(str(error.value)) < 500
+
+
 JSON_TEXT = st.text(st.sampled_from('ab"\\\n\x01\x7f\u2028é😀\ufeff'), max_size=6)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | JSON_TEXT,
