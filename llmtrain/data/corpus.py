@@ -17,18 +17,18 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 from llmtrain.data.compressed import open_bytes
 from llmtrain.data.files import SourceFile
-from llmtrain.data.hub import DatasetShard, batches_of_group
+from llmtrain.data.hub import DatasetShard
 from llmtrain.data.json_lines import count_newlines, parse_line
 from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
-from llmtrain.errors import UserError, listed, shortened
+from llmtrain.data.text_column import open_parquet, rows_of_group, text_bytes
+from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
 MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
@@ -36,7 +36,6 @@ ROWS_AT_ONCE = 1024  # of Parquet, fewer where they are long
 LARGE_GROUP = 8  # times a chunk: whoever takes a row group has all of it in memory, and writers make them of any size
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
-_BUFFERED = 1 << 20  # bytes of a Parquet column; else all of it that a row group has is read at once
 _LOOKED_AFTER = 64 << 20  # bytes of one document after which it is asked whether there is memory for it
 Skipped = Counter[str]
 
@@ -160,8 +159,8 @@ class RowsChunk:
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each row's document."""
-        with _open_parquet(self.file, options.text_field) as parquet:
-            batches = _rows_of_group(parquet, self.start.place, options.text_field, ROWS_AT_ONCE)
+        with open_parquet(self.file.path, options.text_field) as parquet:
+            batches = rows_of_group(parquet, self.start.place, options.text_field, ROWS_AT_ONCE)
             yield from _decoded(chain.from_iterable(batches), self.file, self.start, options, skipped)
 
 
@@ -329,35 +328,21 @@ def _cut_rows(
     file: SourceFile, start: Position, options: ReadOptions, chunk_bytes: int
 ) -> Iterator[tuple[RowsChunk | ExamplesChunk, int]]:
     """Whole row groups, which others read; but of one that is too large to be taken at once, its rows."""
-    with _open_parquet(file, options.text_field) as parquet:
+    with open_parquet(file.path, options.text_field) as parquet:
         groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
         here, first = start, sum(group.num_rows for group in groups[: start.place])
         for number, group in enumerate(groups[start.place :], start.place):
-            size, share = _text_bytes(group, options.text_field), file.bytes // len(groups)
+            size, share = text_bytes(group, options.text_field), file.bytes // len(groups)
             if size <= LARGE_GROUP * chunk_bytes:
                 yield RowsChunk(here, file, share), group.num_rows
             else:
                 at_once = max(1, min(ROWS_AT_ONCE, chunk_bytes * group.num_rows // size))
-                rows = _rows_of_group(parquet, number, options.text_field, at_once, skip=here.record - first)
-                for texts, text_bytes in _gathered(rows, chunk_bytes):
-                    yield ExamplesChunk(here, file, texts, text_bytes * share // size), len(texts)
+                rows = rows_of_group(parquet, number, options.text_field, at_once, skip=here.record - first)
+                for texts, taken in _gathered(rows, chunk_bytes):
+                    yield ExamplesChunk(here, file, texts, taken * share // size), len(texts)
                     here = here.after(len(texts), places=0)
             first += group.num_rows
             here = replace(here.after(first - here.record, places=0), place=number + 1)
-
-
-def _text_bytes(group: Any, column: str) -> int:
-    """Of a row group, uncompressed."""
-    columns = map(group.column, range(group.num_columns))
-    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == column)
-
-
-def _rows_of_group(parquet: Any, group: int, column: str, at_once: int, skip: int = 0) -> Iterator[list[bytes | None]]:
-    """The texts of a row group as bytes, because only then one that is not UTF-8 does not spoil the others."""
-    import pyarrow as pa
-
-    for batch in batches_of_group(parquet, group, column, at_once, skip):
-        yield batch.column(0).cast(pa.large_binary()).to_pylist()
 
 
 def _cut_examples(
@@ -429,24 +414,3 @@ def _read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
         if size > _LOOKED_AFTER:
             require_room(str(file.path), size, "")
     return b"".join(parts)
-
-
-@contextmanager
-def _open_parquet(file: SourceFile, column: str) -> Iterator[Any]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFERED) as opened:
-            schema = opened.schema_arrow
-            if column not in schema.names:
-                names = listed(schema.names)
-                raise UserError(f"{file.path}: no column '{column}' (it has: {names}; --text-field names another)")
-            kind = schema.field(column).type
-            if pa.types.is_dictionary(kind):  # as pandas writes categories
-                kind = kind.value_type
-            if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-                raise UserError(f"{file.path}: column '{column}' holds {shortened(str(kind))}, not text")
-            yield opened
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.path}: not a Parquet file that can be read ({shortened(str(error), 300)})") from error

@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmtrain.errors import UserError, listed, shortened
+from llmtrain.data.text_column import check_column, rows_of, rows_of_group
+from llmtrain.errors import UserError, shortened
 
 PREFIX = "hf:"
 KINDS = ("parquet", "json", "arrow", "csv", "text")
@@ -43,59 +44,32 @@ class DatasetShard:
         Raises:
             UserError: there is no such column, it holds no text, or the dataset cannot be read.
         """
-        import pyarrow as pa
-
-        tables = self._tables(column, skip)
-        while (table := self._next(tables)) is not None:
-            if column not in table.column_names:
-                names = listed(table.column_names)
-                raise UserError(f"{self.source}: no column '{column}' (it has: {names}; --text-field names another)")
-            texts = table[column]
-            if texts.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
-                raise UserError(f"{self.source}: column '{column}' holds {shortened(str(texts.type))}, not text")
-            # As bytes, because only then one row that is not UTF-8 does not spoil the others.
-            yield texts.cast(pa.large_binary()).to_pylist()
-
-    def _tables(self, column: str, skip: int) -> Iterator[Any]:
         builder, dataset = _open(self.source, self.revision)
         files = [str(file) for file in (builder.config.data_files or {}).get(_parts(self.source)[2], [])]
         is_parquet = builder.name == "parquet" and all(file.endswith(".parquet") for file in files)
-        if is_parquet and len(files) == dataset.num_shards == self.count:
-            return _parquet_tables(files[self.index], column, skip)
-        shard = dataset.shard(num_shards=self.count, index=self.index)
-        return (shard.skip(skip) if skip else shard).with_format("arrow").iter(ROWS_AT_ONCE)  # type: ignore[no-any-return]
-
-    def _next(self, tables: Iterator[Any]) -> Any:
         with _told_in_one_line(self.source, "cannot be read"):
-            return next(tables, None)
+            if is_parquet and len(files) == dataset.num_shards == self.count:
+                yield from self._rows_of_parquet(files[self.index], column, skip)
+                return
+            shard = dataset.shard(num_shards=self.count, index=self.index)
+            for table in (shard.skip(skip) if skip else shard).with_format("arrow").iter(ROWS_AT_ONCE):
+                check_column(table.schema, column, self.source)
+                yield rows_of(table[column])
 
+    def _rows_of_parquet(self, file: str, column: str, skip: int) -> Iterator[list[bytes | None]]:
+        """Of one column some rows at a time; `datasets` decodes all columns of a whole row group."""
+        import fsspec
+        from pyarrow import parquet
 
-def _parquet_tables(file: str, column: str, skip: int) -> Iterator[Any]:
-    """One column of a file of a dataset, some rows at a time; `datasets` decodes all columns of a whole row group."""
-    import fsspec
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with Path(file).open("rb") if Path(file).is_file() else fsspec.open(file, "rb") as raw:
-        opened = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFERED)
-        if column not in opened.schema_arrow.names:
-            yield opened.schema_arrow.empty_table()  # whose names are told
-            return
-        for group in range(opened.num_row_groups):
-            if skip >= (rows := opened.metadata.row_group(group).num_rows):
-                skip -= rows
-                continue
-            for batch in batches_of_group(opened, group, column, ROWS_AT_ONCE, skip):
-                yield pa.Table.from_batches([batch])
-            skip = 0
-
-
-def batches_of_group(parquet: Any, group: int, column: str, at_once: int, skip: int = 0) -> Iterator[Any]:
-    """One column of a row group of an opened Parquet file, some rows at a time, the first `skip` left out."""
-    for batch in parquet.iter_batches(at_once, row_groups=[group], columns=[column]):
-        if skip < len(batch):
-            yield batch[skip:]
-        skip = max(0, skip - len(batch))
+        with Path(file).open("rb") if Path(file).is_file() else fsspec.open(file, "rb") as raw:
+            opened = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFERED)
+            check_column(opened.schema_arrow, column, self.source)
+            for group in range(opened.num_row_groups):
+                if skip >= (rows := opened.metadata.row_group(group).num_rows):
+                    skip -= rows
+                    continue
+                yield from rows_of_group(opened, group, column, ROWS_AT_ONCE, skip)
+                skip = 0
 
 
 @dataclass(frozen=True)
@@ -184,6 +158,8 @@ def _told_in_one_line(source: str, what: str) -> Iterator[None]:
     """Whatever `datasets` and the libraries below it raise (of many kinds) is about the dataset or the way to it."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: {what} ({shortened(said, 300)})") from error

@@ -132,6 +132,20 @@ def test_parquet_streams_the_text_column_by_row_group(tmp_path):
         read(path, text_field="other")
 
 
+def test_columns_of_one_name_are_refused_and_the_one_that_is_named_is_read_among_others_like_it(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = {"text": ["one"], "body": ["two"], "meta": [{"text": "no"}], "meta.text": ["three"]}
+    table = pa.table([*columns.values(), ["again"]], names=[*columns, "text"])
+    parquet.write_table(table, path)
+    said = (
+        r"2 columns are called 'text' .it has: text, body, meta, meta\.text, text.; rename all but one, or name another"
+    )
+    with pytest.raises(UserError, match=rf"a\.parquet: {said} by --text-field"):
+        read(path)
+    assert read(path, text_field="body") == ["two"]
+    assert read(path, text_field="meta.text") == ["three"]
+
+
 @pytest.mark.parametrize("chunk_bytes", [10, 4 << 20])
 def test_a_column_of_categories_is_read_as_text(tmp_path, chunk_bytes):
     texts = [None if number % 7 == 3 else f"one of {number % 5} é" for number in range(5000)]

@@ -115,11 +115,12 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path, call: Call) -> No
     scripted = tmp_path / "scripted"
     scripted.mkdir()
     (scripted / "scripted.py").write_text(f"open({str(tmp_path / 'EXPLODED')!r}, 'w')\n")
-    names = ("numbers", "broken", "pictures", "wide")
-    numbers, broken, pictures, wide = (tmp_path / name for name in names)
-    for made in (numbers, broken, pictures, wide):
+    names = ("numbers", "broken", "pictures", "wide", "twice")
+    numbers, broken, pictures, wide, twice = (tmp_path / name for name in names)
+    for made in (numbers, broken, pictures, wide, twice):
         made.mkdir()
     parquet.write_table(pa.table({f"key{number}": ["text"] for number in range(500)}), wide / "a.parquet")
+    parquet.write_table(pa.table([["one"], ["two"]], names=["text", "text"]), twice / "a.parquet")
     parquet.write_table(pa.table({"text": [1, 2]}), numbers / "a.parquet")
     whole = (folder / "train-00000.parquet").read_bytes()
     (broken / "a.parquet").write_bytes(whole[: len(whole) // 2])
@@ -131,6 +132,7 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path, call: Call) -> No
         f"hf:{scripted}": "cannot be opened (",
         f"hf:{numbers}": "column 'text' holds int64, not text",
         f"hf:{wide}": f"no column 'text' (it has: {', '.join(f'key{n}' for n in range(20))}, … and 480 more; --text-",
+        f"hf:{twice}": "2 columns are called 'text' (it has: text, text); rename all but one, or name another by --",
         f"hf:{broken}": "cannot be",
         f"hf:{pictures}": "a dataset of kind imagefolder; only these are read: parquet, json",
         "hf:": "names no dataset",
