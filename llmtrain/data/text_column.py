@@ -31,7 +31,9 @@ def check_column(schema: Any, column: str, source: object) -> None:
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):  # as pandas writes categories
         kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
+    if kind not in (
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.null(),
+    ):  # fmt: skip
         raise UserError(f"{source}: column '{column}' holds {shortened(str(kind))}, not text")
 
 
@@ -71,4 +73,6 @@ def rows_of(texts: Any) -> list[bytes | None]:
     """An Arrow array as bytes, because only then one row that is not UTF-8 does not spoil the others."""
     import pyarrow as pa
 
+    if pa.types.is_dictionary(texts.type):  # first its values: as they are, views cannot be taken, nor more than 2 GB
+        texts = texts.cast(pa.dictionary(texts.type.index_type, pa.large_binary()))
     return texts.cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]

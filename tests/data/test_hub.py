@@ -81,6 +81,28 @@ def test_an_empty_parquet_file_among_others_gives_nothing(tmp_path: Path) -> Non
     assert len(files) == 5 and read(f"hf:{folder}") == list(enumerate(texts))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_text_of_every_arrow_type_is_read_alike(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    texts = [None if number % 7 == 3 else f"one of {number % 5} é" for number in range(2500)]
+    plain = pa.array(texts, pa.string())
+    categories = [plain.dictionary_encode(), plain.cast(pa.large_binary()).dictionary_encode()]
+    columns = [*map(plain.cast, (pa.string_view(), pa.binary_view(), pa.large_string())), *categories]
+    for number, column in enumerate(columns):
+        (folder := tmp_path / f"{number}").mkdir()
+        table = pa.table({"text": column})
+        if kind == "parquet":
+            parquet.write_table(table, folder / "a.parquet", row_group_size=1500)
+        else:
+            with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+        found = read(f"hf:{folder}")
+        assert found == [(row, text) for row, text in enumerate(texts) if text], column.type
+    (folder := tmp_path / "nothing").mkdir()
+    parquet.write_table(pa.table({"text": pa.nulls(3)}), folder / "a.parquet")
+    assert read(f"hf:{folder}") == read(str(folder)) == []
+
+
 def test_reading_of_parquet_begins_at_any_row_of_any_group(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     texts = [f"document {number}" for number in range(3500)]
