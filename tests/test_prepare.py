@@ -217,7 +217,11 @@ def test_the_same_command_twice_says_so_and_another_is_refused(texts, tmp_path):
     [
         (["--input", "missing.txt"], "missing.txt: no such file or folder"),
         (["--input", "empty.txt"], "empty.txt: the file is empty"),
-        (["--input", "blank.jsonl"], "no text in it (2 empty documents)"),
+        (["--input", "blank.jsonl"], "no text in it (2 empty documents); name the field that has it by --text-field"),
+        (
+            ["--input", "blank.jsonl", "--text-field", "body", "--skip-bad"],
+            "no text in it (2 bad lines); name the field that has it by --text-field",
+        ),
         (["--input", "binary.dat"], "binary.dat: a binary file"),
         (["--input", "tokens.bin"], "tokens.bin: token ids belong to a tokenizer; name it"),
         (

@@ -49,12 +49,22 @@ def choose_splitter(
             if count >= enough and len(sides) == 2:
                 return by_document
     if count == 0:
-        raise UserError(f"{source}: no text in it{f' ({told(skipped)})' if skipped else ''}")
+        raise _no_text(source, files, skipped)
     if val_by == "auto":
         return by_tail
     raise UserError(
         f"{count} documents are too few to set {val_split:g} of them aside; use --val-by tail or a larger --val-split"
     )
+
+
+def _no_text(source: str, files: Sequence[SourceFile], skipped: Counter[str]) -> UserError:
+    if skipped and not {"empty documents", "bad lines"} & skipped.keys():
+        what_to_do = "name files of text, or leave less out"
+    elif all(file.is_text for file in files):
+        what_to_do = "name other files"
+    else:
+        what_to_do = "name the field that has it by --text-field, or other files"
+    return UserError(f"{source}: no text in it{f' ({told(skipped)})' if skipped else ''}; {what_to_do}")
 
 
 def fit(

@@ -29,16 +29,20 @@ def parse_line(line: bytes, field: str) -> str:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if field not in record:
-        raise ValueError(f"no field '{field}' (it has: {listed(record)}; --text-field names another)")
+        raise ValueError(f"no field '{field}' ({_others(record)})")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"field '{field}' is no text")
+        raise ValueError(f"field '{field}' is no text ({_others(record)})")
     if may_be_half:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"half of a surrogate pair at character {error.start} of '{field}'") from error
     return text
+
+
+def _others(record: dict[str, Any]) -> str:
+    return f"it has: {listed(record)}; --text-field names another"
 
 
 def _loaded(line: bytes) -> Any:

@@ -20,12 +20,12 @@ def check_column(schema: Any, column: str, source: object) -> None:
     """
     import pyarrow as pa
 
-    count = schema.names.count(column)
+    count, names = schema.names.count(column), listed(schema.names)
     if count == 0:
-        raise UserError(f"{source}: no column '{column}' (it has: {listed(schema.names)}; --text-field names another)")
+        raise UserError(f"{source}: no column '{column}' (it has: {names}; --text-field names another)")
     if count > 1:
         raise UserError(
-            f"{source}: {count} columns are called '{column}' (it has: {listed(schema.names)}); rename all but one, or "
+            f"{source}: {count} columns are called '{column}' (it has: {names}); rename all but one, or "
             "name another by --text-field"
         )
     kind = schema.field(column).type
@@ -34,7 +34,10 @@ def check_column(schema: Any, column: str, source: object) -> None:
     if kind not in (
         pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.null(),
     ):  # fmt: skip
-        raise UserError(f"{source}: column '{column}' holds {shortened(str(kind))}, not text")
+        raise UserError(
+            f"{source}: column '{column}' holds {shortened(str(kind))}, not text (it has: {names}; --text-field names "
+            "another)"
+        )
 
 
 @contextmanager

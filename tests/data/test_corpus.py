@@ -128,7 +128,9 @@ def test_parquet_streams_the_text_column_by_row_group(tmp_path):
     assert skipped == {"empty documents": 2}
     with pytest.raises(UserError, match=r"no column 'text' .it has: body, other"):
         read(path)
-    with pytest.raises(UserError, match="column 'other' holds int64, not text"):
+    with pytest.raises(
+        UserError, match=r"column 'other' holds int64, not text .it has: body, other; --text-field names"
+    ):
         read(path, text_field="other")
 
 
@@ -241,7 +243,7 @@ def test_text_that_is_not_utf8_is_named_with_its_offset_or_skipped_on_request(fo
         (b'{"text": "x"', "not JSON .Expecting ',' delimiter at character 14 of the line"),
         (b"[1]", "not a JSON object"),
         (b'{"body": "x"}', "no field 'text' .it has: body"),
-        (b'{"text": 7}', "field 'text' is no text"),
+        (b'{"text": 7}', "field 'text' is no text .it has: text; --text-field names another"),
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
         (rb'{"text": "ab\ud800"}', "half of a surrogate pair at character 2"),
         (b"[" * 100_000, "not JSON"),
@@ -270,7 +272,9 @@ def test_of_a_record_with_very_many_names_some_are_told(tmp_path):
         with pytest.raises(UserError, match=f"it has: key 0 x{{73}}…, key 1 .*, key 19 , … {more}; --text") as error:
             read(file)
         assert len(str(error.value)) < 1000
-    with pytest.raises(UserError, match=r"column 'text' holds struct<key 0 x+…, not text") as error:
+    with pytest.raises(
+        UserError, match=r"column 'text' holds struct<key 0 x+…, not text .it has: text; --text-field names"
+    ) as error:
         read(tmp_path / "b.parquet")
     assert len(str(error.value)) < 500
 

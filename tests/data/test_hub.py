@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path, call: Call) -> No
         f"hf:{folder}:other": "cannot be opened (",
         f"hf:{folder}::val": "cannot be opened (",
         f"hf:{scripted}": "cannot be opened (",
-        f"hf:{numbers}": "column 'text' holds int64, not text",
+        f"hf:{numbers}": "column 'text' holds int64, not text (it has: text; --text-field names another)",
         f"hf:{wide}": f"no column 'text' (it has: {', '.join(f'key{n}' for n in range(20))}, … and 480 more; --text-",
         f"hf:{twice}": "2 columns are called 'text' (it has: text, text); rename all but one, or name another by --",
         f"hf:{broken}": "cannot be",

@@ -261,7 +261,10 @@ def refusals() -> Iterator[tuple[list[str], str]]:
     yield ["--filter", "leters"], "--filter leters: no filter 'leters'; did you mean 'letters'?"
     yield ["--filter", "letters=many"], "--filter letters=many: 'many' is no number"
     yield ["--min-chars", "9", "--max-chars", "8"], "--min-chars 9 is over --max-chars 8"
-    yield ["--min-chars", "99999"], "no text in it (67 documents under --min-chars)"
+    yield (
+        ["--min-chars", "99999"],
+        "no text in it (67 documents under --min-chars); name files of text, or leave less out",
+    )
     yield ["--normalize", "nfd"], "argument --normalize: invalid choice: 'nfd'"
     yield ["--max-file-bytes", "0"], "argument --max-file-bytes: must be a whole number of at least 1"
 
