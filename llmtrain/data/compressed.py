@@ -13,7 +13,7 @@ from typing import IO, cast
 
 import zstandard
 
-from llmtrain.data.memory import free_host_memory
+from llmtrain.data.memory import free_host_memory, told_of_memory
 from llmtrain.errors import UserError
 
 _HEADER_BYTES = 18  # of a frame at most, and more than those of a block
@@ -31,7 +31,7 @@ def open_bytes(path: Path, compression: str) -> Iterator[tuple[IO[bytes], IO[byt
         UserError: it cannot be read, is damaged, or is cut off, which shows no later than at its end.
     """
     try:
-        with path.open("rb") as raw:
+        with told_of_memory(path), path.open("rb") as raw:
             if compression == ".gz":
                 yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw
             elif compression == ".zst":

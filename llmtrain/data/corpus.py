@@ -21,22 +21,20 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import IO, Protocol, TypeVar
 
+from llmtrain.data import memory
 from llmtrain.data.compressed import open_bytes
 from llmtrain.data.files import SourceFile
 from llmtrain.data.hub import DatasetShard
 from llmtrain.data.json_lines import count_newlines, parse_line
-from llmtrain.data.memory import require_room
 from llmtrain.data.refine import NO_CHANGE, Copies, Refinement
-from llmtrain.data.text_column import open_parquet, rows_of_group, text_bytes
+from llmtrain.data.text_column import open_parquet
 from llmtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
 MAX_ROWS = 1 << 16  # of a dataset in one chunk: rows without text have no bytes
-ROWS_AT_ONCE = 1024  # of Parquet, fewer where they are long
 LARGE_GROUP = 8  # times a chunk: whoever takes a row group has all of it in memory, and writers make them of any size
 # As git and grep do: a NUL byte near the beginning means that a file is no text.
 BINARY_PROBE_BYTES = 8192
-_LOOKED_AFTER = 64 << 20  # bytes of one document after which it is asked whether there is memory for it
 Skipped = Counter[str]
 
 
@@ -159,9 +157,9 @@ class RowsChunk:
 
     def read(self, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
         """Yield (ordinal, text) of each row's document."""
-        with open_parquet(self.file.path, options.text_field) as parquet:
-            batches = rows_of_group(parquet, self.start.place, options.text_field, ROWS_AT_ONCE)
-            yield from _decoded(chain.from_iterable(batches), self.file, self.start, options, skipped)
+        with open_parquet(self.file.path, options.text_field) as column:
+            rows = chain.from_iterable(column.rows(self.start.place, self.start.record))
+            yield from _decoded(rows, self.file, self.start, options, skipped)
 
 
 @dataclass(frozen=True)
@@ -307,12 +305,12 @@ def _read_lines(stream: IO[bytes], file: SourceFile, record: int, wanted: int) -
 
 def _rest_of_line(stream: IO[bytes], file: SourceFile, number: int, begun: int) -> Iterator[bytes]:
     """Read up to the end of a line; `begun` bytes with the beginning of it, and maybe lines before it, are read."""
-    while part := stream.readline(_LOOKED_AFTER):
+    while part := stream.readline(memory.LOOKED_AFTER):
         yield part
         if part.endswith(b"\n"):
             break
         begun += len(part)
-        require_room(f"{file.path}: line {number}", begun, "")
+        memory.require_room(f"{file.path}: line {number}", begun, "")
 
 
 def _skip(stream: IO[bytes], count: int, file: SourceFile) -> None:
@@ -328,16 +326,16 @@ def _cut_rows(
     file: SourceFile, start: Position, options: ReadOptions, chunk_bytes: int
 ) -> Iterator[tuple[RowsChunk | ExamplesChunk, int]]:
     """Whole row groups, which others read; but of one that is too large to be taken at once, its rows."""
-    with open_parquet(file.path, options.text_field) as parquet:
-        groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+    with open_parquet(file.path, options.text_field) as column:
+        metadata = column.opened.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         here, first = start, sum(group.num_rows for group in groups[: start.place])
         for number, group in enumerate(groups[start.place :], start.place):
-            size, share = text_bytes(group, options.text_field), file.bytes // len(groups)
+            size, share = column.bytes_of(group), file.bytes // len(groups)
             if size <= LARGE_GROUP * chunk_bytes:
                 yield RowsChunk(here, file, share), group.num_rows
             else:
-                at_once = max(1, min(ROWS_AT_ONCE, chunk_bytes * group.num_rows // size))
-                rows = rows_of_group(parquet, number, options.text_field, at_once, skip=here.record - first)
+                rows = column.rows(number, first, here.record - first)
                 for texts, taken in _gathered(rows, chunk_bytes):
                     yield ExamplesChunk(here, file, texts, taken * share // size), len(texts)
                     here = here.after(len(texts), places=0)
@@ -387,8 +385,7 @@ def _decoded(
 
 def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str | None:
     """Return a file's text; None if it was skipped."""
-    if file.bytes > _LOOKED_AFTER:
-        require_room(str(file.path), file.bytes, ", or leave it out by --max-file-bytes")
+    memory.require_room(str(file.path), file.bytes, ", or leave it out by --max-file-bytes")
     with open_bytes(file.path, file.compression) as (stream, _):
         data = _read_whole(stream, file) if file.compression else stream.read()
     if b"\0" in data[:BINARY_PROBE_BYTES]:
@@ -408,9 +405,8 @@ def _read_text(file: SourceFile, options: ReadOptions, skipped: Skipped) -> str 
 def _read_whole(stream: IO[bytes], file: SourceFile) -> bytes:
     """Read what no size tells of: a small file may be a large one that is compressed."""
     parts, size = list[bytes](), 0
-    while part := stream.read(_LOOKED_AFTER):
+    while part := stream.read(memory.LOOKED_AFTER):
         parts.append(part)
         size += len(part)
-        if size > _LOOKED_AFTER:
-            require_room(str(file.path), size, "")
+        memory.require_room(str(file.path), size, "")
     return b"".join(parts)

@@ -17,13 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmtrain.data.text_column import check_column, rows_of, rows_of_group
+from llmtrain.data.memory import told_of_memory
+from llmtrain.data.text_column import ROWS_AT_ONCE, ParquetColumn, check_column, rows_of
 from llmtrain.errors import UserError, shortened
 
 PREFIX = "hf:"
 KINDS = ("parquet", "json", "arrow", "csv", "text")
 OLDEST = 4  # before, it ran scripts of datasets where told to
-ROWS_AT_ONCE = 1000
 _BUFFERED = 8 << 20  # bytes of a Parquet column, and of one request to the hub
 UNKNOWN_BYTES = 64 << 20  # of a file whose size is not told; decides only how many processes are started
 PINNED = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
@@ -38,8 +38,12 @@ class DatasetShard:
     index: int
     count: int
 
+    @property
+    def _name(self) -> str:
+        return f"{self.source}#{self.index}"
+
     def rows(self, column: str, skip: int) -> Iterator[list[bytes | None]]:
-        """Yield the texts of rows, the first `skip` left out, a thousand at a time and as bytes.
+        """Yield the texts of rows, the first `skip` left out, some at a time and as bytes.
 
         Raises:
             UserError: there is no such column, it holds no text, or the dataset cannot be read.
@@ -47,14 +51,16 @@ class DatasetShard:
         builder, dataset = _open(self.source, self.revision)
         files = [str(file) for file in (builder.config.data_files or {}).get(_parts(self.source)[2], [])]
         is_parquet = builder.name == "parquet" and all(file.endswith(".parquet") for file in files)
-        with _told_in_one_line(self.source, "cannot be read"):
+        with _told_in_one_line(self.source, "cannot be read"), told_of_memory(self.source):
             if is_parquet and len(files) == dataset.num_shards == self.count:
                 yield from self._rows_of_parquet(files[self.index], column, skip)
                 return
             shard = dataset.shard(num_shards=self.count, index=self.index)
             for table in (shard.skip(skip) if skip else shard).with_format("arrow").iter(ROWS_AT_ONCE):
                 check_column(table.schema, column, self.source)
-                yield rows_of(table[column])
+                for batch in table.to_batches():
+                    yield from rows_of(batch.column(column), self._name, skip)
+                    skip += len(batch)
 
     def _rows_of_parquet(self, file: str, column: str, skip: int) -> Iterator[list[bytes | None]]:
         """Of one column some rows at a time; `datasets` decodes all columns of a whole row group."""
@@ -64,12 +70,12 @@ class DatasetShard:
         with Path(file).open("rb") if Path(file).is_file() else fsspec.open(file, "rb") as raw:
             opened = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFERED)
             check_column(opened.schema_arrow, column, self.source)
+            texts, first = ParquetColumn(opened, column, self._name), 0
             for group in range(opened.num_row_groups):
-                if skip >= (rows := opened.metadata.row_group(group).num_rows):
-                    skip -= rows
-                    continue
-                yield from rows_of_group(opened, group, column, ROWS_AT_ONCE, skip)
-                skip = 0
+                rows = opened.metadata.row_group(group).num_rows
+                if skip < first + rows:
+                    yield from texts.rows(group, first, max(0, skip - first))
+                first += rows
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -163,22 +167,78 @@ def test_text_of_every_arrow_type_is_read_alike(tmp_path, chunk_bytes):
 
 
 def test_a_document_that_does_not_fit_into_memory_is_named_and_those_that_do_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmtrain.data.corpus._LOOKED_AFTER", 100)
+    monkeypatch.setattr("llmtrain.data.memory.LOOKED_AFTER", 100)
     long = "x" * 999
     (tmp_path / "a.txt").write_text(long)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
     (tmp_path / "c.jsonl").write_bytes(jsonl(["short", long, "last"]))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(jsonl(["one", "two", long])))
-    assert read(tmp_path, chunk_bytes=30) == [long, long, "short", long, "last", "one", "two", long]
-    monkeypatch.setattr("llmtrain.data.memory.free_host_memory", lambda: 2000)
+    write_parquet(tmp_path / "e.parquet", ["one", long], rows_per_group=1)
+    many = [*["short"] * 9, long, "last"]
+    for name, column in {
+        "f": pa.array(many),
+        "g": pa.array(many).dictionary_encode(),
+        "h": pa.array(many).cast(pa.string_view()),
+    }.items():
+        parquet.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
+    found = [long, long, "short", long, "last", "one", "two", long, "one", long, *many * 3]
+    assert read(tmp_path, chunk_bytes=30) == read(tmp_path) == found
+    monkeypatch.setattr("llmtrain.data.memory.free_host_memory", lambda: 5000)
     for name, said in {
         "a.txt": "a.txt: a document of 9.99e-07 GB or more does not fit into memory .*--max-file-bytes",
         "b.txt.gz": "b.txt.gz: a document of",
         "c.jsonl": "c.jsonl: line 2: a document of",
         "d.jsonl.gz": "d.jsonl.gz: line 3: a document of",
+        "e.parquet": "e.parquet: row 1: a document of",
+        "f.parquet": "f.parquet: row 9: a document of 9.99e-07 GB",
+        "g.parquet": "g.parquet: row 9: a document of 9.99e-07 GB",
+        "h.parquet": "h.parquet: row 9: a document of 9.99e-07 GB",
     }.items():
         with pytest.raises(UserError, match=said):
             read(tmp_path / name, chunk_bytes=30)
+    # Where rows are too long on average, none is even read.
+    monkeypatch.setattr("llmtrain.data.memory.free_host_memory", lambda: 500)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)
+    with pytest.raises(UserError, match=r"f\.parquet: one of the rows 0 to 10: a document of .* or more does not fit"):
+        read(tmp_path / "f.parquet")
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from collections import Counter
+from pathlib import Path
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks
+from llmtrain.data.files import find_files
+def read(source):
+    for chunk in cut_into_chunks(find_files([source]), ReadOptions()):
+        for _ in chunk.read(ReadOptions(), Counter()):
+            pass
+read(sys.argv[1])
+limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (40 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+read(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc is Linux")
+@pytest.mark.parametrize("kind", ["text", "lines", "rows", "dataset"])
+def test_memory_that_ends_while_an_input_is_read_is_one_clear_line(tmp_path, kind):
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder, text in ((small, "x"), (large, "x" * (60 << 20))):
+        folder.mkdir()
+        if kind == "text":
+            (folder / "a.txt.zst").write_bytes(zstandard.compress(text.encode()))
+        elif kind == "lines":
+            (folder / "a.jsonl.zst").write_bytes(zstandard.compress(jsonl([text])))
+        else:
+            write_parquet(folder / "a.parquet", [text])
+    if kind == "dataset":
+        pytest.importorskip("datasets")
+    sources = [f"{'hf:' if kind == 'dataset' else ''}{folder}" for folder in (small, large)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert re.search(r"UserError: .*large.*: to read it takes more memory than there is .*; split its", done.stderr)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])

@@ -103,6 +103,23 @@ def test_text_of_every_arrow_type_is_read_alike(kind: str, tmp_path: Path) -> No
     assert read(f"hf:{folder}") == read(str(folder)) == []
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_document_that_does_not_fit_into_memory_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("llmtrain.data.memory.LOOKED_AFTER", 100)
+    texts = [*["short"] * 9, "x" * 999, "last"]
+    if kind == "parquet":
+        parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=8)
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert read(f"hf:{tmp_path}") == list(enumerate(texts))
+    monkeypatch.setattr("llmtrain.data.memory.free_host_memory", lambda: 5000)
+    with pytest.raises(UserError, match=f"^hf:{tmp_path}#0: row 9: a document of 9.99e-07 GB or more does not fit"):
+        read(f"hf:{tmp_path}")
+
+
 def test_reading_of_parquet_begins_at_any_row_of_any_group(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     texts = [f"document {number}" for number in range(3500)]
