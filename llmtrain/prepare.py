@@ -30,6 +30,7 @@ from llmtrain.data.refine import Refinement
 from llmtrain.data.select import Selection, patterns_of
 from llmtrain.data.shards import SplitInfo
 from llmtrain.data.token_files import are_token_files
+from llmtrain.data.tokenizer import FITTED_KINDS
 from llmtrain.data.tokenizer_none import NoTokenizer
 from llmtrain.errors import UserError, run_main, tell
 from llmtrain.storage.cache import cache_folder
@@ -101,9 +102,8 @@ def _as_text(summary: dict[str, Any]) -> str:
     if summary["changed"]:
         lines.append(f"  changed: {told(summary['changed'])}")
     for name, count in summary["unknown_tokens"].items():
-        lines.append(
-            f"  {count:,} tokens of {name} are <unk>: what the tokenizer, fitted on training text, cannot spell"
-        )
+        fitted = ", which was fitted on training text," if summary["tokenizer"] in FITTED_KINDS else ""
+        lines.append(f"  {count:,} tokens of {name} are <unk>: what the tokenizer{fitted} cannot spell")
     lines.append(f"next: llmtrain train --config configs/debug.yaml data.path={summary['out']}")
     return "\n".join(lines)
 

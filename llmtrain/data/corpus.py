@@ -186,6 +186,15 @@ def source_of(chunk: Chunk, ordinal: int) -> int:
     return file.source
 
 
+def place_of(chunk: Chunk, ordinal: int) -> str:
+    """What an error calls a document of a chunk: its file, and where it is one of many, its line or row there."""
+    number = ordinal - chunk.start.ordinal
+    if isinstance(chunk, TextChunk):
+        return str(chunk.files[number].path)
+    record = chunk.start.record + number
+    return f"{chunk.file.path}: {f'line {record + 1}' if isinstance(chunk, LinesChunk) else f'row {record}'}"
+
+
 def read_documents(chunk: Chunk, options: ReadOptions, skipped: Skipped) -> Iterator[tuple[int, str]]:
     """Yield (ordinal, text) of each document of a chunk that is to be used, as it is to be used."""
     if options.refine == NO_CHANGE and options.copies is None:

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from llmtrain.data.corpus import Chunk, Position, ReadOptions, Skipped, read_documents, source_of
+from llmtrain.data.corpus import Chunk, Position, ReadOptions, Skipped, place_of, read_documents, source_of
 from llmtrain.data.journal import Done, Journal
 from llmtrain.data.progress_bar import Report
 from llmtrain.data.shard_writer import NOTHING, ShardWriter
@@ -20,6 +21,7 @@ from llmtrain.data.shards import SplitInfo
 from llmtrain.data.split import Splitter, augmented
 from llmtrain.data.tokenizer import Ids, Lengths, Tokenizer, load_tokenizer
 from llmtrain.data.workers import ordered_map
+from llmtrain.errors import UserError
 
 SplitName = Literal["train", "val"]
 
@@ -101,7 +103,10 @@ class ChunkEncoder:
         """Read, divide and encode a chunk."""
         skipped: Skipped = Counter()
         documents, sources = self._divide(chunk, skipped)  # before they are encoded, all else of them is let go
-        splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
+        try:
+            splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
+        except UserError as error:
+            raise self._with_place(chunk) or error from None
         return EncodedChunk(chunk.start, splits, skipped, chunk.source_bytes, sources)
 
     def _divide(
@@ -115,6 +120,16 @@ class ChunkEncoder:
                 documents[split] += parts
                 sources[split][source] += len(parts)
         return documents, sources
+
+    def _with_place(self, chunk: Chunk) -> UserError | None:
+        """What is wrong with the first document that cannot be encoded, and where that is; None if it is not one."""
+        for ordinal, text in read_documents(chunk, self._division.reading, Counter()):
+            for part in chain.from_iterable(self._division.divide(ordinal, text).values()):
+                try:
+                    self._tokenizer.encode_documents([part])
+                except UserError as error:
+                    return UserError(f"{place_of(chunk, ordinal)}: {error}")
+        return None
 
 
 def encode_to_shards(

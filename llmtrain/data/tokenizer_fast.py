@@ -106,7 +106,7 @@ def unspellable(config: dict[str, Any], names: Collection[str]) -> dict[str, Any
 
     Both libraries match the spelling of a special token in text, which would let a document forge its own end.
     """
-    hidden = {name: f"{SEPARATOR}{name}{SEPARATOR}" for name in names}
+    hidden = {name: hide(name) for name in names}
     model = dict(config["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
@@ -123,6 +123,11 @@ def unspellable(config: dict[str, Any], names: Collection[str]) -> dict[str, Any
         "truncation": None,
         "padding": None,
     }
+
+
+def hide(name: str) -> str:
+    """What a special token is called where no text shall spell it."""
+    return f"{SEPARATOR}{name}{SEPARATOR}"
 
 
 def with_cuts(words: dict[str, Any], cuts: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,17 @@ from gigatoken import gigatoken_rs
 
 from llmtrain.data.pieces import cut_bytes
 from llmtrain.data.tokenizer_base import Ids, Lengths, close_documents, id_dtype, refuse_surrogates, write_identity
-from llmtrain.data.tokenizer_fast import PROBE, RESERVED, FastEncoder, holds, special_token, unspellable, with_cuts
+from llmtrain.data.tokenizer_fast import (
+    PROBE,
+    RESERVED,
+    FastEncoder,
+    hide,
+    holds,
+    special_token,
+    unspellable,
+    with_cuts,
+)
+from llmtrain.data.tokenizer_unknown import marked, numbered, refuse_unknown, spells_every_text, unknown_id
 from llmtrain.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,7 +59,9 @@ class HuggingFaceTokenizer:
         self._source = source
         config = _parse_json(content, source)
         self._full = _load(content, source)
-        special = {token["content"]: token["id"] for token in config.get("added_tokens") or [] if token["special"]}
+        config["model"].setdefault("type", type(self._full.model).__name__)  # which old files leave out
+        added = _added_tokens(config, self._full)
+        special = {token["content"]: token["id"] for token in added if token["special"]}
         eos_id = self._first_of(EOS_NAMES)
         if eos_id is None:
             raise UserError(
@@ -59,20 +71,32 @@ class HuggingFaceTokenizer:
         self.eos_id = eos_id
         self.bos_id = self._first_of(BOS_NAMES)
         self.pad_id = self._first_of(PAD_NAMES)
-        unk = config["model"].get("unk_token")
-        self.unk_id = self._full.token_to_id(unk) if unk else None
+        unk_id = unknown_id(config, self._full)
+        self.unk_id = None if unk_id == eos_id else unk_id
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
         self._dtype = id_dtype(self.vocab_size)
         self._decoders = _decoders(config.get("decoder"))
         marks = {i for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None}
         self._textless = marks | set(special.values())
-        names = (self._full.id_to_token(i) for i in self._textless)
-        self._config = unspellable(config, {name for name in names if name is not None})
-        self._reference = _load(json.dumps(self._config), source)
+        names = {name for i in self._textless if (name := self._full.id_to_token(i)) is not None}
+        self._config = unspellable({**config, "added_tokens": added}, names)
+        # Where neither, what it cannot spell is looked for in every text.
+        self._is_whole = self.unk_id is not None or spells_every_text(self._config, byte_letters())
+        self._reference = self._load_reference(added, names)
         # A file that panics shall do so now and unseen, not in the middle of a text and with the library's own words.
         with _quiet(), _panics_refused(source), contextlib.suppress(Exception):
             self._full.decode(list(range(PROBED_IDS)), skip_special_tokens=False)
             self._reference.encode(" ".join(PROBE), add_special_tokens=False)
+
+    def _load_reference(self, added: Sequence[dict[str, Any]], names: Collection[str]) -> tokenizers.Tokenizer:
+        """The library with the same ids, but never those of `names`."""
+        hidden = {name: hide(name) for name in names}
+        config = numbered(
+            self._config, {hidden.get(token["content"], token["content"]): token["id"] for token in added}
+        )
+        if self.unk_id is None:
+            config = marked(config, hide(str(self._full.id_to_token(self.eos_id))), self.eos_id)
+        return _load(json.dumps(config), self._source)
 
     @classmethod
     def fit(
@@ -96,10 +120,17 @@ class HuggingFaceTokenizer:
         return cls(_byte_level_json(tokens, merges, cuts), kind="bbpe")
 
     def encode(self, text: str) -> Ids:
-        """Return the (tokens,) ids of a text."""
+        """Return the (tokens,) ids of a text.
+
+        Raises:
+            UserError: it has what the tokenizer can neither spell nor call unknown.
+        """
         refuse_surrogates(self.kind, text)
         with _panics_refused(self._source):
-            return np.array(self._reference.encode(text, add_special_tokens=False).ids, self._dtype)
+            encoding = self._reference.encode(text, add_special_tokens=False)
+        if not self._is_whole:
+            refuse_unknown(self.kind, text, encoding, self.eos_id)
+        return np.array(encoding.ids, self._dtype)
 
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the end-of-document id."""
@@ -133,7 +164,7 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _fast(self) -> FastEncoder | None:
         """Loaded when documents come, not for a prompt: a large vocabulary takes a while."""
-        if not _one_merge_per_token(self._config["model"]):
+        if not self._is_whole or not _one_merge_per_token(self._config["model"]):
             return None
         try:
             with _quiet(), _panics_refused(self._source):
@@ -153,6 +184,12 @@ def _one_merge_per_token(model: dict[str, Any]) -> bool:
         return True
     merged = ["".join(pair) for pair in _merges(model)]
     return len(set(merged)) == len(merged)
+
+
+def _added_tokens(config: dict[str, Any], library: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The added tokens with the ids that the library gives them, whatever the file says of these."""
+    added = ((token, library.token_to_id(token["content"])) for token in config.get("added_tokens") or [])
+    return [{**token, "id": token_id} for token, token_id in added if token_id is not None]
 
 
 def _decoders(config: dict[str, Any] | None) -> set[str]:
