@@ -43,6 +43,8 @@ BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>")
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 BYTES = 256
 PROBED_IDS = 1000
+# Ids that no token has: of files in use there are thousands at most, and each costs the model a row.
+UNUSED_IDS = 1_000_000
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -73,7 +75,7 @@ class HuggingFaceTokenizer:
         self.pad_id = self._first_of(PAD_NAMES)
         unk_id = unknown_id(config, self._full)
         self.unk_id = None if unk_id == eos_id else unk_id
-        self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = _vocab_size(self._full, source)
         self._dtype = id_dtype(self.vocab_size)
         self._decoders = _decoders(config.get("decoder"))
         marks = {i for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None}
@@ -184,6 +186,22 @@ def _one_merge_per_token(model: dict[str, Any]) -> bool:
         return True
     merged = ["".join(pair) for pair in _merges(model)]
     return len(set(merged)) == len(merged)
+
+
+def _vocab_size(library: tokenizers.Tokenizer, source: str) -> int:
+    """One more than the highest id.
+
+    Raises:
+        UserError: that is so high that most ids below it, and more than a million, stand for nothing.
+    """
+    vocab = library.get_vocab(with_added_tokens=True)
+    token = max(vocab, key=vocab.__getitem__)
+    if (highest := vocab[token]) >= 2 * len(vocab) + UNUSED_IDS:
+        raise UserError(
+            f"{source}: the token {token[:40]!r} has the id {highest:,}, and there are only {len(vocab):,} tokens; the"
+            " model would have a row for every id up to it: number them from 0 on without large gaps"
+        )
+    return 1 + highest
 
 
 def _added_tokens(config: dict[str, Any], library: tokenizers.Tokenizer) -> list[dict[str, Any]]:

@@ -412,6 +412,21 @@ def test_a_tokenizer_json_that_makes_the_library_panic_is_refused_without_its_no
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_tokenizer_json_with_an_id_far_beyond_its_tokens_is_refused_at_once(tmp_path):
+    """It kept the processor busy for minutes, and the model would have had a row for every id."""
+    path = tmp_path / "gap.json"
+    vocab = {"a": 0, "</s>": 1}
+    content = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    for highest in (999_999 + 2 * 3, 10**6 + 2 * 3, 10**9, 2**32 - 1):
+        vocab["far\nb"] = highest
+        path.write_text(json.dumps(content))
+        if highest < 10**6 + 6:
+            assert fit_tokenizer(str(path), []).vocab_size == highest + 1
+        else:
+            with pytest.raises(UserError, match=rf"gap.json: the token 'far\\nb' has the id {highest:,}, .* 3 tokens"):
+                fit_tokenizer(str(path), [])
+
+
 @pytest.mark.parametrize(
     "content",
     [
