@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ BYTES = 256
 PROBED_IDS = 1000
 # Ids that no token has: of files in use there are thousands at most, and each costs the model a row.
 UNUSED_IDS = 1_000_000
+BATCH_CHARACTERS = 1 << 18  # what the library returns takes about 30 bytes for each
+THREADS = "TOKENIZERS_PARALLELISM"
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -137,8 +140,21 @@ class HuggingFaceTokenizer:
     def encode_documents(self, documents: Sequence[str]) -> tuple[Ids, Lengths]:
         """Encode many documents, each closed by the end-of-document id."""
         if self._fast is None or any(holds(document, RESERVED) for document in documents):
-            return close_documents(map(self.encode, documents), self.eos_id, self._dtype)
+            return close_documents(self._encode_by_library(documents), self.eos_id, self._dtype)
         return self._fast.encode_documents(documents)
+
+    def _encode_by_library(self, documents: Sequence[str]) -> Iterator[Ids]:
+        """Yield what `encode` gives for each, sooner: where each token lies in the text is not worked out."""
+        for batch in _batches(documents):
+            for document in batch:
+                refuse_surrogates(self.kind, document)
+            with _one_thread(), _panics_refused(self._source):
+                encodings = self._reference.encode_batch_fast(batch, add_special_tokens=False)
+            for document, encoding in zip(batch, encodings, strict=True):
+                ids = encoding.ids
+                if not self._is_whole and self.eos_id in ids:
+                    self.encode(document)  # raises, and says what is lacking, and where
+                yield np.array(array("I", ids), self._dtype)  # numpy alone takes twice as long for a list
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text of ids."""
@@ -257,6 +273,36 @@ def _panics_refused(source: str) -> Iterator[None]:
 
 def _unreadable(source: str, reason: object) -> UserError:
     return UserError(f"{source}: not a tokenizer.json that `tokenizers` reads ({reason})")
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Group documents up to `BATCH_CHARACTERS`; a longer one is alone."""
+    batch, size = list[str](), 0
+    for document in documents:
+        if batch and size + len(document) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the library from dealing a batch out to all cores: `--workers` says how many are used.
+
+    It looks into the environment at each call, and has no other switch.
+    """
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[THREADS]
+        else:
+            os.environ[THREADS] = before
 
 
 def _train_merges(text: bytes, size: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
