@@ -76,6 +76,7 @@ def _summary(outcome: Outcome, out: Path | str) -> dict[str, Any]:
         "skipped": manifest.recipe.get("skipped", {}),
         "changed": manifest.recipe.get("changed", {}),
         "unknown_tokens": manifest.recipe.get("unknown_tokens", {}),
+        "not_given_back": manifest.recipe.get("not_given_back"),
         "used_in_place": sorted({file.path for file in manifest.outside()}),
         "fingerprint": manifest.fingerprint(),
         "fit_seconds": round(outcome.fit_seconds, 3),

@@ -182,13 +182,19 @@ class _Parts:
 
         def make(folder: Path) -> None:
             division = divide(files, options, folder, self._show)
-            tokenizer = fit_into(folder, files, division, options)
+            tokenizer, changed = fit_into(folder, files, division, options)
+            if changed:
+                self._say(
+                    f"{options.tokenizer}: this tokenizer does not give the text back exactly: {changed[0]!r} comes"
+                    f" back as {changed[1]!r}; if that is not meant, take another"
+                )
             plan = Plan(
                 llmtrain=__version__,
                 request=self._request,
                 split_by=division.splitter.by,
                 tokenizer=tokenizer,
                 duplicates=describe(folder / DUPLICATES) if options.dedup else None,
+                not_given_back=changed,
                 stretches=self._stretches(division.reading, count),
             )
             (folder / PLAN).write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -302,7 +308,10 @@ class _Parts:
         (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
         for file in plan.tokenizer.files:  # checked when the plan was read
             shutil.copyfile(self.folder.plan / file.path, folder / file.path)
-        write_manifest(folder, encoded, plan.tokenizer, plan.split_by, request=self._request, left_out=self._left_out)
+        write_manifest(
+            folder, encoded, plan.tokenizer, plan.split_by,
+            request=self._request, left_out=self._left_out, not_given_back=plan.not_given_back,
+        )  # fmt: skip
 
     def _publish(self, made: bool) -> Outcome:
         """Make what is joined OUT, and remove all else."""

@@ -69,6 +69,7 @@ class Plan(BaseModel):
     split_by: Literal["document", "tail"]
     tokenizer: TokenizerInfo
     duplicates: FileInfo | None = None
+    not_given_back: tuple[str, str] | None = None
     stretches: tuple[Stretch, ...]
 
     @property

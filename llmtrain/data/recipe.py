@@ -19,6 +19,7 @@ from llmtrain.data.fit import choose_splitter, fit
 from llmtrain.data.pieces import AS_USUAL, Pieces
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.refine import NO_CHANGE, NORMALIZED, Copies, Refinement
+from llmtrain.data.round_trip import first_change
 from llmtrain.data.select import Selection
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
 from llmtrain.data.tokenizer import Tokenizer, existing_digest, id_dtype, tokenizer_info
@@ -138,10 +139,17 @@ def divide(files: Sequence[SourceFile], options: Options, folder: Path, show_pro
     return Division(reading, splitter, options.augment, options.seed)
 
 
-def fit_into(folder: Path, files: Sequence[SourceFile], division: Division, options: Options) -> TokenizerInfo:
-    """Fit the tokenizer and save it in its folder in `folder`."""
+def fit_into(
+    folder: Path, files: Sequence[SourceFile], division: Division, options: Options
+) -> tuple[TokenizerInfo, tuple[str, str] | None]:
+    """Fit the tokenizer and save it in its folder in `folder`.
+
+    Returns:
+        What the manifest says of it, and of the input what does not come back from it, and as what (`first_change`).
+    """
     tokenizer = fit(files, division, options.tokenizer, options.vocab_size, options.pieces)
-    return save_tokenizer(folder, tokenizer)
+    documents = division.documents(cut_into_chunks(files, division.reading), "train")
+    return save_tokenizer(folder, tokenizer), first_change(tokenizer, documents)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> TokenizerInfo:
@@ -159,8 +167,18 @@ def write_manifest(
     *,
     request: dict[str, Any],
     left_out: Counter[str],
+    not_given_back: tuple[str, str] | None = None,
 ) -> Manifest:
-    """Write the manifest of a folder whose shards and tokenizer are there; `left_out` counts the files that were.
+    """Write the manifest of a folder whose shards and tokenizer are there.
+
+    Args:
+        folder: where they are.
+        encoded: what was written.
+        tokenizer: that of the ids.
+        split_by: how the validation part was set aside.
+        request: what was asked for.
+        left_out: counts the files that were.
+        not_given_back: of `first_change`.
 
     Raises:
         UserError: a split has no documents.
@@ -180,6 +198,7 @@ def write_manifest(
             name: [count.get(number, 0) for number in range(len(request["inputs"]))]
             for name, count in encoded.sources.items()
         },
+        **({"not_given_back": not_given_back} if not_given_back else {}),
         "request": request,
     }
     manifest = Manifest(dtype=id_dtype(tokenizer.vocab_size), tokenizer=tokenizer, splits=encoded.splits, recipe=recipe)
