@@ -261,6 +261,24 @@ def listed(names: Collection[str]) -> str:
     return f"{named}, … and {left:,} more" if left > 0 else named or "none"
 
 
+def require_utf8(text: str, what: str = "") -> None:
+    """Refuse a name that cannot be recorded: of a file it may hold any bytes, in JSON it may not.
+
+    Args:
+        text: as Python has it from the command line or a folder: a surrogate for each byte that is not UTF-8.
+        what: the flag that gave it, where it is no path.
+
+    Raises:
+        UserError: there is such a byte in it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        told = f"{what} {text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')}".strip()
+        what_to_do = "give it in UTF-8" if what else "rename it, or, where it is text, give the folder it lies in"
+        raise UserError(f"{told}: not UTF-8, so the manifest cannot name it; {what_to_do}") from None
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Say which known name was probably meant: `` (did you mean 'x'?)``, or list them all."""
     import difflib

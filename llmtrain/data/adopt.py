@@ -38,7 +38,7 @@ from llmtrain.data.staging import Say, staged_folder
 from llmtrain.data.token_files import TokenFile, find_token_files
 from llmtrain.data.tokenizer import FITTED_KINDS, Tokenizer, existing_digest, fit_tokenizer
 from llmtrain.data.tokenizer_none import NoTokenizer
-from llmtrain.errors import UserError
+from llmtrain.errors import UserError, require_utf8
 
 TEXT_FLAGS = {
     "--augment": "augment",
@@ -81,6 +81,9 @@ def adopt(options: Options, *, say: Say, show_progress: bool = False) -> Outcome
     train = train[: options.max_files]
     if val:
         check_unused(options, SPLIT_FLAGS, f"nothing is set aside, as {val[0].path} is for validation; leave it out")
+    options.check_names()
+    for file in train + val:
+        require_utf8(str(file.path))
     request = _request(options, train, val)
     if (existing := find_existing(options.out, request)) is not None:
         return Outcome(existing, already_prepared=True)

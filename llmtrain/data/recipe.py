@@ -23,7 +23,7 @@ from llmtrain.data.round_trip import first_change
 from llmtrain.data.select import Selection
 from llmtrain.data.shards import MANIFEST, TOKENIZER_FOLDER, Manifest, TokenDataset, TokenizerInfo
 from llmtrain.data.tokenizer import Tokenizer, existing_digest, id_dtype, tokenizer_info
-from llmtrain.errors import CorruptError, LlmtrainError, UserError
+from llmtrain.errors import CorruptError, LlmtrainError, UserError, require_utf8
 
 # To start a worker takes a core one to two seconds, in which it encodes 10 to 150 MB by itself, as the tokenizer is.
 BYTES_PER_WORKER = 64 << 20
@@ -62,8 +62,22 @@ class Options:
         """How documents are read; `duplicates` is what `find_duplicates` wrote of this input, if that was asked for."""
         return ReadOptions(self.text_field, self.skip_bad, self.refine, Copies(duplicates) if duplicates else None)
 
+    def check_names(self) -> None:
+        """Raise UserError where one that is recorded is not UTF-8."""
+        for source in (*self.inputs, *self.val_inputs):
+            require_utf8(source)
+        for flag, text in (("--tokenizer", self.tokenizer), ("--text-field", self.text_field)):
+            require_utf8(text, flag)
+        for pattern in self.selection.patterns:
+            require_utf8(pattern, "--include")
+
     def request(self, files: Sequence[SourceFile]) -> dict[str, Any]:
-        """Everything that decides what is written, as JSON values: equal requests give equal data."""
+        """Everything that decides what is written, as JSON values: equal requests give equal data.
+
+        Raises:
+            UserError: something the user typed cannot be written as JSON.
+        """
+        self.check_names()
         chosen = {
             "include": list(self.selection.patterns),
             "max_file_bytes": self.selection.max_bytes,
