@@ -38,6 +38,7 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
     add(
         "--input",
         action="append",
+        type=_source,
         metavar="SRC",
         help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, hf:NAME[:CONFIG] or"
         " hf:FOLDER (a Hugging Face dataset, streamed), or stdlib: this Python's own library (the"
@@ -113,6 +114,7 @@ def _add_split_flags(add: Callable[..., Any], default: Options) -> None:
     add(
         "--val-input",
         action="append",
+        type=_source,
         dest="val_inputs",
         metavar="SRC",
         help="token files for validation, in the place of --val-split; repeatable",
@@ -197,8 +199,17 @@ def _augmentations(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def _source(text: str) -> str:
+    if not text.strip():  # as a path the empty one is the current folder
+        raise argparse.ArgumentTypeError("names nothing (a shell variable that is not set?); '.' is the current folder")
+    return text
+
+
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:  # all files would be taken
+        raise argparse.ArgumentTypeError("names nothing (a shell variable that is not set?); leave it out")
+    return names
 
 
 def _part(text: str) -> tuple[int, int]:

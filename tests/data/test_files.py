@@ -55,3 +55,14 @@ def test_a_name_that_no_manifest_can_hold_is_one_clear_line(
 def test_a_file_of_any_name_is_read_of_its_folder(foreign: Path, tmp_path: Path, call: Call) -> None:
     code, _, err = call(main, "--input", f"{foreign}/*.txt", *PLAIN, "--out", tmp_path / "out")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("flag", ["--input", "--val-input", "--include", "--language"])
+def test_a_shell_variable_that_is_not_set_is_no_input_and_no_choice(
+    flag: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here.txt").write_text("text that nobody named " * 20)
+    monkeypatch.chdir(tmp_path)
+    for empty in ("", " "):
+        err = refused(call, "--tokenizer", "byte", flag, empty, out=tmp_path / "out")
+        assert f"argument {flag}: names nothing (a shell variable that is not set?)" in err
