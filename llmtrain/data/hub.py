@@ -119,9 +119,12 @@ def _open(source: str, revision: str | None) -> tuple[Any, Any]:
     if int(datasets.__version__.split(".")[0]) < OLDEST:
         raise UserError(f"{source}: datasets {datasets.__version__} is too old; pip install 'datasets>={OLDEST}'")
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is told once, in our own line
+    # What is wrong is told once, in our own line; `huggingface_hub` would tell of each of its attempts.
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     name, config, split = _parts(source)
-    with _told_in_one_line(source, "cannot be opened"):
+    taken_for = "" if Path(name).exists() else f"; {name} is no folder here, so taken for a dataset of the hub"
+    with _told_in_one_line(source, "cannot be opened", taken_for):
         builder = datasets.load_dataset_builder(name, config, revision=revision)
     if builder.name not in KINDS:
         raise UserError(f"{source}: a dataset of kind {builder.name}; only these are read: {', '.join(KINDS)}")
@@ -160,7 +163,7 @@ def _parts(source: str) -> tuple[str, str | None, str]:
 
 
 @contextmanager
-def _told_in_one_line(source: str, what: str) -> Iterator[None]:
+def _told_in_one_line(source: str, what: str, more: str = "") -> Iterator[None]:
     """Whatever `datasets` and the libraries below it raise (of many kinds) is about the dataset or the way to it."""
     try:
         yield
@@ -168,4 +171,4 @@ def _told_in_one_line(source: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source}: {what} ({shortened(said, 300)})") from error
+        raise UserError(f"{source}: {what} ({shortened(said, 300)}){more}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from llmtrain.data.recipe import Options
 from llmtrain.data.survey import survey
 from llmtrain.errors import UserError
 from llmtrain.prepare import main, prepare
-from tests.conftest import Call, is_one_clear_line
+from tests.conftest import Call, Command, is_one_clear_line
 from tests.data.inputs import content
 
 
@@ -182,6 +183,20 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path, call: Call) -> No
         assert f"{source}: {message}" in err, (source, err)
     assert not (tmp_path / "EXPLODED").exists() and not list(tmp_path.glob("out*"))
     assert next(text for _, text in read(f"hf:{folder}", text_field="body")).startswith("document 0")
+
+
+def test_a_name_that_the_hub_does_not_give_is_told_once_with_what_it_was_taken_for(
+    tmp_path: Path, llmtrain: Command
+) -> None:
+    pytest.importorskip("datasets")
+    done = llmtrain("prepare", "--input", "hf:some/set", "--out", "out")
+    assert done.returncode == 2 and is_one_clear_line(done.stderr), done.stderr
+    assert "; some/set is no folder here, so taken for a dataset of the hub" in done.stderr
+    # Without a network its attempts take half a minute, a warning each.
+    folder, _ = write_dataset(tmp_path / "set", "jsonl")
+    logging.getLogger("huggingface_hub").setLevel(logging.NOTSET)
+    find_files([f"hf:{folder}"])
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.ERROR)
 
 
 def test_without_the_package_one_line_says_what_to_install(
