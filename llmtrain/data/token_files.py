@@ -174,6 +174,8 @@ def _in_folder(folder: Path) -> list[Path] | None:
         return None
     for file in files:
         if file not in known:
+            if file.stat().st_size == 0:
+                raise UserError(f"{file}: the file is empty, beside {known[0].name}; make it again, or remove it")
             raise UserError(
                 f"{file}: neither a llm.c file nor one of Megatron (there is no {file.with_suffix('.idx').name}),"
                 f" beside {known[0].name}; name the files by --input"

@@ -376,6 +376,8 @@ def test_beside_token_files_of_a_known_format_no_other_is_passed_over(known: str
     other = llmc(tmp_path / "web/b.bin", ids_of(9), 20250101)
     message = refused(call, *flags)
     assert f"{other}: neither a llm.c file nor one of Megatron (there is no b.idx), beside a.bin" in message
+    other.write_bytes(b"")
+    assert f"{other}: the file is empty, beside a.bin; make it again, or remove it" in refused(call, *flags)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "web_000001.bin"])
