@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from llmtrain.data.hub import PREFIX, DatasetShard, find_shards
 from llmtrain.data.select import Selection
+from llmtrain.data.walk import Walked, matches, walk
 from llmtrain.errors import UserError
 
 _FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -58,36 +59,68 @@ def find_files(
     return find(inputs, max_files, selection).files
 
 
-def find(inputs: Sequence[str], max_files: int | None = None, selection: Selection = EVERYTHING) -> Found:
+def find(
+    inputs: Sequence[str],
+    max_files: int | None = None,
+    selection: Selection = EVERYTHING,
+    *,
+    skip_bad: bool = False,
+) -> Found:
     """List the files of the inputs, in the order of the inputs and sorted within each.
 
     Args:
         inputs: files, folders (all files below, hidden ones left out), globs, or `stdlib`.
         max_files: keep only the first so many.
         selection: of the files in folders and globs.
+        skip_bad: leave links that lead nowhere out.
 
     Raises:
-        UserError: an input does not exist, matches nothing, is empty or cannot be read.
+        UserError: an input does not exist, matches nothing, is empty or cannot be read, or a link leads nowhere.
     """
     left_out = Counter[str]()
     files = list[SourceFile]()
     for number, source in enumerate(inputs):
-        found, base = _files_of(source), _base_of(source)
-
-        def is_taken(file: SourceFile, base: Path = base) -> bool:
-            below = file.path.relative_to(base) if file.path.is_relative_to(base) else file.path
-            return file.named or selection.takes(below, file.is_text, file.bytes, left_out)
-
-        kept = [file for file in found if is_taken(file)]
+        found = _files_of(source)
+        left_out.update(found.left_out)
+        for link in found.dead_links:
+            if selection.takes(_below(link, source), False, 0, left_out):
+                left_out[_dead_link(link, skip_bad)] += 1
+        kept = [
+            file
+            for file in found.files
+            if file.named or selection.takes(_below(file.path, source), file.is_text, file.bytes, left_out)
+        ]
         if not kept:
-            reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
-            raise UserError(f"{source}: none of its {len(found):,} files is taken ({reasons})")
+            raise UserError(f"{source}: none of its {len(found.files):,} files is taken ({_told(left_out)})")
         files += [replace(file, source=number) for file in kept] if number else kept
     return Found(files[:max_files], left_out)
 
 
+def _told(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+
+
+def _dead_link(link: Path, skip_bad: bool) -> str:
+    """What a link that leads nowhere counts as; a file that is not there any more is missed, so it is refused."""
+    if not skip_bad:
+        raise UserError(f"{link}: {_nowhere(link)}; remove it, mend it, or leave such links out with --skip-bad")
+    return "links that lead nowhere"
+
+
+def _nowhere(link: Path) -> str:
+    if leads_in_circle(link):
+        return "a link that leads in a circle"
+    return f"a link to {link.readlink()}, which is not there"
+
+
+def _below(path: Path, source: str) -> Path:
+    """A path from the folder on below which the files of a source lie."""
+    base = _base_of(source)
+    return path.relative_to(base) if path.is_relative_to(base) else path
+
+
+@cache
 def _base_of(source: str) -> Path:
-    """The folder below which the files of a source lie."""
     if source == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
     return Path(*takewhile(lambda part: not glob.has_magic(part), Path(source).parts))
@@ -113,75 +146,54 @@ def leads_in_circle(path: Path) -> bool:
     return False
 
 
-def _files_of(source: str) -> list[SourceFile]:
+@dataclass(frozen=True)
+class _Listed:
+    """The files of one input, before any are chosen; see `Walked`."""
+
+    files: list[SourceFile]
+    dead_links: Sequence[Path] = ()
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def _files_of(source: str) -> _Listed:
     if source == "stdlib":
-        return _standard_library()
+        return _Listed(_standard_library())
     if source.startswith(PREFIX):
-        return [
+        return _Listed([
             SourceFile(Path(f"{source}#{number}"), True, "dataset", "", found.bytes, found.stamp, found.shard)
             for number, found in enumerate(find_shards(source))
-        ]
+        ])  # fmt: skip
     path = Path(source)
     if path.is_dir():
-        return _found(source, _walk(path), "a folder without files")
+        return _listed(source, walk(path), "a folder without files")
     if path.is_file():
         file = _describe(path, named=True)
         if file.bytes == 0:
             raise UserError(f"{source}: the file is empty")
-        return [file]
+        return _Listed([file])
     if glob.has_magic(source):
-        matches = map(Path, glob.iglob(source, recursive=True))  # noqa: PTH207 -- may be absolute
-        return _found(source, _once(match for match in matches if match.is_file()), "matches no file")
+        return _listed(source, matches(source), "matches no file")
     if leads_in_circle(path):
         raise UserError(f"{source}: a link that leads in a circle")
+    if path.is_symlink():
+        raise UserError(f"{source}: {_nowhere(path)}")
     raise UserError(f"{source}: {'not a file or folder' if path.exists() else 'no such file or folder'}")
 
 
-def _found(source: str, paths: list[Path], if_none: str) -> list[SourceFile]:
-    if not paths:
-        raise UserError(f"{source}: {if_none}")
-    return [_describe(path, named=False) for path in paths]
-
-
-def _once(matches: Iterable[Path]) -> list[Path]:
-    """Each file by one of its paths, sorted: the first of the shortest; links that lead in circles make longer ones."""
-    paths = dict[Path, Path]()
-    for path in sorted(matches, key=lambda path: (len(path.parts), path)):
-        paths.setdefault(path.resolve(), path)
-    return sorted(paths.values())
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted by path; hidden files and folders are left out, as a glob leaves them out.
-
-    Links to folders are followed, but each folder is taken once, by its own path where it has one: links may lead in
-    circles, and text that comes twice would be trained on twice.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    paths, seen, waiting = list[Path](), set[Path](), [folder]
-    while waiting:
-        links = []
-        for start in sorted(waiting):
-            for parent, folders, names in os.walk(start, onerror=refuse):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                if (real := Path(parent).resolve()) in seen:
-                    folders.clear()
-                    continue
-                seen.add(real)
-                links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-                paths += [Path(parent, name) for name in names if not name.startswith(".")]
-        waiting = links
-    return sorted(path for path in paths if path.is_file())
+def _listed(source: str, walked: Walked, if_none: str) -> _Listed:
+    if not walked.files and not walked.dead_links:
+        but = f" (left out: {_told(walked.left_out)})" if walked.left_out else ""
+        raise UserError(f"{source}: {if_none}{but}")
+    return _Listed([_describe(path, named=False) for path in walked.files], walked.dead_links, walked.left_out)
 
 
 def _standard_library() -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    modules = [path for path in _walk(root) if path.suffix == ".py"]
+    modules = [path for path in walk(root).files if path.suffix == ".py"]
     kept = [path for path in modules if not NOT_LIBRARY & set(path.relative_to(root).parts)]
-    return _found("stdlib", kept, f"this Python has no library sources in {root}")
+    if not kept:
+        raise UserError(f"stdlib: this Python has no library sources in {root}")
+    return [_describe(path, named=False) for path in kept]
 
 
 def _describe(path: Path, named: bool) -> SourceFile:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +22,13 @@ def refused(call: Call, *arguments: object, out: Path) -> str:
     assert code == 2 and said == "" and is_one_clear_line(err), err
     assert not list(out.parent.glob(f"{out.name}*"))
     return err
+
+
+def prepared(call: Call, *arguments: object, out: Path) -> dict[str, Any]:
+    """Prepare what is to be taken; return the summary."""
+    code, said, err = call(main, *arguments, *PLAIN, "--out", out)
+    assert code == 0, err
+    return cast(dict[str, Any], json.loads(said))
 
 
 @pytest.fixture
@@ -53,8 +63,8 @@ def test_a_name_that_no_manifest_can_hold_is_one_clear_line(
 
 
 def test_a_file_of_any_name_is_read_of_its_folder(foreign: Path, tmp_path: Path, call: Call) -> None:
-    code, _, err = call(main, "--input", f"{foreign}/*.txt", *PLAIN, "--out", tmp_path / "out")
-    assert code == 0, err
+    splits = prepared(call, "--input", f"{foreign}/*.txt", out=tmp_path / "out")["splits"]
+    assert splits["train"]["documents"] == 1
 
 
 @pytest.mark.parametrize("flag", ["--input", "--val-input", "--include", "--language"])
@@ -66,3 +76,61 @@ def test_a_shell_variable_that_is_not_set_is_no_input_and_no_choice(
     for empty in ("", " "):
         err = refused(call, "--tokenizer", "byte", flag, empty, out=tmp_path / "out")
         assert f"argument {flag}: names nothing (a shell variable that is not set?)" in err
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder with two texts, one of them deeper."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("some text " * 20)
+    (folder / "deep/b.md").write_text("other text " * 20)
+    return folder
+
+
+def test_whatever_a_walk_leaves_out_is_counted(texts: Path, tmp_path: Path, call: Call) -> None:
+    (texts / ".git").mkdir()
+    (texts / ".git/config").write_text("hidden")
+    for name in (".one", "deep/.two"):
+        (texts / name).write_text("hidden")
+    os.mkfifo(texts / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(texts / "deep/socket"))
+        skipped = prepared(call, "--input", texts, out=tmp_path / "out")["skipped"]
+    assert skipped == {"hidden files": 2, "hidden folders": 1, "special files": 2}
+    recipe = json.loads((tmp_path / "out/manifest.json").read_text())["recipe"]
+    assert recipe["skipped"] == skipped
+    assert prepared(call, "--input", f"{texts}/*", out=tmp_path / "glob")["skipped"] == {"special files": 1}
+
+
+@pytest.mark.parametrize("target", ["nowhere", "../texts/gone.txt"])
+def test_a_link_that_leads_nowhere_is_refused_or_counted(target: str, texts: Path, tmp_path: Path, call: Call) -> None:
+    """As among token files: what is not there any more would be missed, and nobody would see it."""
+    link = texts / "gone.txt"
+    link.symlink_to(target)
+    nowhere = "a link that leads in a circle" if "gone" in target else "a link to nowhere, which is not there"
+    for source in (texts, f"{texts}/*.txt"):
+        err = refused(call, "--input", source, *PLAIN, out=tmp_path / "out")
+        assert f"{link}: {nowhere}; remove it, mend it, or leave such links out with --skip-bad" in err
+    assert f"{link}: {nowhere}" in refused(call, "--input", link, *PLAIN, out=tmp_path / "out")
+    skipped = prepared(call, "--input", texts, "--skip-bad", out=tmp_path / "skipped")["skipped"]
+    assert skipped == {"links that lead nowhere": 1}
+    # One that would not be read is not missed.
+    skipped = prepared(call, "--input", texts, "--include", "*.md", out=tmp_path / "others")["skipped"]
+    assert skipped == {"files of other names": 2}
+
+
+def test_what_a_glob_meets_again_around_a_circle_is_counted_once(texts: Path, tmp_path: Path, call: Call) -> None:
+    (texts / "deep/up").symlink_to(texts)
+    (texts / "gone").symlink_to("nowhere")
+    os.mkfifo(texts / "deep/pipe")
+    summary = prepared(call, "--input", f"{texts}/**/*", "--skip-bad", out=tmp_path / "out")
+    assert summary["splits"]["train"]["documents"] == 2
+    assert summary["skipped"] == {"links that lead nowhere": 1, "special files": 1}
+
+
+def test_a_folder_of_which_nothing_can_be_taken_says_what_was_left_out(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/.hidden").write_text("text")
+    err = refused(call, "--input", tmp_path / "in", *PLAIN, out=tmp_path / "out")
+    assert "a folder without files (left out: 1 hidden files)" in err

@@ -73,6 +73,7 @@ def test_files_and_documents_are_taken_as_asked_and_the_rest_is_counted(
         "documents under --min-chars": 1,
         "files of other names": 1,
         "files over --max-file-bytes": 1,
+        "hidden folders": 1,
     }
     assert summary["changed"] == {"normalized documents": 1}
     texts = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
@@ -257,7 +258,7 @@ def test_a_file_that_was_named_is_taken_whatever_it_is_called(project: Path) -> 
 
 def refusals() -> Iterator[tuple[list[str], str]]:
     yield ["--language", "pyhton"], "--language pyhton: did you mean 'python'?"
-    yield ["--include", "*.cobol"], "none of its 67 files is taken (67 files of other names)"
+    yield ["--include", "*.cobol"], "none of its 67 files is taken (1 hidden folders, 67 files of other names)"
     yield ["--filter", "leters"], "--filter leters: no filter 'leters'; did you mean 'letters'?"
     yield ["--filter", "letters=many"], "--filter letters=many: 'many' is no number"
     yield ["--min-chars", "9", "--max-chars", "8"], "--min-chars 9 is over --max-chars 8"
