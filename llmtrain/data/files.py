@@ -16,7 +16,7 @@ from typing import Literal
 
 from llmtrain.data.hub import PREFIX, DatasetShard, find_shards
 from llmtrain.data.select import Selection
-from llmtrain.data.walk import Walked, matches, walk
+from llmtrain.data.walk import Walked, is_prepared, made_for, matches, walk
 from llmtrain.errors import UserError
 
 _FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -65,6 +65,7 @@ def find(
     selection: Selection = EVERYTHING,
     *,
     skip_bad: bool = False,
+    out: Path | None = None,
 ) -> Found:
     """List the files of the inputs, in the order of the inputs and sorted within each.
 
@@ -73,6 +74,7 @@ def find(
         max_files: keep only the first so many.
         selection: of the files in folders and globs.
         skip_bad: leave links that lead nowhere out.
+        out: what is made of it, and is no part of it.
 
     Raises:
         UserError: an input does not exist, matches nothing, is empty or cannot be read, or a link leads nowhere.
@@ -80,7 +82,7 @@ def find(
     left_out = Counter[str]()
     files = list[SourceFile]()
     for number, source in enumerate(inputs):
-        found = _files_of(source)
+        found = _files_of(source, made_for(out))
         left_out.update(found.left_out)
         for link in found.dead_links:
             if selection.takes(_below(link, source), False, 0, left_out):
@@ -155,7 +157,7 @@ class _Listed:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def _files_of(source: str) -> _Listed:
+def _files_of(source: str, own: Iterable[Path]) -> _Listed:
     if source == "stdlib":
         return _Listed(_standard_library())
     if source.startswith(PREFIX):
@@ -164,15 +166,17 @@ def _files_of(source: str) -> _Listed:
             for number, found in enumerate(find_shards(source))
         ])  # fmt: skip
     path = Path(source)
+    if is_prepared(path) or is_prepared(_base_of(source)):
+        raise UserError(f"{source}: holds data that was prepared, not text; llmtrain train takes it as data.path")
     if path.is_dir():
-        return _listed(source, walk(path), "a folder without files")
+        return _listed(source, walk(path, own), "a folder without files")
     if path.is_file():
         file = _describe(path, named=True)
         if file.bytes == 0:
             raise UserError(f"{source}: the file is empty")
         return _Listed([file])
     if glob.has_magic(source):
-        return _listed(source, matches(source), "matches no file")
+        return _listed(source, matches(source, _base_of(source), own), "matches no file")
     if leads_in_circle(path):
         raise UserError(f"{source}: a link that leads in a circle")
     if path.is_symlink():

@@ -56,7 +56,7 @@ class Options:
 
     def find(self) -> Found:
         """The files of the input."""
-        return find(self.inputs, self.max_files, self.selection, skip_bad=self.skip_bad)
+        return find(self.inputs, self.max_files, self.selection, skip_bad=self.skip_bad, out=self.out)
 
     def reading(self, duplicates: Path | None = None) -> ReadOptions:
         """How documents are read; `duplicates` is what `find_duplicates` wrote of this input, if that was asked for."""

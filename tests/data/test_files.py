@@ -134,3 +134,32 @@ def test_a_folder_of_which_nothing_can_be_taken_says_what_was_left_out(tmp_path:
     (tmp_path / "in/.hidden").write_text("text")
     err = refused(call, "--input", tmp_path / "in", *PLAIN, out=tmp_path / "out")
     assert "a folder without files (left out: 1 hidden files)" in err
+
+
+def test_prepared_data_below_an_input_is_no_input(texts: Path, tmp_path: Path, call: Call) -> None:
+    """A manifest and a tokenizer are text; that of an earlier run was trained on, and made the same command another."""
+    first = texts / "data/first"
+    whole = prepared(call, "--input", texts, out=first)
+    again = prepared(call, "--input", texts, out=first)
+    assert again["already_prepared"] and again["fingerprint"] == whole["fingerprint"] and whole["skipped"] == {}
+    for number, source in enumerate((texts, f"{texts}/**/*")):
+        other = prepared(call, "--input", source, out=texts / f"data/more/{number}")
+        assert other["fingerprint"] == whole["fingerprint"]
+        assert other["skipped"] == {"folders of prepared data": 1 + number}
+    for source in (first, f"{first}/**/*.json"):
+        err = refused(call, "--input", source, *PLAIN, out=tmp_path / "out")
+        assert f"{source}: holds data that was prepared, not text; llmtrain train takes it as data.path" in err
+    (texts / "web").mkdir()
+    (texts / "web/manifest.json").write_text('{"name": "an app"}')
+    assert prepared(call, "--input", texts, out=tmp_path / "out")["splits"]["train"]["documents"] == 3
+
+
+def test_unfinished_data_below_an_input_is_no_input(texts: Path, tmp_path: Path, call: Call) -> None:
+    flags = ("--input", texts, *PLAIN, "--out", texts / "data/first")
+    assert call(main, *flags, "--part", "2/2")[0] == 0
+    assert (texts / "data/first.parts/plan/plan.json").is_file()
+    other = prepared(call, "--input", texts, out=tmp_path / "other")
+    assert other["skipped"] == {"folders of prepared data": 1}
+    code, out, err = call(main, *flags, "--part", "1/2")
+    assert code == 0, err
+    assert json.loads(out)["fingerprint"] == other["fingerprint"] and json.loads(out)["skipped"] == {}
