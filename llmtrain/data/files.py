@@ -37,6 +37,7 @@ class SourceFile:
     modified_ns: int
     dataset: DatasetShard | None = None  # what it is part of, where it is no file of its own
     source: int = 0  # the number of the input that it is from
+    identity: tuple[int, int] | None = None  # device and inode, of a file of its own: the same by whatever name
 
     @property
     def is_text(self) -> bool:
@@ -77,7 +78,8 @@ def find(
         out: what is made of it, and is no part of it.
 
     Raises:
-        UserError: an input does not exist, matches nothing, is empty or cannot be read, or a link leads nowhere.
+        UserError: an input does not exist, matches nothing, is empty or cannot be read; a link leads nowhere; or two
+            inputs have a file in common.
     """
     left_out = Counter[str]()
     files = list[SourceFile]()
@@ -95,7 +97,34 @@ def find(
         if not kept:
             raise UserError(f"{source}: none of its {len(found.files):,} files is taken ({_told(left_out)})")
         files += [replace(file, source=number) for file in kept] if number else kept
+    _refuse_twice(files[:max_files], inputs)
     return Found(files[:max_files], left_out)
+
+
+def _refuse_twice(files: Sequence[SourceFile], inputs: Sequence[str]) -> None:
+    """Refuse a file that two inputs reach, by whatever names: it would be trained on twice, and be validated on.
+
+    Within one input there may be links; nobody names it to have a file twice.
+    """
+    if len(inputs) == 1:
+        return
+    first = dict[object, SourceFile]()
+    for file in files:
+        other = first.setdefault(file.identity or file.path, file)
+        # Some file systems give a number of a file again, so two that have it are looked at once more.
+        if other.source != file.source and _are_same(file, other):
+            also = "" if other.path == file.path else f" (as {other.path})"
+            raise UserError(
+                f"{file.path}: is taken by --input {inputs[other.source]}{also} and by --input {inputs[file.source]};"
+                " name each file once (to train on some text more often, prepare it by itself and mix by data.sources)"
+            )
+
+
+def _are_same(file: SourceFile, other: SourceFile) -> bool:
+    try:
+        return file.dataset is not None or file.path.samefile(other.path)
+    except OSError:  # removed just now, which is told by whoever reads it
+        return False
 
 
 def _told(left_out: Mapping[str, int]) -> str:
@@ -207,4 +236,12 @@ def _describe(path: Path, named: bool) -> SourceFile:
         status = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return SourceFile(path, named, _FORMATS.get(inner.suffix, "text"), compression, status.st_size, status.st_mtime_ns)
+    return SourceFile(
+        path,
+        named,
+        _FORMATS.get(inner.suffix, "text"),
+        compression,
+        status.st_size,
+        status.st_mtime_ns,
+        identity=(status.st_dev, status.st_ino),
+    )

@@ -163,3 +163,23 @@ def test_unfinished_data_below_an_input_is_no_input(texts: Path, tmp_path: Path,
     code, out, err = call(main, *flags, "--part", "1/2")
     assert code == 0, err
     assert json.loads(out)["fingerprint"] == other["fingerprint"] and json.loads(out)["skipped"] == {}
+
+
+def test_a_file_that_two_inputs_reach_is_refused(texts: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "alias").symlink_to(texts)
+    os.link(texts / "a.txt", tmp_path / "hard.txt")
+    for first, second, taken in (
+        (f"{texts}/*.txt", texts, texts / "a.txt"),
+        (texts, texts / "deep", texts / "deep/b.md"),
+        (texts / "a.txt", texts / "a.txt", texts / "a.txt"),
+        (texts, tmp_path / "alias/deep", tmp_path / "alias/deep/b.md"),
+        (texts, tmp_path / "hard.txt", tmp_path / "hard.txt"),
+    ):
+        err = refused(call, "--input", first, "--input", second, *PLAIN, out=tmp_path / "out")
+        assert (
+            f"{taken}: is taken by --input {first}" in err and f" and by --input {second}; name each file once" in err
+        )
+    # What is not taken is not taken twice, nor are files of the same text the same.
+    (tmp_path / "copy.txt").write_bytes((texts / "a.txt").read_bytes())
+    inputs = ("--input", texts, "--input", texts / "a.txt", "--input", tmp_path / "copy.txt")
+    assert prepared(call, *inputs, "--include", "*.md", out=tmp_path / "out")["splits"]["train"]["documents"] == 3
