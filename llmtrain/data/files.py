@@ -19,7 +19,7 @@ from llmtrain.data.select import Selection
 from llmtrain.data.walk import Walked, is_prepared, made_for, matches, walk
 from llmtrain.errors import UserError
 
-_FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
+_FORMATS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _COMPRESSIONS: dict[str, Literal["", ".gz", ".zst"]] = {".gz": ".gz", ".zst": ".zst"}
 EVERYTHING = Selection()
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -168,6 +168,13 @@ def digest_of(entries: Iterable[tuple[Path, int, int]]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def suffixes(path: Path) -> tuple[str, Literal["", ".gz", ".zst"]]:
+    """What a file's name says it holds (`.jsonl`) and how it is compressed, whatever the case of its letters."""
+    if compression := _COMPRESSIONS.get(path.suffix.lower(), ""):
+        path = path.with_suffix("")
+    return path.suffix.lower(), compression
+
+
 def leads_in_circle(path: Path) -> bool:
     """Whether a path goes through links that lead back to themselves."""
     try:
@@ -230,8 +237,7 @@ def _standard_library() -> list[SourceFile]:
 
 
 def _describe(path: Path, named: bool) -> SourceFile:
-    compression = _COMPRESSIONS.get(path.suffix, "")
-    inner = path.with_suffix("") if compression else path
+    inner, compression = suffixes(path)
     try:
         status = path.stat()
     except OSError as error:
@@ -239,7 +245,7 @@ def _describe(path: Path, named: bool) -> SourceFile:
     return SourceFile(
         path,
         named,
-        _FORMATS.get(inner.suffix, "text"),
+        _FORMATS.get(inner, "text"),
         compression,
         status.st_size,
         status.st_mtime_ns,

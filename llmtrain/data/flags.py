@@ -40,8 +40,8 @@ def _add_source_flags(add: Callable[..., Any], default: Options) -> None:
         action="append",
         type=_source,
         metavar="SRC",
-        help="a file, a folder, a glob (in quotes), *.jsonl or *.txt (also .gz, .zst), *.parquet, hf:NAME[:CONFIG] or"
-        " hf:FOLDER (a Hugging Face dataset, streamed), or stdlib: this Python's own library (the"
+        help="a file, a folder, a glob (in quotes), *.jsonl, *.ndjson or *.txt (also .gz, .zst), *.parquet,"
+        " hf:NAME[:CONFIG] or hf:FOLDER (a Hugging Face dataset, streamed), or stdlib: this Python's own library (the"
         " default); or token files, which are used in place: .bin of nanoGPT or llm.c, .bin"
         " with .idx of Megatron, or a folder of such; repeatable",
     )

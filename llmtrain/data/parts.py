@@ -21,6 +21,7 @@ from llmtrain.data.dedup import DUPLICATES
 from llmtrain.data.encode import Division, Encoded, encode_to_shards
 from llmtrain.data.join import join_parts, needed
 from llmtrain.data.journal import JoinJournal, Journal, chunks_done, copied
+from llmtrain.data.json_text import look_at_json
 from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
@@ -181,6 +182,8 @@ class _Parts:
         options, files = self._options, self._files
 
         def make(folder: Path) -> None:
+            if line := look_at_json(files, options.text_field, asked_for=bool(options.selection.patterns)):
+                self._say(line)
             division = divide(files, options, folder, self._show)
             tokenizer, changed = fit_into(folder, files, division, options)
             if changed:

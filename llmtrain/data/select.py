@@ -66,7 +66,7 @@ class Selection:
         """Whether a file is taken; counts what is not. A name is matched with and without `.gz` or `.zst`."""
         if self.patterns:
             names = [str(path), path.name]
-            names += [name.removesuffix(path.suffix) for name in names if path.suffix in (".gz", ".zst")]
+            names += [name.removesuffix(path.suffix) for name in names if path.suffix.lower() in (".gz", ".zst")]
             if not any(_matches(name, pattern) for name in names for pattern in self.patterns):
                 left_out["files of other names"] += 1
                 return False

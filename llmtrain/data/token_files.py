@@ -32,7 +32,7 @@ MEGATRON_NAME = re.compile(r"_document$")  # as its preprocess_data.py ends ever
 # As nanoGPT (val.bin) and llm.c (fineweb_val_000000.bin) call it.
 VALIDATION_NAME = re.compile(r"(^|[_.-])(val|valid|validation)($|[_.-])")
 TEST_NAME = re.compile(r"(^|[_.-])test")
-TEXT_NAME = re.compile(r"\.((txt|jsonl)(\.gz|\.zst)?|parquet)$")
+TEXT_NAME = re.compile(r"\.((txt|jsonl|ndjson)(\.gz|\.zst)?|parquet)$", re.IGNORECASE)
 NANOGPT_TEXT = "input.txt"  # which its prepare.py leaves beside the train.bin made of it
 
 

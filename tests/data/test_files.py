@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from llmtrain.prepare import main
 from tests.conftest import Call, is_one_clear_line
@@ -183,3 +187,72 @@ def test_a_file_that_two_inputs_reach_is_refused(texts: Path, tmp_path: Path, ca
     (tmp_path / "copy.txt").write_bytes((texts / "a.txt").read_bytes())
     inputs = ("--input", texts, "--input", texts / "a.txt", "--input", tmp_path / "copy.txt")
     assert prepared(call, *inputs, "--include", "*.md", out=tmp_path / "out")["splits"]["train"]["documents"] == 3
+
+
+RECORDS = "".join(json.dumps({"text": f"document {number}", "id": number}) + "\n" for number in range(9)).encode()
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "U.JSONL", "x.NdJson.gz", "U.JSONL.GZ", "x.jsonl.ZST", "x.ndjson.zst"])
+def test_what_a_name_says_does_not_depend_on_its_case(name: str, tmp_path: Path, call: Call) -> None:
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(name.lower()[name.rindex(".") :], bytes)
+    (tmp_path / name).write_bytes(pack(RECORDS))
+    assert prepared(call, "--input", tmp_path / name, out=tmp_path / "out")["splits"]["train"]["documents"] == 9
+
+
+def test_a_table_and_a_packed_text_of_capital_letters_are_read(tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "U.TXT.GZ").write_bytes(gzip.compress(b"some text"))
+    parquet.write_table(pa.table({"text": ["one", "two"]}), folder / "T.PARQUET")
+    summary = prepared(call, "--input", folder, "--include", "*.TXT,*.PARQUET", out=tmp_path / "out")
+    assert summary["splits"]["train"]["documents"] == 3 and summary["skipped"] == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (RECORDS, "its lines are JSON records"),
+        (
+            b"\xef\xbb\xbf\n" + RECORDS.replace(b"text", b"body").replace(b"\n", b"\r\n\r\n"),
+            "its lines are JSON records",
+        ),
+        (b'{"text": "one"}', "its first line is a record with a field 'text'"),
+        (b'[\n {\n  "id": 1,\n  "text": "one"\n },\n', "a list of records with a field 'text'"),
+    ],
+)
+def test_records_in_a_json_file_are_not_trained_on_with_their_brackets(
+    content: bytes, told: str, texts: Path, tmp_path: Path, call: Call
+) -> None:
+    plain, packed = texts / "c4.json", texts / "deep/c4.json.gz"
+    plain.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    for source, first in ((plain, plain), (packed, packed), (texts, plain), (f"{texts}/**/*.json.gz", packed)):
+        err = refused(call, "--input", source, *PLAIN, out=tmp_path / "out")
+        assert f"{first}: {told}, and a .json file is read as plain text" in err
+    for part in ("1/2", "2/2"):
+        code, _, err = call(main, "--input", texts, *PLAIN, "--part", part, "--out", tmp_path / "parts")
+        assert code == 2 and is_one_clear_line(err) and f"{plain}: {told}" in err
+    # Whoever asks for it has it, and without a word.
+    for number, flags in enumerate((("--include", "*"), ("--language", "json,markdown"))):
+        code, out, err = call(main, "--input", texts, *flags, *PLAIN, "--out", tmp_path / f"out{number}")
+        assert (code, err) == (0, "") and json.loads(out)["splits"]["train"]["documents"] == 4 - number
+
+
+def test_json_files_of_a_checkout_are_text_and_that_is_said_once(texts: Path, tmp_path: Path, call: Call) -> None:
+    source = {"package.json": '{\n "name": "x"\n}\n', "one-line.json": '{"strict": true}', "list.json": '[{"a": 1}]',
+              "broken.json": "[" * 100_000, "empty.json": ""}  # fmt: skip
+    for number, (name, text) in enumerate(source.items()):
+        folder = texts if number else texts / "deep"
+        (folder / name).write_text(text)
+    code, out, err = call(main, "--input", texts, *PLAIN, "--part", "1/2", "--out", tmp_path / "out")
+    assert code == 0 and is_one_line(err) and "llmtrain: 5 .json files are read as plain text" in err
+    code, out, err = call(main, "--input", texts, *PLAIN, "--part", "2/2", "--out", tmp_path / "out")
+    assert (code, err) == (0, "") and json.loads(out)["splits"]["train"]["documents"] == 6
+    for name, text in source.items():
+        if text:
+            (path,) = texts.rglob(name)
+            assert prepared(call, "--input", path, out=tmp_path / name)["splits"]["train"]["documents"] == 1
+
+
+def is_one_line(text: str) -> bool:
+    return text.endswith("\n") and text.count("\n") == 1

@@ -164,7 +164,7 @@ def test_of_a_folder_with_train_bin_nothing_else_is_trained_on(tmp_path: Path, c
     assert summary["used_in_place"] == [str(old), str(tmp_path / "owt/test.bin")]
 
 
-@pytest.mark.parametrize("name", ["books.jsonl", "books.jsonl.zst", "a.txt", "a.txt.gz", "part.parquet"])
+@pytest.mark.parametrize("name", ["books.jsonl", "books.NDJSON.zst", "a.txt", "a.txt.gz", "part.parquet"])
 def test_text_beside_token_files_in_a_folder_is_not_passed_over(name: str, tmp_path: Path, call: Call) -> None:
     megatron(tmp_path / "m/books_text_document.bin", [[[1, 2, 3]], [[4, 5]]])
     raw(tmp_path / "n/train.bin", ids_of(100))
