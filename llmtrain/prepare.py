@@ -21,6 +21,7 @@ from typing import Any
 from llmtrain.data.adopt import adopt
 from llmtrain.data.corpus import told
 from llmtrain.data.fetch import upload_data
+from llmtrain.data.filter_module import FLAG, FilterModule
 from llmtrain.data.filters import parse_filter
 from llmtrain.data.flags import parser
 from llmtrain.data.parts import PartOutcome, numbers_as_ranges, prepare_all, prepare_part
@@ -137,11 +138,15 @@ def _gather(flags: dict[str, Any]) -> None:
     """Put flags that belong together into the fields that `Options` has for them."""
     patterns = (*flags.pop("include"), *patterns_of(flags.pop("languages")))
     flags["selection"] = Selection(patterns, flags.pop("max_file_bytes"))
+    own = flags.pop("filter_module")
+    module = FilterModule.of(own) if own else None
     filters = tuple(parse_filter(text) for text in flags.pop("filters"))
+    if module and not {name for name, _ in filters} & set(module.names()):
+        raise UserError(f"{FLAG} {own}: none of its filters is used; --filter {module.names()[0]} uses one")
     form, least, most = (flags.pop(name) for name in ("normalize", "min_chars", "max_chars"))
     flags["pieces"] = Pieces(flags.pop("digits"), flags.pop("whitespace"))
     flags["pieces"].check(flags["tokenizer"])
-    flags["refine"] = Refinement(form, least, most, filters)
+    flags["refine"] = Refinement(form, least, most, filters, module)
 
 
 def main(argv: list[str]) -> None:

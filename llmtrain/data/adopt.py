@@ -46,7 +46,7 @@ TEXT_FLAGS = {
     "--skip-bad": "skip_bad",
     "--dedup": "dedup",
     "--include, --language, --max-file-bytes": "selection",
-    "--filter, --normalize, --min-chars, --max-chars": "refine",
+    "--filter, --filter-module, --normalize, --min-chars, --max-chars": "refine",
     "--digits, --whitespace": "pieces",
     "--seed": "seed",
     "--shard-tokens": "shard_tokens",

@@ -1,8 +1,8 @@
 """Quality filters: small functions that look at one document and say whether to keep it.
 
-To add one, write a function of (text, value) below and put its name, its default value and one line over it; it is then
-known to `prepare --filter NAME[=VALUE]`. It must be pure: its answer may depend on nothing but its arguments, or the
-result would depend on how the work is dealt out.
+To add one, write a function of (text, value) and put its name, its default value and one line over it, below or in a
+file of your own (`prepare --filter-module FILE`); it is then known to `prepare --filter NAME[=VALUE]`. It must be pure:
+its answer may depend on nothing but its arguments, or the result would depend on how the work is dealt out.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ CODE_POINTS = 0x110000
 
 @dataclass(frozen=True)
 class Filter:
-    """One filter: what it keeps, the value it has if none is given, and what the value means."""
+    """One filter: what it keeps, the value it has if none is given, what that means, and the file if it is a user's."""
 
     keeps: Keeps
     default: float
     about: str
+    file: str | None = None
 
 
 FILTERS: dict[str, Filter] = {}
@@ -86,8 +87,9 @@ def parse_filter(text: str) -> tuple[str, float]:
 
 def code_digest(names: Iterable[str]) -> str | None:
     """SHA-256 over the modules that filters are written in, helpers and all; None of no filter."""
-    modules = sorted({inspect.getfile(FILTERS[name].keeps) for name in names})
-    content = b"\0".join(Path(module).read_bytes() for module in modules)
+    modules = {FILTERS[name].file or inspect.getfile(FILTERS[name].keeps) for name in names}
+    # By what they hold, as on another machine they may lie elsewhere.
+    content = b"\0".join(sorted(Path(module).read_bytes() for module in modules))
     return hashlib.sha256(content).hexdigest() if modules else None
 
 

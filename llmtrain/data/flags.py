@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llmtrain.arguments import VerbParser, fraction, id_number, positive_int
@@ -144,6 +145,12 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
         default=[],
         metavar="NAME[=VALUE]",
         help=f"keep only documents of which this is true; repeatable. {known}",
+    )
+    add(
+        "--filter-module",
+        type=Path,
+        metavar="FILE",
+        help="a Python file with filters of your own for --filter; it is run (docs/data.md has one)",
     )
     add(
         "--dedup",

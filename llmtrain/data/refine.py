@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.data.filter_module import FilterModule
 from llmtrain.data.filters import FILTERS
 from llmtrain.errors import UserError
 
@@ -29,12 +30,14 @@ class Refinement:
         min_chars: shorter documents are left out.
         max_chars: longer documents are left out.
         filters: (name, value) of `filters.FILTERS`, in the order in which they look.
+        module: the user's file that some of them are in.
     """
 
     normalize: Form | None = None
     min_chars: int | None = None
     max_chars: int | None = None
     filters: tuple[tuple[str, float], ...] = ()
+    module: FilterModule | None = None
 
     def __post_init__(self) -> None:
         if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
@@ -57,10 +60,22 @@ class Refinement:
             return "documents under --min-chars"
         if self.max_chars is not None and len(text) > self.max_chars:
             return "documents over --max-chars"
+        if self.module is not None:
+            self.module.load()  # a worker has not yet
         for name, value in self.filters:
-            if not FILTERS[name].keeps(text, value):
+            if not self._keeps(name, text, value):
                 return f"documents by filter {name}"
         return None
+
+    def _keeps(self, name: str, text: str, value: float) -> bool:
+        try:
+            return FILTERS[name].keeps(text, value)
+        except Exception as error:
+            if self.module is None or FILTERS[name].file is None:
+                raise
+            raise UserError(
+                f"--filter {name}: fails on a document ({self.module.told(error)}): {text[:60]!r}"
+            ) from error
 
 
 NO_CHANGE = Refinement()
