@@ -14,6 +14,7 @@ the parts, one after another, hold what a single process writes, for which all i
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -112,7 +113,8 @@ class PartsFolder:
     """`OUT.parts`: where its things are, and reading them back, checked."""
 
     def __init__(self, out: Path):
-        self.path = out.resolve().with_name(f"{out.resolve().name}.parts")
+        real = Path(os.path.realpath(out))  # also of a link in a circle, which is told where OUT is looked at
+        self.path = real.with_name(f"{real.name}.parts")
         self.plan = self.path / "plan"
         self.joined = self.path / "joined"
         self.tokenizer = self.plan / TOKENIZER_FOLDER

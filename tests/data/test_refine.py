@@ -289,6 +289,8 @@ def test_links_that_lead_in_circles_are_one_clear_line_or_followed_once(tmp_path
     for source in ("a", "a/x.txt"):
         code, _, err = call(main, "--input", tmp_path / source, "--out", tmp_path / "out")
         assert code == 2 and is_one_clear_line(err) and "a link that leads in a circle" in err
+    code, _, err = call(main, "--input", tmp_path / "texts", "--out", tmp_path / "a")
+    assert code == 2 and is_one_clear_line(err) and f"{tmp_path / 'a'}: a link that leads in a circle" in err
     code, out, _ = call(
         main,
         "--input",
