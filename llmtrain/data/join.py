@@ -86,14 +86,21 @@ def join_parts(
         shards[place] = shard
         journal.add(*place, shard)
         report(shard.ids.bytes)
+    return _together(parts, totals, {place: shard for place, shard in shards.items() if shard})
+
+
+def _together(
+    parts: list[tuple[Path, Encoded]], totals: dict[str, int], shards: dict[tuple[str, int], ShardInfo]
+) -> Encoded:
+    """What all parts have come to: tokens by split, shards by split and number."""
     splits = {
         name: SplitInfo(
             tokens=totals[name],
             documents=sum(encoded.splits[name].documents for _, encoded in parts),
             text_bytes=sum(encoded.splits[name].text_bytes for _, encoded in parts),
-            shards=tuple(shard for (split, _), shard in shards.items() if shard and split == name),
+            shards=tuple(shard for (split, _), shard in shards.items() if split == name),
         )
-        for name in sources
+        for name in totals
     }
     for name, split in splits.items():
         for problem in split.contradictions():  # its ends, say, which are not checked against its ids

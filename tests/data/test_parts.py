@@ -135,7 +135,7 @@ def test_joined_shards_are_those_of_one_writer(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(join, "COPY_TOKENS", data.draw(st.integers(1, 20), "tokens copied at once"))
         joined = join.join_parts(
-            parts, "uint16", folder=folder / "joined", journal=JoinJournal(folder / "journal", folder, "", print),
+            parts, "uint16", folder=folder / "joined", journal=JoinJournal(folder / "journal", folder / "joined", "", print),
             shard_tokens=of_result, workers=1, report=lambda *_: None,
         )  # fmt: skip
     assert joined == expected
