@@ -134,12 +134,50 @@ def test_joined_shards_are_those_of_one_writer(tmp_path_factory, data):
     (folder / "joined").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(join, "COPY_TOKENS", data.draw(st.integers(1, 20), "tokens copied at once"))
+        journal = JoinJournal(folder / "journal", folder / "joined", "", print)
         joined = join.join_parts(
-            parts, "uint16", folder=folder / "joined", journal=JoinJournal(folder / "journal", folder / "joined", "", print),
-            shard_tokens=of_result, workers=1, report=lambda *_: None,
+            parts, "uint16", folder=folder / "joined", journal=journal, shard_tokens=of_result, workers=1,
+            report=lambda *_: None,
         )  # fmt: skip
     assert joined == expected
     assert content(folder / "joined") == content(expected_folder)
+
+
+def test_a_join_goes_on_without_the_parts_that_it_no_longer_needs_and_makes_a_damaged_shard_again(
+    texts, tmp_path, small_chunks, monkeypatch
+):
+    options = Options((str(texts),), tmp_path / "out", "byte", val_split=0, shard_tokens=3000, workers=1)
+    last = len(prepare(replace(options, out=tmp_path / "one")).manifest.splits["train"].shards) - 1
+    run_parts(options, [1, 2], 3)
+    copy = join._ShardCopier.__call__
+
+    def stopped_at_the_last(copier, item):
+        if item[1] == last:
+            raise KeyboardInterrupt
+        return copy(copier, item)
+
+    monkeypatch.setattr(join._ShardCopier, "__call__", stopped_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_part(options, 3, 3, say=print)
+    (left,) = (tmp_path / "out.parts").glob("joined.partial-*")
+    (left / "data" / "train-00001.bin").write_bytes(b"damaged")
+    made, read, told = list[int](), list[int](), list[str]()
+    read_part = PartsFolder.read_part
+
+    def reading(self, number, count, report=None):
+        read.extend([number] if report else [])
+        return read_part(self, number, count, report)
+
+    def copying(copier, item):
+        made.append(item[1])
+        return copy(copier, item)
+
+    monkeypatch.setattr(PartsFolder, "read_part", reading)
+    monkeypatch.setattr(join._ShardCopier, "__call__", copying)
+    prepare_part(options, None, None, say=told.append)
+    assert any(f"going on behind {last} joined shards" in line for line in told)
+    assert made == [1, last] and read == [1, 3]
+    assert content(tmp_path / "out") == content(tmp_path / "one")
 
 
 @given(sizes=st.lists(st.integers(0, 50), max_size=40), parts=st.integers(1, 12))
