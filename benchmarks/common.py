@@ -74,7 +74,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def commit() -> str | None:
     """Of the checkout that was measured, with `+` where files differ from it; None: it is no checkout."""
     git = ["git", "-C", str(ROOT)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
     if found.returncode:
         return None
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout

@@ -100,9 +100,9 @@ class Assembly:
         counted. Windows cut at the ends of documents and at their own.
         """
         length = float(self.train.seq_len)
-        if isinstance(self.train, PackedWindows):
+        if causal and isinstance(self.train, PackedWindows):
             length = self.train.targets / self.train.pieces
-        elif self.config.data.document_mask:
+        elif causal and self.config.data.document_mask:
             length = self.data.mean_piece(self.train.seq_len)
         return flops_per_token(self.config.model, length, causal=causal)
 

@@ -153,7 +153,8 @@ class JoinJournal:
         path.touch()
         found = copied(path, plan_sha256)
         if found:
-            say(f"going on behind {len(found):,} joined shards in {folder}; first the hashes are compared")
+            joined = f"{len(found):,} joined shard{'s' if len(found) > 1 else ''}"
+            say(f"going on behind {joined} in {folder}; first the hashes are compared")
         self.whole = {(line.split, line.number): line.shard for line in found if self._is_whole(line.shard)}
         kept = [self._line(*place, shard) for place, shard in self.whole.items()]
         own = path.with_suffix(".tmp")

@@ -22,7 +22,7 @@ from llmtrain.data.encode import Division, Encoded, encode_to_shards
 from llmtrain.data.join import join_parts, needed
 from llmtrain.data.journal import JoinJournal, Journal, chunks_done, copied
 from llmtrain.data.json_text import look_at_json
-from llmtrain.data.plan import PART, PLAN, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
+from llmtrain.data.plan import PART, PLAN, READING, PartRecord, PartsFolder, Plan, Stretch, cut_evenly
 from llmtrain.data.progress_bar import progress_bar
 from llmtrain.data.recipe import (
     Options,
@@ -192,6 +192,7 @@ class _Parts:
                     f" back as {changed[1]!r}; if that is not meant, take another"
                 )
             plan = Plan(
+                reading=READING,
                 llmtrain=__version__,
                 request=self._request,
                 split_by=division.splitter.by,

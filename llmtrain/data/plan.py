@@ -50,6 +50,11 @@ CONTENT = {
 }
 
 
+# What files and tokenizers mean: one more whenever the same ones would give other ids, so that no shards of both kinds
+# are put together.
+READING = 2
+
+
 class Stretch(BaseModel):
     """What one part prepares: so many chunks from a position on; None: all."""
 
@@ -65,6 +70,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["llmtrain-parts"] = "llmtrain-parts"
     version: Literal[1] = 1
+    reading: int = 1  # `READING` of the process that made it
     llmtrain: str
     request: dict[str, Any]
     split_by: Literal["document", "tail"]
@@ -89,6 +95,10 @@ class Plan(BaseModel):
                     return f"{CONTENT[key]} was changed since"
                 flag = {"inputs": "input"}.get(key, key).replace("_", "-")
                 return f"it was begun with --{flag} {_plain(self.request.get(key))}, not {_plain(value)}"
+        if self.reading != READING:
+            return (
+                f"it was begun by a llmtrain that read the same files otherwise (reading {self.reading}, not {READING})"
+            )
         return None if llmtrain == self.llmtrain else f"it was begun by llmtrain {self.llmtrain}, this is {llmtrain}"
 
 

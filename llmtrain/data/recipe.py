@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from llmtrain.errors import CorruptError, LlmtrainError, UserError, require_utf8
 
 # To start a worker takes a core one to two seconds, in which it encodes 10 to 150 MB by itself, as the tokenizer is.
 BYTES_PER_WORKER = 64 << 20
+CHUNKS_TRIED = 16  # in which the beginnings of documents are looked for that a tokenizer is tried on
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def fit_into(
         What the manifest says of it, and of the input what does not come back from it, and as what (`first_change`).
     """
     tokenizer = fit(files, division, options.tokenizer, options.vocab_size, options.pieces)
-    documents = division.documents(cut_into_chunks(files, division.reading), "train")
+    chunks = islice(cut_into_chunks(files, division.reading), CHUNKS_TRIED)  # filters may leave nothing of them
+    documents = division.documents(chunks, "train")
     return save_tokenizer(folder, tokenizer), first_change(tokenizer, documents)
 
 

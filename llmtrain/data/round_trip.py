@@ -9,6 +9,7 @@ from llmtrain.data.tokenizer import KINDS, Tokenizer
 from llmtrain.errors import UserError
 
 DOCUMENTS, BEGINNING = 250, 2000  # so many, and characters of each, are tried: a tenth of a second or two
+MOST_READ = 1 << 24  # characters, after which no further document is read for it
 BEFORE, BEHIND = 10, 20  # characters that are shown around the first difference
 
 
@@ -24,7 +25,9 @@ def first_change(tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[str, s
     """
     if tokenizer.kind in KINDS:
         return None
-    for text in (document[:BEGINNING] for document in islice(documents, DOCUMENTS)):
+    read = 0
+    for document in islice(documents, DOCUMENTS):
+        text, read = document[:BEGINNING], read + len(document)
         if (back := _there_and_back(tokenizer, text)) is None:
             pairs = [(line, _there_and_back(tokenizer, line)) for line in text.splitlines(keepends=True)]
         else:
@@ -35,6 +38,8 @@ def first_change(tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[str, s
                 place = next((i for i, (one, other) in both if one != other), min(len(given), len(got)))
                 shown = slice(max(0, place - BEFORE), place + BEHIND)
                 return given[shown], got[shown]
+        if read > MOST_READ:
+            break
     return None
 
 

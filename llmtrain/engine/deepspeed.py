@@ -32,7 +32,7 @@ from llmtrain.engine.zero_gate import ZeroGate
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
 from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
-from llmtrain.model.memory import PREFETCH_BUCKET
+from llmtrain.model.memory import MOST_LIVE, PREFETCH_BUCKET
 from llmtrain.model.transformer import Block, Transformer
 from llmtrain.optim.optimizers import make_optimizer
 
@@ -109,11 +109,12 @@ class DeepSpeedEngine(Processes):
     def _gather_by_blocks(model: Transformer, zero: dict[str, Any]) -> None:
         """Have stage 3 gather a block at a time, around its forward pass and not within: so that can be compiled.
 
-        As long as one is computed, the next is fetched; DeepSpeed's own limit is less than a large one.
+        While one is computed the next is fetched, for which DeepSpeed's own limits are too low where blocks are large.
         """
         set_z3_leaf_modules(model, [Block])
         block = sum(vars(parameter)["ds_numel"] for parameter in model.blocks[0].parameters())
         zero.setdefault("stage3_prefetch_bucket_size", max(PREFETCH_BUCKET, block))
+        zero.setdefault("stage3_max_live_parameters", max(MOST_LIVE, 3 * block))
 
     def forward_backward(
         self, inputs_BS: Tensor, targets_BS: Tensor, *, global_targets: int, sync: bool, by_row: bool = False

@@ -30,7 +30,7 @@ def zero_config(
         UserError: the launch file decides what the run config decides, or asks for what there is not.
     """
     clip = 0.0 if clip_norm is None else clip_norm
-    zero = copy.deepcopy(launch["zero_optimization"])
+    zero = {key: value for key, value in copy.deepcopy(launch["zero_optimization"]).items() if value != "auto"}
     # DeepSpeed does not scale by it here, but adds up gradients on the host only where it is above one.
     accumulation = training.global_batch_size // (training.micro_batch_size * world_size)
     _refuse_contradictions(launch, training, clip, accumulation)

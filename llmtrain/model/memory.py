@@ -22,6 +22,7 @@ Offload = Literal["none", "optimizer", "parameters"]  # `parameters`: both, as l
 # would hold 2 GB of every GPU. The rest are its defaults (runtime/zero/config.py).
 REDUCE_BUCKET = 100_000_000
 PREFETCH_BUCKET = 50_000_000
+MOST_LIVE = 1_000_000_000
 REUSE_DISTANCE = 1_000_000_000
 
 

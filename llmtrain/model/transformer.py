@@ -159,6 +159,7 @@ class Block(nn.Module):
         self.ff_norm = make_norm(config)
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self._run: Callable[..., Tensor] = Block._whole
 
     def forward(
         self, x_BSD: Tensor, rotation: Tensor | None, cache: KVCache | None = None, mask: Mask | None = None
@@ -168,11 +169,12 @@ class Block(nn.Module):
         # up, on training too.
         if cache is not None:
             return self._forward(x_BSD, rotation, cache, mask)
-        return self._whole(x_BSD, rotation, mask)
+        return self._run(self, x_BSD, rotation, mask)
 
     def compile(self, *how: Any, **named: Any) -> None:
         """Compile what is done with whole sequences; hooks around the block are not compiled with it."""
-        self._whole = torch.compile(self._whole, *how, **named)  # type: ignore[method-assign]
+        # Not bound to this block: a copy of it has weights of its own.
+        self._run = torch.compile(Block._whole, *how, **named)
 
     def _whole(self, x_BSD: Tensor, rotation: Tensor | None, mask: Mask | None) -> Tensor:
         if not self.training or self.recomputed == "none":

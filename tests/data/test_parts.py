@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain import __version__
-from llmtrain.data import join, parts
+from llmtrain.data import join, parts, plan
 from llmtrain.data.corpus import BEGINNING, Position
 from llmtrain.data.encode import Encoded
 from llmtrain.data.journal import JoinJournal
@@ -249,6 +249,10 @@ def test_a_changed_tokenizer_file_and_another_llmtrain_are_refused(texts, tmp_pa
         patch.setattr(parts, "__version__", "9.0")
         code, _, err = call(main, *command(tmp_path, "--part", "2/2", *flags))
         assert code == 2 and f"it was begun by llmtrain {__version__}, this is 9.0" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "READING", 9)
+        code, _, err = call(main, *command(tmp_path, "--part", "2/2", *flags))
+        assert code == 2 and "it was begun by a llmtrain that read the same files otherwise" in err
     file.write_bytes(file.read_bytes() + b" ")
     code, _, err = call(main, *command(tmp_path, "--part", "2/2", *flags))
     assert code == 2 and "the tokenizer file was changed since" in err

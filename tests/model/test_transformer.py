@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -236,6 +237,20 @@ def test_a_compiled_block_keeps_what_selective_checkpointing_asks_for() -> None:
     products = 4 * config.layers * 2 * SEQ_LEN * of_a_token
     assert products <= selective - full < 1.3 * products
     assert selective < none
+
+
+@pytest.mark.slow
+def test_a_copy_of_what_is_compiled_computes_with_its_own_weights() -> None:
+    model = shake(build())
+    for block in model.blocks:
+        block.compile()
+    ids = torch.randint(101, (2, SEQ_LEN))
+    copied = copy.deepcopy(model)
+    assert copied(ids, ids) == model(ids, ids)
+    shake(copied)
+    assert copied(ids, ids) != model(ids, ids)
+    copied.load_state_dict(model.state_dict())
+    assert copied(ids, ids) == model(ids, ids)
 
 
 @pytest.mark.slow
