@@ -233,6 +233,7 @@ def test_ranks_share_the_writing_evenly(sizes: list[int], ranks: int) -> None:
 
 def test_a_compiled_block_is_one_graph_under_ddp_too(tmp_path: Any) -> None:
     """torch would cut it where DDP's buckets end: a block of this width is larger than the first."""
+    torch._dynamo.reset()  # what other tests have compiled counts towards a limit
     config = config_of("adamw", compile=True)
     model = Transformer(config.model.model_copy(update={"dim": 768, "ff_dim": 2048}), SEQ_LEN)
     model.init_weights()
