@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -155,7 +156,10 @@ class JoinJournal:
         if found:
             joined = f"{len(found):,} joined shard{'s' if len(found) > 1 else ''}"
             say(f"going on behind {joined} in {folder}; first the hashes are compared")
-        self.whole = {(line.split, line.number): line.shard for line in found if self._is_whole(line.shard)}
+        with ThreadPoolExecutor(max_workers=8) as pool:  # there may be terabytes
+            are_whole = list(pool.map(lambda line: self._is_whole(line.shard), found))
+        kept_lines = (line for line, is_whole in zip(found, are_whole, strict=True) if is_whole)
+        self.whole = {(line.split, line.number): line.shard for line in kept_lines}
         kept = [self._line(*place, shard) for place, shard in self.whole.items()]
         own = path.with_suffix(".tmp")
         own.unlink(missing_ok=True)
