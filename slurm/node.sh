@@ -58,7 +58,14 @@ awk -v node="$SLURMD_NODENAME" '
     /^Root Cause/ { found = 1 }
     found && $1 == "time" { time = $3 }
     found && $1 == "rank" { rank = $3 }
-    found && $1 == "exitcode" { print time, "rank", rank, "on node", node ", exit code", $3, $6; exit }
-' "$logs/launcher.log" > "$logs/failure"
+    found && $1 == "exitcode" { print time, "rank", rank, "on node", node ", exit code", $3 ($6 ? " " $6 : ""); exit }
+' "$logs/launcher.log" > "$logs/failure.tmp"
+mv "$logs/failure.tmp" "$logs/failure"
 (( code != 0 )) || code=$status
+# srun kills the other nodes as soon as this one is gone. Their ranks first get a moment to notice, and to say what they saw.
+for (( tries = 100; tries > 0; tries-- )); do
+    ended=("$LLMTRAIN_LOGS"/node-*/failure)
+    (( ${#ended[@]} < SLURM_NNODES )) || break
+    sleep 0.2
+done
 exit "$code"

@@ -79,18 +79,15 @@ def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
     job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
     ranks = site.training(job, "run")
     os.kill(ranks[1], signal.SIGKILL)
-    began = time.monotonic()
     failed = site.cluster.wait(job, timeout_s=60)
-    assert time.monotonic() - began < 30
     # Rank 0 is alive and says what it lost: that is its exit code 5.
     assert (failed.state, failed.exit_code, failed.restarts) == ("FAILED", 5, 0), site.log(job)
     last = site.log(job).splitlines()[-1]
     assert "first to fail:" in last
-    # Where the first node ends the job before the second one's launcher has noticed, its rank's own word remains.
-    lost = [line for line in site.log(job).splitlines() if "its process is gone" in line]
-    assert "rank 1 on node n2, exit code -9 (SIGKILL)" in last or (
-        "cannot go on" in lost[0] and "rank 1 on " in lost[0]
-    )
+    assert "rank 1 on node n2, exit code -9 (SIGKILL)" in last
+    lost = next(line for line in site.log(job).splitlines() if "its process is gone" in line)
+    assert "cannot go on" in lost
+    assert "rank 1 on " in lost
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), 10, "no process is left")
 
 
