@@ -1,7 +1,8 @@
-"""What learns fastest: the validation loss of one model by optimizer, learning rate, batch and schedule.
+"""What learns fastest: the validation loss of one model by optimizer, learning rate, batch, and anything that a config sets.
 
     python -m benchmarks.recipe --data DIR --tokens 2_000_000 [--model dim=128 layers=4 heads=4] [--seq-len 128]
-        [--batch 16 32] [--rates muon=0.01,0.02 adamw=0.002] [--seeds 1] [section.key=value …]
+        [--batch 16 32] [--rates muon=0.01,0.02 adamw=0.002] [--seeds 1] [--variant "" "schedule.name=linear" …]
+        [section.key=value …]
 
 Each run is `llmtrain train` as a user types it, of so many tokens whatever the batch, and its loss that of the last
 step, over the same validation windows. Losses do not depend on how busy a machine is; `seconds` do.
@@ -16,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_table, write_result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="prepared")
     parser.add_argument("--tokens", type=int, required=True, help="of a run")
@@ -31,13 +33,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sequences of an optimizer step")
     parser.add_argument("--rates", nargs="+", default=["muon=0.01", "adamw=0.003"], metavar="OPTIMIZER=RATE,…")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with one seed after the other")
+    parser.add_argument("--variant", nargs="+", default=[""], metavar="OVERRIDES", help="each: section.key=value …")
     parser.add_argument("--out", type=Path, help="default: results/recipe.json")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all of them")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     given = (one.partition("=") for one in args.rates)
     rates = [(name, float(rate)) for name, _, of_it in given for rate in of_it.split(",")]
     rows: list[dict[str, Any]] = []
-    for batch, (optimizer, rate), seed in itertools.product(args.batch, rates, range(args.seeds)):
+    ways = itertools.product(args.batch, rates, args.variant, range(args.seeds))
+    for batch, (optimizer, rate), variant, seed in ways:
         steps = args.tokens // (batch * args.seq_len)
         settings = {
             "data.path": args.data.resolve(),
@@ -56,9 +60,10 @@ def main() -> None:
             "logging.plots": "false",
         }
         texts = [f"{key}={value}" for key, value in settings.items()]
-        loss, seconds = trained([*texts, *(f"model.{one}" for one in args.model), *args.overrides])
-        row = {"optimizer": optimizer, "lr": f"{rate:g}", "batch": batch, "steps": steps, "seed": seed}
-        rows.append({**row, "val_loss": f"{loss:.4f}", "seconds": seconds})
+        model = [f"model.{one}" for one in args.model]
+        loss, seconds = trained([*texts, *model, *args.overrides, *variant.split()])
+        row = {"optimizer": optimizer, "lr": f"{rate:g}", "batch": batch, "steps": steps, "variant": variant}
+        rows.append({**row, "seed": seed, "val_loss": f"{loss:.4f}", "seconds": round(seconds, 1)})
         print(rows[-1], flush=True)
     print_table(rows)
     about = {
