@@ -26,8 +26,6 @@ CODE_POINTS = 0x110000
 BLOCK_CHARACTERS = 1 << 16
 # A lone surrogate cannot stand in a text that came from UTF-8, so it can stand between documents encoded as one string.
 SEPARATOR = "\ud800"
-# Likewise the byte 0xFF, which UTF-8 never uses.
-SEPARATOR_BYTE = b"\xff"
 UNSPELLABLE = "\ufffd"
 # Runs of the same blank are one piece, so indentation is short and few different runs exist.
 WORD_PIECES = re.compile(r"\w+| +|\n+|\t+|\s|[^\w\s]")
@@ -44,10 +42,6 @@ class ByteTokenizer:
     pad_id: int | None = 258
     unk_id: int | None = None
 
-    def __init__(self) -> None:
-        self._table = np.arange(256, dtype=np.uint16)
-        self._table[SEPARATOR_BYTE[0]] = self.eos_id
-
     def encode(self, text: str) -> Ids:
         """Return the UTF-8 bytes of a text as (bytes,) uint16."""
         refuse_surrogates(self.kind, text)
@@ -57,9 +51,11 @@ class ByteTokenizer:
         """Encode many documents, each closed by EOS."""
         encoded = [document.encode() for document in documents]
         lengths = np.fromiter((len(data) + 1 for data in encoded), np.int64, len(encoded))
-        joined = SEPARATOR_BYTE.join([*encoded, b""])
+        joined = b"\0".join([*encoded, b""])
         del encoded
-        return self._table[np.frombuffer(joined, np.uint8)], lengths
+        ids = np.frombuffer(joined, np.uint8).astype(np.uint16)
+        ids[np.cumsum(lengths) - 1] = self.eos_id
+        return ids, lengths
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text of ids below 256; invalid UTF-8 becomes U+FFFD."""
