@@ -244,13 +244,16 @@ def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_record(config_d
 
 
 class HostReads(TorchDispatchMode):
-    """Counts how often the host asks a tensor for its value: on a GPU, each time it waits for the device."""
+    """Counts what on a GPU makes the host wait for the device: asking for a value, or for a shape that values decide."""
 
+    VALUES_DECIDE = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)  # where an index is a mask
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            self.count += 1
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)
+        if func in self.VALUES_DECIDE:
+            waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        self.count += bool(waits)
         return func(*args, **(kwargs or {}))
 
 

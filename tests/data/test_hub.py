@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from llmtrain.data import hub
@@ -227,3 +228,17 @@ def test_files_of_the_hub_must_be_of_the_commit_that_was_found() -> None:
     for file in ("/etc/passwd", f"{own}../../../x", "https://example.invalid/x", f"{own}x.zip::/etc/passwd"):
         with pytest.raises(UserError, match="not a file of the dataset"):
             hub._refuse_files_elsewhere("hf:some/set", "some/set", {"train": [f"{own}x.parquet"], "test": [file]})
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_a_packed_file_that_was_cut_off_is_an_error(packed: str, tmp_path: Path) -> None:
+    whole = b"".join(json.dumps({"text": f"document {number}" * 9}).encode() + b"\n" for number in range(2000))
+    data = {"gz": gzip.compress, "zst": zstandard.compress}[packed](whole)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / f"train.jsonl.{packed}").write_bytes(data)
+    assert len(read(f"hf:{folder}")) == 2000
+    hub._open.cache_clear()
+    (folder / f"train.jsonl.{packed}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="ended before the end-of-stream marker"):
+        read(f"hf:{folder}")
