@@ -1,4 +1,4 @@
-"""What learns fastest: the validation loss of one model by optimizer, learning rate, batch, and anything that a config sets.
+"""What learns fastest: the validation loss of one model by optimizer, rate, batch, and anything a config sets.
 
     python -m benchmarks.recipe --data DIR --tokens 2_000_000 [--model dim=128 layers=4 heads=4] [--seq-len 128]
         [--batch 16 32] [--rates muon=0.01,0.02 adamw=0.002] [--seeds 1] [--variant "" "schedule.name=linear" …]

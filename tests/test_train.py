@@ -244,7 +244,7 @@ def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_record(config_d
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what on a GPU makes the host wait for the device: asking for a value, or for a shape that values decide."""
+    """Counts what on a GPU makes the host wait for the device: a value, or a shape that values decide."""
 
     VALUES_DECIDE = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)  # where an index is a mask
     count = 0

@@ -108,9 +108,13 @@ def _answer(connection: Connection, answer: Any) -> None:
     arrays = list[memoryview]()
     pickled = pickle.dumps(answer, protocol=5, buffer_callback=lambda array: arrays.append(array.raw()))
     connection.send((pickled, [array.nbytes for array in arrays]))
-    for array in arrays:
-        while array:
-            array = array[os.write(connection.fileno(), array) :]
+    for left in arrays:
+        _write(connection, left)
+
+
+def _write(connection: Connection, left: memoryview) -> None:
+    while left:
+        left = left[os.write(connection.fileno(), left) :]
 
 
 def _read(connection: Connection, size: int) -> npt.NDArray[np.uint8]:
