@@ -119,7 +119,7 @@ def _write(connection: Connection, left: memoryview) -> None:
 
 def _read(connection: Connection, size: int) -> npt.NDArray[np.uint8]:
     array = np.empty(size, np.uint8)
-    left = memoryview(array)
+    left = array.data
     while left:
         if not (count := os.readv(connection.fileno(), [left])):
             raise EOFError
