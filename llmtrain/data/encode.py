@@ -101,34 +101,43 @@ class ChunkEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Read, divide and encode a chunk."""
-        skipped: Skipped = Counter()
-        documents, sources = self._divide(chunk, skipped)  # before they are encoded, all else of them is let go
         try:
-            splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
-        except UserError as error:
-            raise self._with_place(chunk) or error from None
+            return self._encoded(chunk, by_itself=False)
+        except UserError:
+            return self._encoded(chunk, by_itself=True)
+
+    def _encoded(self, chunk: Chunk, by_itself: bool) -> EncodedChunk:
+        skipped: Skipped = Counter()
+        # Before they are encoded, all else of them is let go.
+        documents, sources = self._divide(chunk, skipped, by_itself)
+        splits = {split: _encode(self._tokenizer, texts) for split, texts in documents.items() if texts}
         return EncodedChunk(chunk.start, splits, skipped, chunk.source_bytes, sources)
 
     def _divide(
-        self, chunk: Chunk, skipped: Skipped
+        self, chunk: Chunk, skipped: Skipped, by_itself: bool
     ) -> tuple[dict[SplitName, list[str]], dict[SplitName, Counter[int]]]:
+        """The documents of each split, and how many are from each input; `by_itself`: each that can be encoded."""
         documents: dict[SplitName, list[str]] = {"train": [], "val": []}
         sources: dict[SplitName, Counter[int]] = {"train": Counter(), "val": Counter()}
         for ordinal, text in read_documents(chunk, self._division.reading, skipped):
+            divided = self._division.divide(ordinal, text)
+            if by_itself and (error := self._why_not_encoded(chain.from_iterable(divided.values()))):
+                if not self._division.reading.skip_bad:
+                    raise UserError(f"{place_of(chunk, ordinal)}: {error}; --skip-bad leaves such documents out")
+                skipped["documents that cannot be spelled"] += 1
+                continue
             source = source_of(chunk, ordinal)
-            for split, parts in self._division.divide(ordinal, text).items():
+            for split, parts in divided.items():
                 documents[split] += parts
                 sources[split][source] += len(parts)
         return documents, sources
 
-    def _with_place(self, chunk: Chunk) -> UserError | None:
-        """What is wrong with the first document that cannot be encoded, and where that is; None if it is not one."""
-        for ordinal, text in read_documents(chunk, self._division.reading, Counter()):
-            for part in chain.from_iterable(self._division.divide(ordinal, text).values()):
-                try:
-                    self._tokenizer.encode_documents([part])
-                except UserError as error:
-                    return UserError(f"{place_of(chunk, ordinal)}: {error}")
+    def _why_not_encoded(self, parts: Iterable[str]) -> UserError | None:
+        for part in parts:
+            try:
+                self._tokenizer.encode_documents([part])
+            except UserError as error:
+                return error
         return None
 
 

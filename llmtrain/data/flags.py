@@ -165,7 +165,7 @@ def _add_content_flags(add: Callable[..., Any], default: Options) -> None:
         metavar="NAME",
         help="JSONL field, Parquet or dataset column (default: text)",
     )
-    add("--skip-bad", action="store_true", help="leave broken lines and files that are not UTF-8 out, and count them")
+    add("--skip-bad", action="store_true", help="count, and leave out, what is broken, no UTF-8 or cannot be spelled")
     add("--max-files", type=positive_int, metavar="N", help="take only the first N files")
     add(
         "--shard-tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,18 @@ def test_prepare_names_the_file_and_the_line_of_what_cannot_be_spelled(
     code, _, err = call(prepare, "--input", tmp_path / "a.txt", "--input", tmp_path / "b.jsonl", *arguments)
     assert code == 2 and is_one_clear_line(err.splitlines(keepends=True)[-1])  # before it, that blanks are lost
     assert f"{tmp_path / 'b.jsonl'}: line 21: the tokenizer.json tokenizer lacks the character '¿'" in err
-    assert "at position 2 of the text" in err
+    assert "at position 2 of the text" in err and err.endswith("; --skip-bad leaves such documents out\n")
     assert not (tmp_path / "out").exists()
     (tmp_path / "c.txt").write_text("ab ¿")
     code, _, err = call(prepare, "--input", tmp_path / "c.txt", "--val-split", 0, *arguments)
     assert code == 2 and f"{tmp_path / 'c.txt'}: the tokenizer.json tokenizer lacks" in err
+    code, out, _ = call(
+        prepare, "--input", tmp_path / "b.jsonl", "--val-split", 0.05, "--val-by", "tail", "--skip-bad", *arguments
+    )
+    assert code == 0 and "  skipped: 1 documents that cannot be spelled\n" in out
+    splits = json.loads((tmp_path / "out/manifest.json").read_text())["splits"]
+    assert {name: split["documents"] for name, split in splits.items()} == {"train": 20, "val": 20}
+    shutil.rmtree(tmp_path / "out")
     assert call(prepare, "--input", tmp_path / "a.txt", *arguments)[0] == 0
 
 
