@@ -1,6 +1,6 @@
 """What a CPU gains from threads, large pages and torch.compile: a step of llmtrain with each.
 
-    python -m benchmarks.cpu [--size tiny 10m] [--precision fp32] [--steps 12] [--repeats 3]
+    python -m benchmarks.cpu [--size tiny 10m] [--precision fp32] [--steps 12] [--repeats 3] [--out FILE]
 
 Each turn is a process, for compiled code keeps the number of threads that it was made for. It takes `--steps` steps of
 the real engine (no records, no data): `first s` is the first, which compiles where that is asked for, with nothing in
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--steps", type=int, default=12, help="of a turn, at least 6")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each")
+    parser.add_argument("--out", type=Path, help="default: results/cpu.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a turn is to do, as JSON
     args = parser.parse_args()
     if args.one:
@@ -48,7 +50,7 @@ def main() -> None:
             rows += measured(size, precision, args.steps, args.repeats)
     print_table(rows)
     facts = {"arguments": {"steps": args.steps, "repeats": args.repeats}, "threads by torch": torch.get_num_threads()}
-    print(write_result("cpu", [*rows, facts], ["llmtrain", "torch"]))
+    print(write_result("cpu", [*rows, facts], ["llmtrain", "torch"], args.out))
 
 
 def turn(size: str, precision: str, threads: int, compiled: bool, steps: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The training loop against a bare PyTorch loop over the same model, batches and optimizer, step by step in turns.
 
-    python -m benchmarks.loop [--size 10m | tiny] [--steps 2] [--rounds 16]
+    python -m benchmarks.loop [--size 10m | tiny] [--steps 2] [--rounds 16] [--out FILE]
 
 Both run in this process, in float32 and eager, over random ids (speed does not depend on what is learned), at the sizes
 of `benchmarks.peers`. The loop is the real one, with its records every 10 steps. The bare one is what a user of PyTorch
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.common import alternate, print_table, spread, write_result
+from benchmarks.common import alternate, arguments_without_places, print_table, spread, write_result
 from benchmarks.contenders import SIZES
 from benchmarks.synthetic import write_random_data
 from llmtrain.assemble import Assembly, assemble
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each turn")
     parser.add_argument("--rounds", type=int, default=16, help="turns that count, after one that does not")
     parser.add_argument("--size", default="10m", choices=SIZES)
+    parser.add_argument("--out", type=Path, help="default: results/loop-SIZE.json")
     args = parser.parse_args()
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +95,8 @@ def main() -> None:
     print_table(rows)
     for name, found in beyond.items():
         print(f"{name}: {found['median']:.3f} ({found['from']:.3f} to {found['to']:.3f})")
-    write_result(f"loop-{args.size}", [*rows, {**beyond, "arguments": vars(args)}], ["llmtrain", "torch"])
+    about = {**beyond, "arguments": arguments_without_places(args)}
+    print(write_result(f"loop-{args.size}", [*rows, about], ["llmtrain", "torch"], args.out))
 
 
 def _interval(values: list[float]) -> dict[str, float]:
