@@ -14,7 +14,7 @@ import signal
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from llmtrain.model.loss import IGNORE_INDEX
 
 _BLOCK = 1 << 14  # positions ordered at once: numpy's cost per call is spread over many batches
 _FIRST_BLOCK = 1 << 10  # at first, so that the first batch does not wait for all of these
-_GROUP_BYTES, _GROUP_S = 1 << 18, 1e-3  # at most this of ids in one call, and in so much time
+_GROUP_BYTES, _GROUP_S = 1 << 18, 1e-3  # at most this of ids, as they are stored, in one call, and in so much time
 Tokens_BS = torch.Tensor
 Order = Callable[[Int64s], Int64s]  # from positions to window ids
 
@@ -324,28 +324,23 @@ def in_groups(windows: WindowSet, ids: Iterator[Int64s], as_int64: bool = False)
             yield from map(windows.gather, group)
             continue
         each_s = (time.perf_counter() - began) / len(group)
+        each_bytes = rows.element_size() * rows.shape[1] * max(1, *map(len, group))
         if as_int64:
             rows = torch.from_numpy(rows.numpy().astype(np.int64))
         yield from torch.split(rows, [len(these) for these in group])
-        each_bytes = rows.element_size() * rows.shape[1] * max(1, *map(len, group))
         at_once = max(1, int(min(_GROUP_BYTES / each_bytes, _GROUP_S / each_s, 2 * at_once)))
 
 
 def _target_counts(windows: PackedWindows, layout: Layout, order: Order, position: int) -> Iterator[int]:
     """Targets of each batch from `position` on: every rank counts those of all ranks, so none has to ask.
 
-    For many batches at once, as the order of few positions takes as long as that of a thousand.
+    For many batches at once, as the records of few windows take as long to read as those of many.
     """
-    while True:
-        parts: list[Int64s] = []
-        wanted = 0
-        while wanted < _FIRST_BLOCK:
-            begin = layout.begin_of_batch(position)
-            position = layout.end_of_batch(begin)
-            parts.append(np.arange(begin, position, dtype=np.int64))
-            wanted += position - begin
-        firsts = np.cumsum([0, *map(len, parts[:-1])])
-        yield from np.add.reduceat(windows.count_targets(order(np.concatenate(parts))), firsts).tolist()
+    whole = replace(layout, micro_batch=layout.global_batch, rank=0, world_size=1)
+    ids = iter(ResumableDistributedSampler(windows, whole, order, position))
+    while batches_ids := list(islice(ids, -(-_FIRST_BLOCK // layout.global_batch))):
+        firsts = np.cumsum([0, *map(len, batches_ids[:-1])])
+        yield from np.add.reduceat(windows.count_targets(np.concatenate(batches_ids)), firsts).tolist()
 
 
 def validation_batches(windows: WindowSet, layout: Layout, limit: int | None) -> Iterator[Tokens_BS]:
@@ -390,7 +385,8 @@ def inputs_and_targets(
         else:
             target_ids = ids[:, 1:].astype(np.int64)
             for row, end in zip(target_ids, _ends_of_targets(ids, padding), strict=True):
-                row[end:] = IGNORE_INDEX
+                if end < len(row):  # of few, and it takes as long for nothing
+                    row[end:] = IGNORE_INDEX
             inputs, targets = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(target_ids)
     else:
         wide = tokens.to(device).long()

@@ -23,7 +23,6 @@ import torch
 
 from llmtrain.data.batches import Windows, WindowSet
 from llmtrain.data.order import Int64s, sample_ids, seed_of_source
-from llmtrain.data.reading import Ids
 
 LONGEST_CYCLE = 100_000  # positions; finer weights are rounded to this many parts
 FIRST_PLACES = 2048  # of a cycle that are laid out at first, within a millisecond
@@ -47,26 +46,19 @@ class MixedWindows:
         self.seq_len = sources[0].seq_len
         self._first = np.cumsum([0, *map(len, sources)])
         self._strides = np.array([windows.stride for windows in sources])
-        self._widest = max((windows.stream for windows in sources), key=lambda stream: stream.dtype.itemsize)
+        self._dtype = np.result_type(*(windows.stream.dtype for windows in sources))
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def gather(self, ids: Int64s) -> torch.Tensor:
         """Read windows `ids` as (len(ids), seq_len + 1) tokens; row[1:] are the targets."""
-        rows = np.empty((len(ids), self.seq_len + 1), self._widest.dtype)
+        rows = np.empty((len(ids), self.seq_len + 1), self._dtype)
         source_of = np.searchsorted(self._first, ids, "right") - 1
         starts = (ids - self._first[source_of]) * self._strides[source_of]
-        wanted: dict[int, tuple[list[Ids], list[int]]] = {}
-        for source, row, start in zip(source_of.tolist(), rows, starts.tolist(), strict=True):
-            of_source = wanted.setdefault(source, ([], []))
-            of_source[0].append(row)
-            of_source[1].append(start)
-        for source, (its_rows, its_starts) in wanted.items():
-            self.sources[source].stream.fill(its_rows, its_starts)
-        if self._widest.has_wrong_id(rows):  # all have the same vocabulary
-            for source, (its_rows, its_starts) in wanted.items():
-                self.sources[source].stream.refuse_wrong_ids(np.array(its_rows), np.array(its_starts))
+        for source in np.unique(source_of).tolist():
+            its = np.flatnonzero(source_of == source)
+            rows[its] = self.sources[source].stream.gather(starts[its], self.seq_len + 1)  # narrower ids are widened
         return torch.from_numpy(rows)
 
 

@@ -15,7 +15,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -116,19 +115,15 @@ class PackedWindows:
         """
         width = self.seq_len + 1
         first, _, counts = self._of(ids)
-        after = _WORDS * np.cumsum(counts)
-        pieces = np.empty(after.max(initial=0), np.int64)
-        parts = [pieces[begin:end] for begin, end in pairwise([0, *after.tolist()])]
+        pieces = np.empty(_WORDS * int(counts.sum()), np.int64)
         with self._naming_the_index():
-            self._pieces.fill(parts, (_WORDS * first).tolist())
+            self._pieces.fill(pieces, _WORDS * _sums_before(counts), _WORDS * counts, _WORDS * first)
         starts, places, lengths = _columns(pieces.reshape(-1, _WORDS))
         if not (_lie_within(starts, lengths, len(self.stream)) and _lie_within(places, lengths, width)):
             raise self._changed(1)
         rows = np.full((len(ids), width), self.padding, self.stream.dtype)
-        flat = rows.reshape(-1)
         begins = places + np.repeat(np.arange(len(ids)) * width, counts)
-        stretches = zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
-        self.stream.fill([flat[begin:end] for begin, end in stretches], starts.tolist())
+        self.stream.fill(rows.reshape(-1), begins, lengths, starts)
         if self.stream.has_wrong_id(rows):
             for start, length in zip(starts, lengths.tolist(), strict=True):
                 self.stream.gather(start[None], length)  # which names it

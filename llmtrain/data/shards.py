@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.data.outside import SHA256, TokenRange, check_range, hash_samples, read_blocks
-from llmtrain.data.reading import IdFile, Ids, RowReader
+from llmtrain.data.reading import IdFile, Ids, Int64s, RowReader
 from llmtrain.errors import CorruptError, UserError
 from llmtrain.storage.again import again
 
@@ -204,13 +204,9 @@ class TokenStream:
         self.refuse_wrong_ids(rows, starts)
         return rows
 
-    def fill(self, rows: Sequence[Ids], starts: Sequence[int]) -> None:
-        """Fill rows, of whatever lengths, with the tokens from each start on; ids not checked.
-
-        Raises:
-            CorruptError: a shard is gone or was cut off.
-        """
-        self._reader.fill(rows, starts)
+    def fill(self, target: Ids, begins: Int64s, lengths: Int64s, starts: Int64s) -> None:
+        """Fill stretches of an array with the tokens from each start on; ids not checked. See `RowReader.fill`."""
+        self._reader.fill(target, begins, lengths, starts)
 
     def has_wrong_id(self, rows: Ids) -> bool:
         """Whether an id is outside the vocabulary: one pass over a few kilobytes that are in the cache already.

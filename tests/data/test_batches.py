@@ -159,7 +159,7 @@ def test_several_micro_batches_are_read_in_one_call_and_are_those_of_single_ones
 ) -> None:
     windows = Calls(Windows(stream_of(tmp_path, 1000), 10, 10))
     monkeypatch.setattr(batches_module, "_GROUP_S", 60.0)  # however busy the machine is
-    monkeypatch.setattr(batches_module, "_GROUP_BYTES", 2400 if as_int64 else 600)  # 6 micro-batches of 44 ids
+    monkeypatch.setattr(batches_module, "_GROUP_BYTES", 600)  # 6 micro-batches of 44 ids
     ids = [np.arange(4) + start for start in range(40)] + [np.arange(0)]
     found = list(in_groups(windows, iter(ids), as_int64))
     assert windows.asked == [4, 8, 16, *[24] * 5, 12]

@@ -127,6 +127,16 @@ def test_positions_begin_anew_with_each_document() -> None:
     assert (documents.mask == 0)[0, 0].int().tolist() == [[0, 0, 0, 0, 1, 0, 0], [0] * 5 + [1, 0], [0] * 5 + [1, 1]]
 
 
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 100), (8, 257), (0, 5), (2, 0)])
+def test_begins_on_a_cpu_are_those_that_other_devices_scan_for(shape: tuple[int, int], density: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.where(torch.rand(shape[0], shape[1] + 1, generator=generator) < density, END, 1)[:, :-1]
+    found, scanned = document_begins(ids, END), document_mask._scanned_begins(ids, END)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, scanned)
+
+
 @pytest.mark.parametrize("seq_len", [100, 128, 384, 700])
 def test_the_block_mask_is_the_one_that_torch_makes_from_every_pair(seq_len: int) -> None:
     generator = torch.Generator().manual_seed(seq_len)
