@@ -147,6 +147,30 @@ def torch_loader(spec: Spec, step: int) -> Iterator[Any]:
         yield from loader
 
 
+def torch_loader_of_batches(spec: Spec, step: int) -> Iterator[Any]:
+    """The strongest form of the same: one call to the dataset reads and widens a whole batch; nothing is collated."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    length = spec["length"]
+
+    class Windows(Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            ids = np.asarray(token_file(spec))
+            self.rows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitems__(self, indices: list[int]) -> tuple[Any, Any]:
+            rows = torch.from_numpy(self.rows[indices].astype(np.int64))
+            return rows[:, :-1], rows[:, 1:]
+
+    loader = DataLoader(Windows(), batch_size=spec["batch"], shuffle=True, collate_fn=lambda batch: batch)
+    while True:
+        yield from loader
+
+
 def nanogpt_way(spec: Spec, step: int) -> Iterator[Any]:
     """`get_batch` of nanoGPT's train.py: random offsets, the memmap made anew for each batch against a leak."""
     import torch
@@ -301,6 +325,7 @@ PEERS = {
     "bare numpy gather": Contender(bare_gather, distribution="numpy", holds=lambda spec: 8.0 * samples(spec)),
     "bare numpy gather, widened": Contender(bare_gather_widened, distribution="numpy"),
     "torch DataLoader": Contender(torch_loader, distribution="torch", holds=torch_memory),
+    "torch DataLoader, batch-wise": Contender(torch_loader_of_batches, distribution="torch", holds=torch_memory),
     "nanoGPT's way": Contender(nanogpt_way),
     "Hugging Face datasets": Contender(datasets_loader, make_datasets, "datasets"),
     "litdata": Contender(litdata_loader, make_litdata, "litdata"),
