@@ -201,7 +201,7 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
     peak = peak_memory(
         model, seq_len, layout.micro_batch, engine="ddp" if layout.world_size > 1 else "single",
         optimizer=config.optimizer.name, precision=training.precision, checkpointing=training.activation_checkpointing,
-        accumulates=accumulation > 1, device=parts.engine.device.type,
+        accumulates=accumulation > 1, device=parts.engine.device.type, compiled=training.compile is True,
     )  # fmt: skip
     # Which ZeRO stage shares the model only the engine knows.
     asides = {"dropout": model.dropout, "the document mask": config.data.document_mask}

@@ -50,7 +50,15 @@ def test_memory_is_that_of_the_formulas(capsys: pytest.CaptureFixture[str]) -> N
     config = load_config(path, ["model.vocab_size=32000"])
     model = resolve(config, vocab_size=32000, world_size=64, bf16_native=True, compile_auto=True).model
     for engine in ("ddp", "zero1", "zero2", "zero3"):
-        peak = peak_memory(model, 4096, 1, engine=engine, world_size=64, checkpointing="selective")  # type: ignore[arg-type]
+        peak = peak_memory(
+            model,
+            4096,
+            1,
+            engine=engine,
+            world_size=64,
+            checkpointing="selective",
+            compiled=True,  # type: ignore[arg-type]
+        )
         assert facts["memory"]["engines"][engine]["peak"] == peak.bytes
     assert facts["memory"]["engines"]["zero3-offload"]["host"] > 0
 

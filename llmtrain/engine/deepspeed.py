@@ -32,7 +32,7 @@ from llmtrain.engine.zero_gate import ZeroGate
 from llmtrain.engine.zero_layout import OwnedSlice, ZeroLayout
 from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
-from llmtrain.model.memory import MOST_LIVE, PREFETCH_BUCKET
+from llmtrain.model.memory import MOST_LIVE, PREFETCH_BUCKET, auto_compiles
 from llmtrain.model.transformer import Block, Transformer
 from llmtrain.optim.optimizers import make_optimizer
 
@@ -52,11 +52,11 @@ class DeepSpeedEngine(Processes):
         super().__init__(timeout_s)
 
     def may_compile(self, training: TrainingSection) -> bool:
-        """See `Engine`. What is compiled keeps the bf16 casts of a block's weights from its forward to its backward
-        pass, and so on every rank those of all blocks, which stage 3 is to avoid; where it recomputes, it does not.
-        """
+        """See `Engine`."""
         cuts_weights = self._accelerator.state.deepspeed_plugin.zero_stage == 3
-        return super().may_compile(training) and not (cuts_weights and training.activation_checkpointing == "none")
+        return super().may_compile(training) and auto_compiles(
+            cuts_weights=cuts_weights, checkpointing=training.activation_checkpointing
+        )
 
     def build(
         self,

@@ -6,6 +6,11 @@ the scores of attention kept; here the residual stream and the norms are float32
 and attention keeps its result and a sum for each row instead of scores (Dao et al. 2022, section 3.1). Each term was
 read off the operators of a real step; tests/model/test_activations.py compares the sums.
 
+A compiled block keeps what torch's partitioner chose from the graphs of its forward and backward pass (min-cut,
+torch/_functorch/partitioners.py): results of products and attention, what these read, one number a row of each norm;
+what lies between is made again by the kernels that need it. The choice knows operators and sizes, and no device, so
+tests/model/test_compiled_activations.py looks it up on any machine, with the operators of a GPU.
+
 Letters: T tokens of a micro-batch, D width, Q width of all queries, K of all keys, F feed-forward width, V
 vocabulary, L layers, and h bytes of a product (2 under bf16 autocast, else 4).
 """
@@ -48,8 +53,9 @@ def activation_memory(
     checkpointing: str = "none",
     *,
     device: str = "cuda",
+    compiled: bool = False,
 ) -> Activations:
-    """Bytes of activations by part, without dropout and torch.compile (which keeps less).
+    """Bytes of activations by part, without dropout.
 
     Attention is taken for one that keeps no scores: torch's flash, memory-efficient and cuDNN kernels on a GPU, and its
     flash kernel on a CPU; there, in bf16 and over short sequences, for one that makes a limited number of them backward
@@ -64,30 +70,32 @@ def activation_memory(
         precision: `bf16` or `fp32`.
         checkpointing: `training.activation_checkpointing`.
         device: `cpu`, or one on which RMSNorm is one kernel; backward, several hold one tensor more.
+        compiled: whether the blocks are. What they keep is exact; `gradients` are those of the order in which torch
+            2.13 puts a block's backward pass on a CPU, and have not been compared with a GPU's kernels.
     """
     assert config.vocab_size is not None
     tokens = float(seq_len * micro_batch)
-    width = _Widths(config, 2 if precision == "bf16" else 4)
-    whole = width.attention() + width.feed_forward()
+    width = (_CompiledWidths if compiled else _Widths)(config, 2 if precision == "bf16" else 4)
     attention, feed_forward, again = width.attention(), width.feed_forward(), 0.0
     if checkpointing == "full":
-        attention, feed_forward, again = 0.0, 0.0, whole
+        attention, feed_forward, again = 0.0, 0.0, attention + feed_forward
     elif checkpointing == "selective":
         attention, feed_forward = width.attention_products(), width.feed_forward_products()
-        # All else is made again; what was kept is taken out of store one by one, the last product not at all.
-        again = whole - attention - feed_forward + width.product * config.dim
+        again = width.attention() + width.feed_forward() - attention - feed_forward + width.never_read()
     float_stream = 4.0 * config.dim
-    in_feed_forward, in_attention = tokens * width.feed_forward_gradients(), 0.0
+    in_attention, in_feed_forward = width.gradients(checkpointing)
+    most = tokens * max(in_attention, in_feed_forward)
     if device == "cpu" and precision == "bf16" and seq_len <= LONGEST_SHORT:
         # By then what the feed-forward kept has gone.
-        in_attention = width.short_attention(seq_len, micro_batch) - tokens * width.feed_forward()
+        short = width.short_attention(seq_len, micro_batch) + tokens * width.beside_attention()
+        most = max(most, short - tokens * width.feed_forward())
     loss, loss_gradients = _loss(config, tokens, width.product)
     return Activations(
         stream=tokens * config.layers * float_stream,
         attention=tokens * config.layers * attention,
         feed_forward=tokens * config.layers * feed_forward,
         recomputed=tokens * again,
-        gradients=tokens * float_stream + max(in_feed_forward, in_attention),
+        gradients=tokens * float_stream + most,
         output=tokens * (2 * float_stream + width.norm()),
         output_gradients=tokens * float_stream * (3 if device == "cpu" and config.norm == "rmsnorm" else 2),
         loss=loss,
@@ -142,9 +150,19 @@ class _Widths:
     def feed_forward_products(self) -> float:
         return self.product * (self.ups * self.ff_dim + self.config.dim)
 
-    def feed_forward_gradients(self) -> float:
-        """Beyond what is kept, when most is there: the gradients of SwiGLU's two factors, or of the one function."""
-        return float(self.ups * self.product * self.ff_dim)
+    def never_read(self) -> float:
+        """Of what selective checkpointing kept, which is taken out of store one by one: the last product."""
+        return float(self.product * self.config.dim)
+
+    def gradients(self, _checkpointing: str) -> tuple[float, float]:
+        """Beyond what is kept and made again, when most is there: nothing that counts in attention; in the feed-forward
+        the gradients of SwiGLU's two factors, or of the one function.
+        """
+        return 0.0, float(self.ups * self.product * self.ff_dim)
+
+    def beside_attention(self) -> float:
+        """Of gradients, while attention's are made on a CPU."""
+        return 0.0
 
     def short_attention(self, seq_len: int, micro_batch: int) -> float:
         """Of a micro-batch, in all: gradients of what attention was given and made, and for as many key-value heads as
@@ -156,6 +174,60 @@ class _Widths:
         rows, columns = min(micro_batch, max(1, fitting // self.kv_heads)), max(1, min(self.kv_heads, fitting))
         query_values = groups * seq_len * self.queries // self.heads
         return gradients + 4.0 * rows * columns * (2 * groups * seq_len**2 + (6 + 2 / groups) * query_values)
+
+
+class _CompiledWidths(_Widths):
+    """The same of a compiled block."""
+
+    def __init__(self, config: ModelSection, product: int):
+        super().__init__(config, product)
+        self.stream = float(product * config.dim)  # as products read or make it; autocast's casts are one
+        self.normed_heads = config.qk_norm * product * (self.queries + self.keys)  # the products that are normed
+
+    def attention(self) -> float:
+        sums = 4.0 * (self.heads + self.config.qk_norm * (self.heads + self.kv_heads))
+        given = self.product * (self.queries + 2 * self.keys)
+        # Its result once more where heads were laid out first, as above.
+        result = self.product * self.queries * (2 if self.config.qk_norm else 1)
+        return self.norm() + self.stream + self.normed_heads + given + result + sums
+
+    def feed_forward(self) -> float:
+        """With attention's projection, from which the residual stream is made again."""
+        return 2 * self.stream + self.norm() + (self.ups + 1) * self.product * self.ff_dim
+
+    def attention_products(self) -> float:
+        return self.product * (2.0 * self.queries + 2 * self.keys) + 4.0 * self.heads
+
+    def feed_forward_products(self) -> float:
+        """With attention's projection; the last product is read by nothing, and so not kept."""
+        return self.stream + self.ups * self.product * self.ff_dim
+
+    def never_read(self) -> float:
+        return 0.0
+
+    def gradients(self, checkpointing: str) -> tuple[float, float]:
+        """A block's backward pass is one graph, in an order of its own: the first kernels make again all that the
+        feed-forward needs, and its gradients beside that; where attention's pass through the rotation and the norm of
+        heads, they are there before and after it, in float32 in between.
+        """
+        config, inner = self.config, self.product * self.ff_dim
+        cast = self.stream if self.product == 2 else 0.0  # of the residual stream's gradient
+        inner_gradients = {"none": self.ups - 1, "selective": 2 * self.ups, "full": 2 * self.ups - 1}[checkpointing]
+        in_feed_forward = cast + inner_gradients * inner
+        whole = self.attention() + self.feed_forward()
+        if checkpointing == "selective":  # of which all beside the inner gradients is made after them
+            in_feed_forward -= whole - self.attention_products() - self.feed_forward_products()
+        turned = 4.0 * (config.positions == "rope") * (self.queries + self.keys)
+        # Read by gradients of weights: a norm's result, what is normed, attention's result and its projection.
+        read = 2 * self.stream + self.normed_heads + self.product * self.queries
+        made = self.product * (self.queries + 2 * self.keys) + turned + self.normed_heads
+        # And three gradients of what a norm gave, for as many products read it.
+        in_attention = read + made + 3 * self.stream + self.beside_attention() - whole
+        return in_attention, in_feed_forward
+
+    def beside_attention(self) -> float:
+        """The gradient of the residual stream behind it, and its cast."""
+        return 4.0 * self.config.dim + (self.stream if self.product == 2 else 0.0)
 
 
 def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, float]:

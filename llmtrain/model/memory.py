@@ -46,6 +46,15 @@ class RankMemory:
         return sum(held)
 
 
+def auto_compiles(*, cuts_weights: bool, checkpointing: str) -> bool:
+    """Whether `training.compile: auto` may mean yes, where the machine can.
+
+    A compiled block keeps the bf16 casts of its weights from its forward to its backward pass: on every rank those of
+    all blocks, which an engine that cuts weights (ZeRO-3) is to avoid. Where it recomputes, it makes them anew.
+    """
+    return not cuts_weights or checkpointing != "none"
+
+
 def optimizer_values(optimizer: str, config: ModelSection, seq_len: int) -> int:
     """Float32 values that an optimizer keeps for the whole model.
 
@@ -55,6 +64,11 @@ def optimizer_values(optimizer: str, config: ModelSection, seq_len: int) -> int:
     parameters = parameter_count(config, seq_len)
     matrices = config.layers * block_matrix_parameters(config)
     return {"sgd": parameters, "muon": 2 * parameters - matrices}.get(optimizer, 2 * parameters)
+
+
+def largest_matrix(config: ModelSection) -> int:
+    """Values of the feed-forward's matrices, each."""
+    return config.dim * (config.ff_dim or default_ff_dim(config.dim, config.activation))
 
 
 def rank_memory(
@@ -67,6 +81,7 @@ def rank_memory(
     offload: Offload = "none",
     precision: str = "bf16",
     accumulates: bool = True,
+    by_blocks: bool = False,
 ) -> RankMemory:
     """Bytes that a rank holds at most while it trains, without activations.
 
@@ -80,7 +95,8 @@ def rank_memory(
       are there when most is held: without accumulation gradients take their place. ZeRO-3 casts once more for the
       backward pass instead (deepspeed runtime/zero/linear.py).
     - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those needed again within REUSE_DISTANCE
-      (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always).
+      (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always). A
+      compiled block is gathered, and fetched ahead, as one.
     - `buffers`: DDP has buckets for all gradients. Those of a step's only micro-batch lie in them from the start
       (`gradient_as_bucket_view`), sums of several only when they are exchanged. ZeRO copies gradients into a bucket
       that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it in another order before
@@ -96,26 +112,25 @@ def rank_memory(
         offload: what lies in the memory of the host.
         precision: `bf16` or `fp32`.
         accumulates: whether a step has more than one micro-batch on each rank.
+        by_blocks: whether ZeRO-3 gathers a block at a time, as for blocks that are compiled.
     """
     assert config.vocab_size is not None
-    whole = 4.0 * parameter_count(config, seq_len)
-    head = config.vocab_size * config.dim
+    whole, head = 4.0 * parameter_count(config, seq_len), config.vocab_size * config.dim
     casts = 2.0 * (config.layers * block_matrix_parameters(config) + head) if precision == "bf16" else 0.0
-    ff_dim = config.ff_dim or default_ff_dim(config.dim, config.activation)
     sizes = _Sizes(
         whole=whole,
         part=whole / world_size,
         state=4.0 * optimizer_values(optimizer, config, seq_len) / (world_size if engine.startswith("zero") else 1),
         casts=casts if accumulates or engine in ("ddp", "zero2") else 0.0,
-        largest=4.0 * max(head, config.dim * max(ff_dim, config.query_width)),
+        largest=4.0 * max(head, largest_matrix(config), config.dim * config.query_width),
         small=4.0 * (norm_parameters(config) + bias_parameters(config)),
+        block=4.0 * block_matrix_parameters(config) if by_blocks else 0.0,
     )
     if engine == "zero3":
         return _zero3(sizes, offload)
     if engine in ("zero1", "zero2"):
         return _zero12(engine, sizes, offload, accumulates)
-    buffers = whole if engine == "ddp" and accumulates else 0.0
-    return RankMemory(whole, 0, whole, sizes.state, sizes.casts, buffers=buffers)
+    return RankMemory(whole, 0, whole, sizes.state, sizes.casts, buffers=whole * (engine == "ddp" and accumulates))
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,7 @@ class _Sizes:
     casts: float
     largest: float  # parameter
     small: float  # parameters together
+    block: float  # the matrices of one, where it is gathered as a whole; else 0
 
 
 def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bool) -> RankMemory:
@@ -154,7 +170,8 @@ def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bo
 def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
     """Stage 3 (ZeRO, section 5.3; offload: ZeRO-Infinity, Rajbhandari et al. 2021, section 5)."""
     part, bucket = sizes.part, 4.0 * REDUCE_BUCKET
-    gathered = min(sizes.whole, 4.0 * (REUSE_DISTANCE / 2 + PREFETCH_BUCKET) + sizes.largest + sizes.small)
+    ahead, used = max(4.0 * PREFETCH_BUCKET, sizes.block), max(sizes.largest, sizes.block)
+    gathered = min(sizes.whole, 4.0 * REUSE_DISTANCE / 2 + ahead + used + sizes.small)
     buffers = bucket + min(sizes.whole, max(bucket, sizes.largest))
     if offload == "none":
         return RankMemory(part, part, part, sizes.state, gathered=gathered, buffers=buffers)

@@ -12,7 +12,7 @@ from llmtrain.config import ModelSection, default_ff_dim
 from llmtrain.model.activations import Activations, activation_memory
 from llmtrain.model.cost import block_matrix_parameters
 from llmtrain.model.limits import BATCH_NUMEL
-from llmtrain.model.memory import EngineName, Offload, rank_memory
+from llmtrain.model.memory import EngineName, Offload, largest_matrix, rank_memory
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class PeakMemory:
 
     moments: dict[str, float]
     activations: Activations
+    casts: float  # of the blocks' matrices, in bf16, where most of them are there
 
     @property
     def moment(self) -> str:
@@ -46,6 +47,7 @@ def peak_memory(
     checkpointing: str = "none",
     accumulates: bool = True,
     device: str = "cuda",
+    compiled: bool = False,
 ) -> PeakMemory:
     """The most that a rank's device holds during a step after the first; the arguments are those of `rank_memory` and
     `activation_memory`, with their limits.
@@ -57,25 +59,31 @@ def peak_memory(
     # Casts are added below, when they are there; so the model's own memory is asked for without.
     model = rank_memory(
         engine, config, seq_len, world_size=world_size, optimizer=optimizer, offload=offload, precision="fp32",
-        accumulates=accumulates,
+        accumulates=accumulates, by_blocks=compiled,
     )  # fmt: skip
     # On one device, and under ZeRO-1, the gradients of a step's only micro-batch are made one after the other; else
     # they, or the buckets in which they will lie, are there all the time.
     grown = model.gradients if engine in ("single", "zero1") and not accumulates else 0.0
+    bf16, block = precision == "bf16", 4.0 * block_matrix_parameters(config)
+    # Eager ZeRO-3 casts again for the backward pass. Of what is compiled, see `auto_compiles`.
+    keeps_casts = bf16 and (checkpointing == "none" if compiled else engine != "zero3")
+    largest = 4.0 * largest_matrix(config)
+    made_at_once = block if compiled else largest
     weights = _Weights(
         state=model.device - grown,
         grown=grown,
         head=4.0 * config.vocab_size * config.dim,
-        block=4.0 * block_matrix_parameters(config),
-        largest=4.0 * config.dim * (config.ff_dim or default_ff_dim(config.dim, config.activation)),
+        block=block,
+        gradients=made_at_once + bf16 * largest / 2,
         tied=config.tie_embeddings,
-        bf16=precision == "bf16",
-        casts=precision == "bf16" and engine != "zero3",  # ZeRO-3 casts again for the backward pass
+        bf16=bf16,
+        casts=config.layers * block / 2 * keeps_casts,
+        cast=block / 2 * (bf16 and (compiled or keeps_casts)),
     )
-    parts = activation_memory(config, seq_len, micro_batch, precision, checkpointing, device=device)
-    moments = _forward(weights, parts, config.layers) | _backward(weights, parts, config.layers, checkpointing)
+    parts = activation_memory(config, seq_len, micro_batch, precision, checkpointing, device=device, compiled=compiled)
+    moments = _forward(weights, parts) | _backward(weights, parts, config.layers, checkpointing)
     moments["update"] = weights.state + grown + _update(config, optimizer, engine, device)
-    return PeakMemory(moments, parts)
+    return PeakMemory(moments, parts, max(weights.casts, weights.cast))
 
 
 @dataclass(frozen=True)
@@ -86,25 +94,23 @@ class _Weights:
     grown: float  # gradients that are made one after the other; 0 where `state` has them
     head: float
     block: float  # all matrices of one
-    largest: float  # of these
+    gradients: float  # those that are being made, and cast: of the largest matrix, or of a compiled block
     tied: bool
     bf16: bool
-    casts: bool  # whether bf16 copies stay from the forward to the backward pass
+    casts: float  # bf16 copies of all blocks' matrices, where they stay until the forward pass is over
+    cast: float  # of one block's, in its backward pass
 
 
-def _forward(weights: _Weights, parts: Activations, layers: int) -> dict[str, float]:
-    # Autocast has the casts of all blocks' matrices until the forward pass is over.
-    casts = layers * weights.block / 2 * weights.casts
-    return {"loss": weights.state + parts.kept + parts.output + casts + parts.loss}
+def _forward(weights: _Weights, parts: Activations) -> dict[str, float]:
+    # Autocast has the casts of eager blocks, whatever is made again; see `auto_compiles` for others.
+    return {"loss": weights.state + parts.kept + parts.output + weights.casts + parts.loss}
 
 
 def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing: str) -> dict[str, float]:
     state, grown, head = weights.state, weights.grown, weights.head
-    cast = weights.block / 2 * weights.casts
-    casts = layers * cast if checkpointing == "none" else 0.0  # autograd's, until they were used
+    cast, casts = weights.cast, weights.casts if checkpointing == "none" else 0.0  # autograd's, until they were used
     stream = parts.stream / layers
-    matrix_gradient = weights.largest * (1.5 if weights.bf16 else 1)  # the one that is being made, and cast
-    in_a_block = parts.recomputed + parts.gradients + matrix_gradient
+    in_a_block = parts.recomputed + parts.gradients + weights.gradients
     # A tied weight has two gradients. The head's waits for the embedding's, and autograd adds them in place only if the
     # first is no view, as it is after a float32 product. Where other micro-batches' gradients are, they wait, too.
     waiting = head * (weights.tied * (1 if weights.bf16 else 2) + (not grown))

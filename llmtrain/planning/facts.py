@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError, nearest
@@ -62,11 +62,12 @@ def plan(config: RunConfig, asked: Asked) -> Facts:
         CorruptError: the data's manifest is damaged.
     """
     notes: list[str] = []
+    compile_blocks = config.training.compile  # what `auto` means depends on the layout
     config, data_tokens = _resolved(config, notes)
     _check(config, asked)
     if asked.network is None and not asked.gpu.has_nvlink and asked.gpus > asked.per_machine:
         notes.append("between machines 25 Gb/s for each GPU are assumed; --network-gbps says otherwise")
-    run = _run(config, asked)
+    run = _run(config, asked, compile_blocks)
     tokens, source = (asked.tokens, "--tokens") if asked.tokens else planned_tokens(config, data_tokens)
     chosen, best = _choose(config, run, asked, notes)
     # The fastest layout may have other micro-batches and checkpointing than the config.
@@ -134,10 +135,10 @@ def _check(config: RunConfig, asked: Asked) -> None:
         raise UserError(f"--engine single is for one GPU, not {asked.gpus}; choose ddp or one of zero1 to zero3")
 
 
-def _run(config: RunConfig, asked: Asked) -> Run:
+def _run(config: RunConfig, asked: Asked, compile_blocks: bool | Literal["auto"]) -> Run:
     return Run(
         config.model, config.data.seq_len, config.training.global_batch_size, config.optimizer.name,
-        config.training.precision, config.training.compile is True, asked.gpu, asked.per_machine, asked.network,
+        config.training.precision, compile_blocks, asked.gpu, asked.per_machine, asked.network,
     )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from llmtrain.config import ModelSection
 from llmtrain.model.cost import flops_per_token, model_flops_utilization
-from llmtrain.model.memory import EngineName, Offload, rank_memory
+from llmtrain.model.memory import EngineName, Offload, auto_compiles, rank_memory
 from llmtrain.model.peak import peak_memory
 from llmtrain.planning.communication import links_between
 from llmtrain.planning.compute import Work
@@ -30,7 +31,7 @@ class Run:
     global_batch: int  # sequences
     optimizer: str
     precision: str  # bf16 or fp32
-    compiled: bool  # where the engine can
+    compile: bool | Literal["auto"]  # `training.compile`, on GPUs that can
     gpu: Gpu
     per_machine: int
     network: float | None = None  # bytes/s for each GPU; None: usual for the kind
@@ -85,24 +86,34 @@ def _stage(engine: str) -> tuple[EngineName, Offload]:
     return stage[engine], "none"
 
 
+def is_compiled(run: Run, layout: Layout) -> bool:
+    """Whether a run's blocks would be compiled in a layout."""
+    if run.compile == "auto":
+        cuts_weights = _stage(layout.engine)[0] == "zero3"
+        return auto_compiles(cuts_weights=cuts_weights, checkpointing=layout.checkpointing)
+    return run.compile
+
+
 def memory_of(run: Run, layout: Layout) -> Memory:
     """Bytes of one rank."""
     engine, offload = _stage(layout.engine)
+    compiled = is_compiled(run, layout)
     accumulates = run.global_batch > layout.micro_batch * layout.gpus
     peak = peak_memory(
         run.model, run.seq_len, layout.micro_batch, engine=engine, world_size=layout.gpus, optimizer=run.optimizer,
         offload=offload, precision=run.precision, checkpointing=layout.checkpointing, accumulates=accumulates,
+        compiled=compiled,
     )  # fmt: skip
     own = rank_memory(
         engine, run.model, run.seq_len, world_size=layout.gpus, optimizer=run.optimizer, offload=offload,
-        precision=run.precision, accumulates=accumulates,
+        precision=run.precision, accumulates=accumulates, by_blocks=compiled,
     )  # fmt: skip
     parts = peak.activations
     return Memory(
         weights=own.weights + own.masters,
         gradients=own.gradients,
         optimizer=own.optimizer,
-        casts=own.casts,
+        casts=peak.casts if compiled else own.casts,
         activations=parts.kept + parts.output + parts.recomputed + parts.gradients,
         logits=max(parts.loss, parts.loss_gradients),
         buffers=own.buffers + own.gathered,
@@ -123,7 +134,7 @@ def outcome_of(run: Run, layout: Layout) -> Outcome:
     accumulation, rest = divmod(run.global_batch, layout.micro_batch * layout.gpus)
     assert not rest
     engine, offload = _stage(layout.engine)
-    compiled = run.compiled and not (engine == "zero3" and layout.checkpointing == "none")  # as `auto` means it
+    compiled = is_compiled(run, layout)
     work = Work(
         run.model, run.seq_len, layout.micro_batch, bf16=run.precision == "bf16", checkpointing=layout.checkpointing,
         compiled=compiled,

@@ -60,10 +60,11 @@ def test_a_last_checkpoint_that_cannot_be_written_and_a_time_that_is_over(tmp_pa
 def test_goals_are_judged_by_medians() -> None:
     measured = {"settings": [], "problem": None, "ms/step": 1.0, "tokens/s": 1.0, "PaLM MFU %": 60.0}
     turns = [{**measured, "MFU %": mfu, "peak GB": 105.0, "predicted GB": 100.0} for mfu in (43.0, 46.0, 47.0)]
-    assert gpu_speed.row("7b", "shipped", turns, False)["goals"] == {"MFU of 45 %": True}
-    assert gpu_speed.row("1.3b", "shipped", turns, False)["goals"] == {"MFU of 50 %": False}
-    assert gpu_speed.row("124m", "shipped", turns, False)["goals"] == {}
-    assert gpu_speed.row("1.3b", "eager", turns, False)["goals"] == {"peak within 10 %": True}
+    near = {"peak within 10 %": True}
+    assert gpu_speed.row("7b", "shipped", turns, False)["goals"] == near | {"MFU of 45 %": True}
+    assert gpu_speed.row("1.3b", "shipped", turns, False)["goals"] == near | {"MFU of 50 %": False}
+    assert gpu_speed.row("124m", "shipped", turns, False)["goals"] == near
+    assert gpu_speed.row("1.3b", "eager", turns, False)["goals"] == near
     larger = [{**turn, "peak GB": 111.0} for turn in turns]
     assert gpu_speed.row("1.3b", "eager", larger, False)["goals"] == {"peak within 10 %": False}
 
@@ -79,11 +80,12 @@ def test_a_row_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
     assert "dim 128 is not divisible by heads 7" in result.stdout
 
 
+@pytest.mark.parametrize("way", gpu_speed.WAYS)
 @pytest.mark.parametrize("size", gpu_speed.LARGE)
-def test_what_it_asks_of_a_gpu_fits_into_one(size: str, tmp_path: Path) -> None:
+def test_what_it_asks_of_a_gpu_fits_into_one(size: str, way: str, tmp_path: Path) -> None:
     """141 GB of an H200, a tenth of them left."""
     (tmp_path / "empty.yaml").write_text("{}")
-    settings = gpu_speed._settings(size, 40, False, tmp_path, tmp_path)
+    settings = [*gpu_speed._settings(size, 40, False, tmp_path, tmp_path), *gpu_speed.WAYS[way]]
     config = resolve(
         load_config(tmp_path / "empty.yaml", settings), vocab_size=gpu_speed.VOCAB_SIZE,
         world_size=1, bf16_native=True, compile_auto=True,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.config import make_config
-from llmtrain.model.cost import parameter_count
+from llmtrain.model.cost import block_matrix_parameters, parameter_count
 from llmtrain.planning.budget import compute_optimal
 from llmtrain.planning.communication import BASE_S, LINK_SHARE, NVLINK_HOP_S, links_between
 from llmtrain.planning.compute import Work, clock_at, compute_seconds
@@ -33,7 +33,7 @@ from llmtrain.planning.step_time import Exchange, step_seconds
 
 H100 = GPUS["h100"]
 MODEL_1B = make_config({"model": {"preset": "1.3b", "vocab_size": 50_304}}).model
-RUN = Run(MODEL_1B, 2048, 512, "adamw", "bf16", True, H100, 8)
+RUN = Run(MODEL_1B, 2048, 512, "adamw", "bf16", "auto", H100, 8)
 
 
 def test_a_ring_in_a_machine_costs_its_volume_and_its_hops() -> None:
@@ -127,7 +127,7 @@ def test_a_model_too_large_for_ddp_is_cut_and_the_reason_is_said() -> None:
 
 def test_an_engine_that_is_slower_by_less_than_the_error_is_not_called_worse() -> None:
     model = make_config({"model": {"preset": "7b", "vocab_size": 50_304}}).model
-    run = replace(RUN, model=model, global_batch=1024, seq_len=4096)
+    run = replace(RUN, model=model, global_batch=1024, seq_len=8192)
     best, other = fastest(run, 64, ("zero1", "zero2")), fastest(run, 64, ("zero1",))
     assert best is not None and other is not None and best.layout.engine == "zero2"
     slower = 1 - other.tokens_per_second / best.tokens_per_second
@@ -137,9 +137,27 @@ def test_an_engine_that_is_slower_by_less_than_the_error_is_not_called_worse() -
 
 def test_zero3_is_compiled_where_it_recomputes() -> None:
     kinds = {kind: outcome_of(RUN, Layout("zero3", 8, 1, kind)) for kind in CHECKPOINTING}
-    eager = {kind: outcome_of(replace(RUN, compiled=False), Layout("zero3", 8, 1, kind)) for kind in CHECKPOINTING}
+    eager = {kind: outcome_of(replace(RUN, compile=False), Layout("zero3", 8, 1, kind)) for kind in CHECKPOINTING}
     faster = {kind: kinds[kind].tokens_per_second > eager[kind].tokens_per_second for kind in CHECKPOINTING}
-    assert RUN.compiled and faster == {"none": False, "selective": True, "full": True}
+    assert RUN.compile == "auto" and faster == {"none": False, "selective": True, "full": True}
+    assert kinds["none"] == eager["none"]
+
+
+def test_who_asks_for_compiled_blocks_gets_them_with_what_they_hold() -> None:
+    """Under ZeRO-3 without recomputation: faster, and the casts of all blocks on every rank."""
+    layout = Layout("zero3", 8, 1, "none")
+    left, asked = outcome_of(RUN, layout), outcome_of(replace(RUN, compile=True), layout)
+    assert asked.tokens_per_second > left.tokens_per_second
+    assert asked.memory.casts == 2 * MODEL_1B.layers * block_matrix_parameters(MODEL_1B)
+    assert asked.memory.peak > left.memory.peak and asked.memory.activations < left.memory.activations
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_leave_room_for_larger_micro_batches(checkpointing: str) -> None:
+    compiled, eager = (
+        largest_micro_batch(replace(RUN, compile=how), "ddp", 8, checkpointing) for how in ("auto", False)
+    )
+    assert compiled > eager
 
 
 def test_compute_optimal_is_chinchilla() -> None:
