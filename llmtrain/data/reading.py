@@ -61,7 +61,9 @@ class RowReader:
         self.bounds: list[int] = np.cumsum([0, *(file.tokens for file in files)]).tolist()  # token each begins at
         is_plain = all(file.stored == dtype for file in files)  # ids of another width are widened, row by row
         size = self.bounds[-1] * dtype.itemsize
-        self.is_mapped = is_plain and len(files) <= OPEN_FILES and size <= MAPPED_BYTES
+        # Memory of ids at an odd byte is not copied into that of others; so far only a manifest by hand has such.
+        is_aligned = not any(file.begin % dtype.itemsize for file in files)
+        self.is_mapped = is_plain and is_aligned and len(files) <= OPEN_FILES and size <= MAPPED_BYTES
         # Of each file the token and the byte it begins at, and the token after it.
         table = [self.bounds[:-1], [file.begin for file in files], self.bounds[1:]]
         self._plain = np.array(table, np.int64) if is_plain else None
@@ -111,7 +113,9 @@ class RowReader:
         for begin, end, start, number, place in stretches:
             if number in maps:
                 memory[begin:end] = maps[number][place : place + end - begin]
-            elif number not in self._open or not _is_read(self._open[number].descriptor, memory[begin:end], place):
+                continue
+            opened = self._open.get(number)  # held, so that no other thread closes it meanwhile
+            if opened is None or not _is_read(opened.descriptor, memory[begin:end], place):
                 self.read_into(target[begin:end], start)
 
     def _places(self, starts: Int64s, lengths: Int64s) -> tuple[list[int], list[int]]:
