@@ -121,24 +121,38 @@ class ChunkEncoder:
         sources: dict[SplitName, Counter[int]] = {"train": Counter(), "val": Counter()}
         for ordinal, text in read_documents(chunk, self._division.reading, skipped):
             divided = self._division.divide(ordinal, text)
-            if by_itself and (error := self._why_not_encoded(chain.from_iterable(divided.values()))):
-                if not self._division.reading.skip_bad:
-                    raise UserError(f"{place_of(chunk, ordinal)}: {error}; --skip-bad leaves such documents out")
-                skipped["documents that cannot be spelled"] += 1
-                continue
+            if by_itself:
+                try:
+                    divided = self._spelled(divided, skipped)
+                except UserError as error:
+                    place = place_of(chunk, ordinal)
+                    raise UserError(f"{place}: {error}; --skip-bad leaves such documents out") from None
             source = source_of(chunk, ordinal)
             for split, parts in divided.items():
                 documents[split] += parts
                 sources[split][source] += len(parts)
         return documents, sources
 
-    def _why_not_encoded(self, parts: Iterable[str]) -> UserError | None:
-        for part in parts:
+    def _spelled(self, divided: dict[SplitName, list[str]], skipped: Skipped) -> dict[SplitName, list[str]]:
+        """What can be encoded: nothing of a document that cannot; of one that can, also those altered copies that can.
+
+        Raises:
+            UserError: something cannot, and `skip_bad` is not set.
+        """
+        bad = list[str]()
+        for part in chain.from_iterable(divided.values()):
             try:
                 self._tokenizer.encode_documents([part])
-            except UserError as error:
-                return error
-        return None
+            except UserError:
+                if not self._division.reading.skip_bad:
+                    raise
+                bad.append(part)
+        if any(parts[0] in bad for parts in divided.values() if parts):
+            skipped["documents that cannot be spelled"] += 1
+            return {split: [] for split in divided}
+        if bad:
+            skipped["altered copies that cannot be spelled"] += len(bad)
+        return {split: [part for part in parts if part not in bad] for split, parts in divided.items()}
 
 
 def encode_to_shards(

@@ -47,6 +47,6 @@ def _there_and_back(tokenizer: Tokenizer, text: str) -> str | None:
     """What a text comes back as; None if some of it is unknown."""
     try:
         ids = tokenizer.encode(text)
-    except UserError:  # which ends `prepare` where it comes to it
+    except UserError:  # which `prepare` refuses or leaves out where it comes to it
         return None
     return None if tokenizer.unk_id is not None and tokenizer.unk_id in ids else tokenizer.decode(ids)

@@ -185,6 +185,24 @@ def test_prepare_names_the_file_and_the_line_of_what_cannot_be_spelled(
     assert call(prepare, "--input", tmp_path / "a.txt", *arguments)[0] == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_a_document_that_can_be_spelled_only_the_altered_copy_is_left_out(
+    tmp_path: Path, call: Call, workers: int
+) -> None:
+    (tmp_path / "t.json").write_text(LOSSY)
+    (tmp_path / "b.jsonl").write_text('{"text": "ab ab ab ab ab ab ab ab ab"}\n' * 20 + '{"text": "é ¿"}\n')
+    arguments = ("--tokenizer", tmp_path / "t.json", "--out", tmp_path / "out", "--workers", workers)
+    altered = ("--augment", "case", "--val-split", 0, "--skip-bad", *arguments)
+    code, _, _ = call(prepare, "--input", tmp_path / "b.jsonl", *altered)
+    assert code == 0
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    left_out = manifest["recipe"]["skipped"]
+    assert left_out["documents that cannot be spelled"] == 1
+    copies = left_out["altered copies that cannot be spelled"]  # a tenth of the letters becomes A or B
+    assert copies > 0
+    assert manifest["splits"]["train"]["documents"] == 20 + 20 - copies
+
+
 def test_prepare_does_not_say_that_one_from_elsewhere_was_fitted_here(tmp_path: Path, call: Call) -> None:
     (tmp_path / "t.json").write_text(made(ONE_UNKNOWN, ("<unk>", True)).content)
     (tmp_path / "a.txt").write_text("ab no ab ab")
