@@ -52,7 +52,10 @@ status=0
 code=$status
 [[ ! -s $LLMTRAIN_EXIT_CODE_FILE ]] || read -r code < "$LLMTRAIN_EXIT_CODE_FILE"
 # Told to stop, and saved. To srun that is no failure: it would kill the other nodes, which may not be done yet.
-(( code != 75 )) || exit 0
+if (( code == 75 )); then
+    : > "$logs/failure"  # a node that failed need not wait for this one
+    exit 0
+fi
 # Which rank of this node failed first, out of torchrun's report; slurm/train.sh finds the first of all nodes.
 awk -v node="$SLURMD_NODENAME" '
     /^Root Cause/ { found = 1 }
@@ -62,6 +65,7 @@ awk -v node="$SLURMD_NODENAME" '
 ' "$logs/launcher.log" > "$logs/failure.tmp"
 mv "$logs/failure.tmp" "$logs/failure"
 (( code != 0 )) || code=$status
+(( code != 0 )) || exit 0
 # srun kills the other nodes as soon as this one is gone. Their ranks first get a moment to notice, and to say what they saw.
 for (( tries = 100; tries > 0; tries-- )); do
     ended=("$LLMTRAIN_LOGS"/node-*/failure)
