@@ -67,9 +67,9 @@ mv "$logs/failure.tmp" "$logs/failure"
 (( code != 0 )) || code=$status
 (( code != 0 )) || exit 0
 # srun kills the other nodes as soon as this one is gone. Their ranks first get a moment to notice, and to say what they saw.
-for (( tries = 100; tries > 0; tries-- )); do
+for (( tries = 20; tries > 0; tries-- )); do
     ended=("$LLMTRAIN_LOGS"/node-*/failure)
     (( ${#ended[@]} < SLURM_NNODES )) || break
-    sleep 0.2
+    sleep 1
 done
 exit "$code"

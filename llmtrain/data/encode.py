@@ -20,6 +20,7 @@ from llmtrain.data.shard_writer import NOTHING, ShardWriter
 from llmtrain.data.shards import SplitInfo
 from llmtrain.data.split import Splitter, augmented
 from llmtrain.data.tokenizer import Ids, Lengths, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_base import UnspellableError
 from llmtrain.data.workers import ordered_map
 from llmtrain.errors import UserError
 
@@ -125,8 +126,8 @@ class ChunkEncoder:
                 try:
                     divided = self._spelled(divided, skipped)
                 except UserError as error:
-                    place = place_of(chunk, ordinal)
-                    raise UserError(f"{place}: {error}; --skip-bad leaves such documents out") from None
+                    more = "; --skip-bad leaves such documents out" if isinstance(error, UnspellableError) else ""
+                    raise UserError(f"{place_of(chunk, ordinal)}: {error}{more}") from None
             source = source_of(chunk, ordinal)
             for split, parts in divided.items():
                 documents[split] += parts
@@ -137,13 +138,14 @@ class ChunkEncoder:
         """What can be encoded: nothing of a document that cannot; of one that can, also those altered copies that can.
 
         Raises:
-            UserError: something cannot, and `skip_bad` is not set.
+            UnspellableError: something cannot, and `skip_bad` is not set.
+            UserError: the tokenizer failed in another way.
         """
         bad = list[str]()
         for part in chain.from_iterable(divided.values()):
             try:
                 self._tokenizer.encode_documents([part])
-            except UserError:
+            except UnspellableError:
                 if not self._division.reading.skip_bad:
                     raise
                 bad.append(part)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llmtrain import __version__
 from llmtrain.cores import usable_cores
-from llmtrain.data.corpus import ReadOptions, cut_into_chunks
+from llmtrain.data.corpus import ReadOptions, cut_into_chunks, told
 from llmtrain.data.dedup import find_duplicates
 from llmtrain.data.encode import Division, Encoded
 from llmtrain.data.files import EVERYTHING, Found, SourceFile, digest, find, leads_in_circle
@@ -202,7 +202,8 @@ def write_manifest(
     """
     for name, split in encoded.splits.items():
         if split.documents == 0:
-            raise UserError(f"too little text: the {name} split is empty; use --val-split 0 or more text")
+            why = f" ({told(encoded.skipped)})" if encoded.skipped else ""
+            raise UserError(f"too little text: the {name} split is empty{why}; use --val-split 0 or more text")
     counts = Counter(encoded.skipped) + left_out
     changed = {NORMALIZED: count} if (count := counts.pop(NORMALIZED, 0)) else {}
     recipe = {

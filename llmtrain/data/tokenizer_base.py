@@ -79,11 +79,15 @@ def lengths_between(ids: Ids, eos_id: int) -> Lengths:
     return np.diff(np.flatnonzero(ids == eos_id), prepend=-1).astype(np.int64)
 
 
-def lacking(kind: str, text: str, position: int) -> UserError:
+class UnspellableError(UserError):
+    """A text has something that the tokenizer has no token for."""
+
+
+def lacking(kind: str, text: str, position: int) -> UnspellableError:
     """Say which character of a text the tokenizer cannot spell."""
     character = text[position]
     name = f"'{character}' (U+{ord(character):04X})" if character.isprintable() else f"U+{ord(character):04X}"
-    return UserError(f"the {kind} tokenizer lacks the character {name} at position {position} of the text")
+    return UnspellableError(f"the {kind} tokenizer lacks the character {name} at position {position} of the text")
 
 
 def refuse_surrogates(kind: str, text: str) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from llmtrain.data.tokenizer_base import lacking
-from llmtrain.errors import UserError
+from llmtrain.data.tokenizer_base import UnspellableError, lacking
 
 # Neither overlong forms nor what is beyond U+10FFFF.
 UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
@@ -77,7 +76,7 @@ def numbered(config: Json, ids: dict[str, int]) -> Json:
 
 
 def refuse_unknown(kind: str, text: str, encoding: tokenizers.Encoding, mark: int) -> None:
-    """Raise UserError where a text, encoded by one that is `marked`, has what cannot be spelled.
+    """Raise UnspellableError where a text, encoded by one that is `marked`, has what cannot be spelled.
 
     Args:
         kind: of the tokenizer.
@@ -91,7 +90,7 @@ def refuse_unknown(kind: str, text: str, encoding: tokenizers.Encoding, mark: in
     what = str(lacking(kind, text, min(start, len(text) - 1)))
     if end - start > 1:
         what = f"the {kind} tokenizer lacks {text[start:end][:40]!r} at position {start} of the text"
-    raise UserError(f"{what}, and has no token for what it does not know; take a tokenizer that has either")
+    raise UnspellableError(f"{what}, and has no token for what it does not know; take a tokenizer that has either")
 
 
 def _last(pre_tokenizer: Json | None) -> Json:

@@ -73,7 +73,7 @@ def test_a_preempted_job_saves_and_goes_on_by_itself(site: Site) -> None:
     assert max(losses(site.root / "run")) == 240
 
 
-def test_a_killed_worker_ends_the_job_at_once_and_is_named(site: Site) -> None:
+def test_a_killed_worker_ends_the_job_and_is_named_by_it_and_by_the_others(site: Site) -> None:
     config = site.config("run", UNENDING)
     job = site.sbatch(*ON_TWO_NODES, config, LLMTRAIN_LAUNCH_FILE="launch/cpu-ddp.yaml")
     ranks = site.training(job, "run")
