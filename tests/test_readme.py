@@ -23,7 +23,7 @@ def test_the_tour_runs_as_written(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", tours[0]],
-        cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=500, check=False,
+        cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "going on from" in result.stdout
