@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from llmtrain.data.shards import SplitInfo
 from llmtrain.data.split import Splitter, augmented
 from llmtrain.data.tokenizer import Ids, Lengths, Tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_base import UnspellableError
-from llmtrain.data.workers import ordered_map
+from llmtrain.data.workers import for_each, ordered_map
 from llmtrain.errors import UserError
 
 SplitName = Literal["train", "val"]
@@ -182,41 +182,58 @@ def encode_to_shards(
         workers: number of processes; what is written does not depend on it.
         report: is told of the progress.
     """
-    done, names = journal.done, division.split_names()
     writers: dict[str, ShardWriter] = {
-        name: ShardWriter(folder, name, dtype, shard_tokens, state=done.splits.get(name, NOTHING)) for name in names
+        name: ShardWriter(folder, name, dtype, shard_tokens, state=journal.done.splits.get(name, NOTHING))
+        for name in division.split_names()
     }
-    skipped, unknown = Counter(done.skipped), Counter(done.unknown)
-    sources: dict[str, Counter[int]] = {name: Counter(done.sources.get(name, {})) for name in names}
-    written, source_bytes = sum(state.documents for state in done.splits.values()), done.source_bytes
-    report(source_bytes)
+    shards = _Shards(writers, journal, report)
     make_encoder: Callable[[], ChunkEncoder] = partial(ChunkEncoder.load, division, tokenizer_folder)
-    for number, chunk in enumerate(ordered_map(make_encoder, chunks, workers, alike=True), done.chunks + 1):
+    for_each(shards.add, ordered_map(make_encoder, chunks, workers, alike=True))
+    return shards.close()
+
+
+class _Shards:
+    """What is written of an input, from where its journal ends."""
+
+    def __init__(self, writers: Mapping[str, ShardWriter], journal: Journal, report: Report):
+        done = journal.done
+        self._writers, self._journal, self._report, self._chunks = writers, journal, report, done.chunks
+        self._skipped, self._unknown = Counter(done.skipped), Counter(done.unknown)
+        self._sources = {name: Counter(done.sources.get(name, {})) for name in self._writers}
+        self._documents = sum(state.documents for state in done.splits.values())
+        self._source_bytes = done.source_bytes
+        report(self._source_bytes)
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Append a chunk, and note in the journal where all is if that has finished a shard."""
         for name, documents in chunk.splits.items():
-            writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
-            unknown[name] += documents.unknown
-            sources[name] += chunk.sources[name]
-        skipped += chunk.skipped
-        written += sum(len(documents.lengths) for documents in chunk.splits.values())
-        source_bytes += chunk.source_bytes
-        if any(writer.has_finished for writer in writers.values()):
+            self._writers[name].append(documents.ids, documents.lengths, documents.text_bytes)
+            self._unknown[name] += documents.unknown
+            self._sources[name] += chunk.sources[name]
+            self._documents += len(documents.lengths)
+        self._chunks += 1
+        self._skipped += chunk.skipped
+        self._source_bytes += chunk.source_bytes
+        if any(writer.has_finished for writer in self._writers.values()):
             done = Done(
-                chunks=number,
+                chunks=self._chunks,
                 last=chunk.start,
-                source_bytes=source_bytes,
-                skipped=skipped,
-                unknown=unknown,
-                sources={name: dict(count) for name, count in sources.items()},
+                source_bytes=self._source_bytes,
+                skipped=self._skipped,
+                unknown=self._unknown,
+                sources={name: dict(count) for name, count in self._sources.items()},
             )
-            journal.add(writers, done)
-        report(chunk.source_bytes, f"{written:,} documents")
-    splits: dict[str, SplitInfo] = {name: writer.close() for name, writer in writers.items()}
-    return Encoded(
-        splits=splits,
-        skipped=skipped,
-        unknown=unknown,
-        sources={name: dict(count) for name, count in sources.items()},
-    )
+            self._journal.add(self._writers, done)
+        self._report(chunk.source_bytes, f"{self._documents:,} documents")
+
+    def close(self) -> Encoded:
+        """Finish the last shards; return what all came to."""
+        return Encoded(
+            splits={name: writer.close() for name, writer in self._writers.items()},
+            skipped=self._skipped,
+            unknown=self._unknown,
+            sources={name: dict(count) for name, count in self._sources.items()},
+        )
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> EncodedDocuments:

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -31,6 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # How far results may run ahead of the one that is waited for, per worker: bounds memory when one item takes long.
 AHEAD = 4
+WAITING = 2  # items that are made and wait for a thread: it takes a while over some of them
 _FITS = 1 << 12  # bytes of an item, in a pipe that is empty: half of what macOS gives one
 _NO_MORE = object()
 
@@ -56,6 +58,30 @@ def ordered_map(
         return
     with _started(make_function, workers) as connections:
         yield from _deal(items, connections, at_most=2 if alike else 1)
+
+
+def for_each(function: Callable[[Item], None], items: Iterable[Item]) -> None:
+    """Call a function on items in order, in a thread of its own, while the next ones are made.
+
+    Raises:
+        Exception: what the function raised, which is then not called again; else what the items raised.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        calls = deque[Future[None]]()
+        try:
+            for item in items:
+                if len(calls) > WAITING:
+                    calls.popleft().result()
+                calls.append(thread.submit(_call, function, item, calls[-1] if calls else None))
+        finally:
+            if calls:
+                calls[-1].result()
+
+
+def _call(function: Callable[[Item], None], item: Item, before: Future[None] | None) -> None:
+    if before is not None:
+        before.result()  # what has failed fails all that comes after it
+    function(item)
 
 
 def _deal(items: Iterable[Any], connections: list[Connection], at_most: int) -> Iterator[Any]:

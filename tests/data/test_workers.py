@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +95,55 @@ def test_the_error_of_the_first_item_that_fails_comes_after_the_results_before_i
         for item in workers.ordered_map(make_fail_at_three, range(100), 2):
             found.append(item)
     assert found == [0, 1, 2]
+
+
+def test_for_each_calls_in_order_while_the_next_item_is_made() -> None:
+    events, begun = list[str](), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        assert begun.wait(30)  # which it is not before this goes on
+        yield 1
+
+    def use(item: int) -> None:
+        begun.set()
+        is_main = threading.current_thread() is threading.main_thread()
+        events.append(f"{item} in {'the main' if is_main else 'a'} thread")
+
+    workers.for_each(use, items())
+    assert events == ["0 in a thread", "1 in a thread"]
+
+
+def test_after_a_call_that_failed_none_comes_and_its_error_is_told() -> None:
+    """Whatever the items do meanwhile."""
+    used = list[int]()
+
+    def use(item: int) -> None:
+        if item == 1:
+            time.sleep(0.1)  # others wait by then
+            raise UserError("one")
+        used.append(item)
+
+    def items(ends_with_error: bool) -> Iterator[int]:
+        yield from range(3)
+        if ends_with_error:
+            raise UserError("items")
+        yield from range(3, 100)
+
+    for ends_with_error in (False, True):
+        with pytest.raises(UserError, match="one"):
+            workers.for_each(use, items(ends_with_error))
+        assert used == [0]
+        used.clear()
+
+
+def test_what_was_made_before_the_items_failed_is_used() -> None:
+    used = list[int]()
+
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise UserError("items")
+
+    with pytest.raises(UserError, match="items"):
+        workers.for_each(used.append, items())
+    assert used == [0, 1, 2, 3, 4]
