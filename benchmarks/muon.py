@@ -1,4 +1,4 @@
-"""A step of Muon: matrices of a shape together, one by one, and torch's own, in turns.
+"""A step of Muon: matrices of a shape together, in float32 and in bf16, one by one, and torch's own, in turns.
 
     python -m benchmarks.muon [--config configs/char.yaml] [--rounds 7]
 
@@ -37,18 +37,20 @@ def main() -> None:
     group, _ = muon_groups(model, config.optimizer)
     for matrix in group["params"]:
         matrix.grad = torch.randn_like(matrix)
-    ours = muon.Muon(**group)
+    ours, in_bf16 = (muon.Muon(**group, product_dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     theirs = torch.optim.Muon(**group, adjust_lr_fn="match_rms_adamw")
-
-    def together() -> None:
-        ours.step()
 
     def one_by_one() -> None:
         limit, muon.BATCH_NUMEL = muon.BATCH_NUMEL, 1
         ours.step()
         muon.BATCH_NUMEL = limit
 
-    contenders = {"llmtrain": together, "llmtrain, one by one": one_by_one, "torch.optim.Muon": theirs.step}
+    contenders = {
+        "llmtrain": ours.step,
+        "llmtrain, products in bf16": in_bf16.step,
+        "llmtrain, one by one": one_by_one,
+        "torch.optim.Muon": theirs.step,
+    }
     measured = alternate({name: timed(step, device) for name, step in contenders.items()}, args.rounds)
     rows = [{"optimizer": name, **spread(values)} for name, values in measured.items()]
     print_table([{**row, "unit": "ms/step"} for row in rows])

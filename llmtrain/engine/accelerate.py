@@ -18,6 +18,7 @@ from llmtrain.engine.precision import require_float32, set_precision
 from llmtrain.engine.processes import Processes
 from llmtrain.engine.protocol import NO_LIMITS, Fragment, Limits, Outcome, Verdict
 from llmtrain.model.transformer import Transformer
+from llmtrain.optim.muon import product_dtype
 from llmtrain.optim.optimizers import make_optimizer, make_state, step_unless
 
 
@@ -43,7 +44,8 @@ class AccelerateEngine(Processes):
             self._optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         else:
             self._max_norm = optimizer.clip_norm or self._max_norm
-            self._optimizer = make_optimizer(model, optimizer)
+            products = product_dtype(self.device, training.precision)
+            self._optimizer = make_optimizer(model, optimizer, products)
         # Where it is not told, it looks for tensors of another kind, whose import takes half a second.
         placed = self._accelerator.device_placement
         self._model = self._accelerator.prepare_model(model, device_placement=placed)

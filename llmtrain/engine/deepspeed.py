@@ -34,6 +34,7 @@ from llmtrain.engine.zero_muon import FlatMuon
 from llmtrain.errors import UserError
 from llmtrain.model.memory import MOST_LIVE, PREFETCH_BUCKET, auto_compiles
 from llmtrain.model.transformer import Block, Transformer
+from llmtrain.optim.muon import product_dtype
 from llmtrain.optim.optimizers import make_optimizer
 
 
@@ -94,8 +95,11 @@ class DeepSpeedEngine(Processes):
                 if isinstance(module, nn.Linear):
                     setattr(module.weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
         self._bare = model
-        is_muon = optimizer.name == "muon"
-        flat = FlatMuon(model, optimizer, self.device) if is_muon else make_optimizer(model, optimizer)
+        if optimizer.name == "muon":
+            products = product_dtype(self.device, training.precision)
+            flat: torch.optim.Optimizer = FlatMuon(model, optimizer, self.device, products)
+        else:
+            flat = make_optimizer(model, optimizer)
         self._model, self._zero, *_ = deepspeed.initialize(
             model=model, optimizer=flat, config=config, dist_init_required=False
         )

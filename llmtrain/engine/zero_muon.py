@@ -23,11 +23,12 @@ from llmtrain.optim.optimizers import make_elementwise, muon_groups
 class FlatMuon(torch.optim.Optimizer):
     """Does to flat slices what plain Muon and AdamW do to whole parameters; ZeRO steps one group at a time."""
 
-    def __init__(self, model: nn.Module, config: OptimizerSection, device: torch.device):
+    def __init__(self, model: nn.Module, config: OptimizerSection, device: torch.device, product_dtype: torch.dtype):
         muon, rest = muon_groups(model, config)
         self._adamw = make_elementwise(config, rest)
         super().__init__([muon, *self._adamw.param_groups], {})
         self._adamw.state = self.state
+        self._product_dtype = product_dtype
         self._device = device  # where the ranks can exchange; offloaded slices lie elsewhere
         self._matrices: dict[Tensor, list[tuple[torch.Size, OwnedSlice | None]]] = {}
 
@@ -62,6 +63,6 @@ class FlatMuon(torch.optim.Optimizer):
                 here = slice(owned.offset, owned.offset + owned.numel)
                 whole[there] = nesterov[here]
             dist.all_reduce(whole)  # each element comes from one rank, so the sum is exact
-            update = orthogonal_update(whole.view(shape), group["lr"]).flatten()
+            update = orthogonal_update(whole.view(shape), group["lr"], self._product_dtype).flatten()
             if owned:
                 flat[here] += update[there].to(flat.device)

@@ -30,12 +30,15 @@ _EPS = 1e-7
 class Muon(EagerOptimizer):
     """For matrices only.
 
+    The products are made in `product_dtype`; see the function of that name.
+
     `found_inf`, where it is set (float32 scalar on the device), is honoured as by torch's fused optimizers: 1 leaves
     everything as it is, and the host does not wait to see it.
     """
 
-    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float):
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, *, product_dtype: torch.dtype):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._product_dtype = product_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -52,7 +55,7 @@ class Muon(EagerOptimizer):
         momenta = [self._momentum(matrix) for matrix in matrices]
         moved = torch._foreach_lerp(momenta, gradients, 1 - beta)
         directions = torch._foreach_lerp(gradients, moved, beta)
-        updates = orthogonalised(torch.stack([_wide(direction) for direction in directions]))
+        updates = orthogonalised(torch.stack([_wide(direction) for direction in directions]), self._product_dtype)
         decay: Tensor | float = 1 - lr * group["weight_decay"]
         if refused is not None:
             moved = tuple(torch.where(refused, old, new) for old, new in zip(momenta, moved, strict=True))
@@ -71,23 +74,24 @@ class Muon(EagerOptimizer):
         return momentum
 
 
-def orthogonal_update(momentum: Tensor, lr: float) -> Tensor:
+def orthogonal_update(momentum: Tensor, lr: float, product_dtype: torch.dtype) -> Tensor:
     """What Muon adds to a matrix, float32 (rows, columns), for what its momentum makes of the gradient."""
-    update = orthogonalised(_wide(momentum)[None])[0]
+    update = orthogonalised(_wide(momentum)[None], product_dtype)[0]
     return (update if _is_wide(momentum) else update.mT) * (-lr * _scale(momentum))
 
 
-def orthogonalised(matrices_NRC: Tensor) -> Tensor:
+def orthogonalised(matrices_NRC: Tensor, product_dtype: torch.dtype) -> Tensor:
     """Make all singular values of each matrix about one, by Newton-Schulz steps.
 
     Args:
         matrices_NRC: float32, no more rows than columns.
+        product_dtype: of the products.
 
     Returns:
-        float32 (N, R, C); the products are in the type of `product_dtype`.
+        float32 (N, R, C).
     """
     norms_N11 = matrices_NRC.square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    x_NRC = (matrices_NRC / norms_N11.clamp(min=_EPS)).to(product_dtype(matrices_NRC.device))
+    x_NRC = (matrices_NRC / norms_N11.clamp(min=_EPS)).to(product_dtype)
     linear, cubic, quintic = _COEFFICIENTS
     for _ in range(_STEPS):
         gram_NRR = x_NRC @ x_NRC.mT
@@ -96,9 +100,12 @@ def orthogonalised(matrices_NRC: Tensor) -> Tensor:
     return x_NRC.float()
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """What the products are computed in: bf16 is enough for them (Jordan et al. 2024), where it is fast."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def product_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What the products are made in: bf16 is enough for them (Jordan et al. 2024), wherever that is fast.
+
+    That is on a GPU, and where the run's `precision` is bf16.
+    """
+    return torch.bfloat16 if device.type == "cuda" or precision == "bf16" else torch.float32
 
 
 def _batches(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -90,14 +90,17 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: OptimizerSection, product_dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters of `model`, which already lies on its device.
 
-    `muon` takes the blocks' matrices, AdamW the rest, at one learning rate and decay.
+    `muon` takes the blocks' matrices, which it multiplies in `product_dtype`, AdamW the rest, at one learning rate and
+    decay.
     """
     if config.name == "muon":
         muon, rest = muon_groups(model, config)
-        return Combined([Muon(**muon), make_elementwise(config, rest)])
+        return Combined([Muon(**muon, product_dtype=product_dtype), make_elementwise(config, rest)])
     groups = parameter_groups(model)
     decayed = {"params": groups["matrices"] + groups["head"], "weight_decay": config.weight_decay}
     undecayed = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}

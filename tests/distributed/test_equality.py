@@ -89,9 +89,14 @@ def test_a_loss_in_parts_is_the_loss_under_every_engine(
 
 @pytest.mark.parametrize(("name", "processes", "micro"), [("cpu-zero2", 2, 2), ("cpu-zero3", 3, 2)])
 def test_muon_sees_whole_matrices_under_zero(trained: Trained, name: str, processes: int, micro: int) -> None:
-    """Its products are in float32 on a CPU; on flat slices it would be off in the first digits."""
+    """On flat slices it would be off in the first digits."""
     many, one = (trained(*kind, optimizer="muon") for kind in ((name, processes, micro), ("single", 1, 4)))
     assert_equal_numbers(many, one, FLOAT32)
+
+
+def test_muon_makes_its_products_in_bf16_where_the_run_computes_in_it(trained: Trained) -> None:
+    runs = [trained(*kind, optimizer="muon") for kind in (("cpu-zero2", 2, 2, "bf16"), ("single", 1, 4, "bf16"))]
+    assert_equal_numbers(*runs, BF16, norm_steps=1)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

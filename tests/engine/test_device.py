@@ -37,6 +37,19 @@ def test_large_tensors_lie_in_large_pages_unless_the_user_has_said_otherwise(giv
     assert done.stdout == f"{is_large}\n", done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are those of another library")
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [({}, "50000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_sleep_after_a_short_wait_unless_the_user_has_said_otherwise(given: dict[str, str], turns: str) -> None:
+    """As the library says that runs torch's threads."""
+    environment = without_settings() | given | {"OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, "-c", "from llmtrain.engine import make_engine"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
+
+
 STEPS = """
 import resource, sys
 import torch
@@ -99,6 +112,6 @@ def test_what_was_only_needed_to_start_is_given_back_when_that_is_asked_for() ->
 
 
 def without_settings() -> dict[str, str]:
-    """The environment of somebody who has said nothing about memory."""
-    own = ("THP_MEM_ALLOC_ENABLE", "MALLOC_", "GLIBC_TUNABLES")
+    """The environment of somebody who has said nothing about memory and threads."""
+    own = ("THP_MEM_ALLOC_ENABLE", "MALLOC_", "GLIBC_TUNABLES", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     return {key: value for key, value in os.environ.items() if not key.startswith(own)}

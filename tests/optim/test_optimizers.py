@@ -81,17 +81,34 @@ def test_matrices_of_a_shape_are_orthogonalised_together_as_alone(rows: int, col
         for _ in range(5):
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        update = orthogonal_update(given, lr=1.0) / (-0.2 * max(rows, columns) ** 0.5)
+        update = orthogonal_update(given, lr=1.0, product_dtype=torch.float32) / (-0.2 * max(rows, columns) ** 0.5)
         assert update.shape == given.shape and update.dtype == torch.float32
         # Float32 products of this length are off by 2⁻²⁴ √n or so; five steps enlarge what is small by 3.4 each.
         assert (update - x).abs().max() < 3.4445**5 * 2**-24 * max(rows, columns) ** 0.5
     parameters = [nn.Parameter(torch.zeros(rows, columns)) for _ in range(count)]
-    optimizer = Muon(parameters, lr=1.0, momentum=0.0, weight_decay=0.0)
+    optimizer = Muon(parameters, lr=1.0, momentum=0.0, weight_decay=0.0, product_dtype=torch.float32)
     for parameter, given in zip(parameters, many, strict=True):
         parameter.grad = given
     optimizer.step()
     for parameter, given in zip(parameters, many, strict=True):
-        assert torch.allclose(parameter, orthogonal_update(given, lr=1.0), rtol=0, atol=1e-5)
+        assert torch.allclose(
+            parameter, orthogonal_update(given, lr=1.0, product_dtype=torch.float32), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 48), (16, 80), (80, 16), (128, 344)])
+def test_in_bf16_muon_is_off_by_its_roundings(rows: int, columns: int) -> None:
+    """Of each of fifteen products, by 2⁻⁸ at most; what is near one is not enlarged on the way."""
+    given = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (orthogonal_update(given, 1.0, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 15 * 2**-8 * exact.norm()
+
+
+def test_products_are_in_bf16_where_that_is_fast() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    asked = [(cpu, "fp32"), (cpu, "bf16"), (gpu, "fp32"), (gpu, "bf16")]
+    assert [muon.product_dtype(*each) == torch.bfloat16 for each in asked] == [False, True, True, True]
 
 
 def test_matrices_that_are_too_many_at_once_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
