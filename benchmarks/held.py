@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llmtrain.config import RunConfig, make_config
+from llmtrain.engine import make_engine
 from llmtrain.engine.accelerate import AccelerateEngine
 from llmtrain.model.short_attention import attention_gradients
 from llmtrain.model.transformer import Transformer
@@ -87,7 +88,7 @@ def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulat
 
 def stepper(config: RunConfig, fake: bool = False) -> Callable[[], None]:
     """A function that takes one real optimizer step of the real engine; the first makes the optimizer's state."""
-    engine = (_WithoutValues if fake else AccelerateEngine)(timeout_s=60)
+    engine = _WithoutValues(timeout_s=60) if fake else make_engine(timeout_s=60)
     if fake:
         engine._accelerator.device_placement = False  # what is fake has its device and cannot be moved
     training, seq_len = config.training, config.data.seq_len

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtrain.config import ModelSection, default_ff_dim
-from llmtrain.model.limits import LONGEST_SHORT, MOST_SCORES, tokens_at_once
+from llmtrain.model.limits import LONGEST_SHORT, MOST_SCORES, tokens_at_once, tokens_in_float32
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def activation_memory(
         # By then what the feed-forward kept has gone.
         short = width.short_attention(seq_len, micro_batch) + tokens * width.beside_attention()
         most = max(most, short - tokens * width.feed_forward())
-    loss, loss_gradients = _loss(config, tokens, width.product)
+    loss, loss_gradients = _loss(config, tokens, width.product, device)
     return Activations(
         stream=tokens * config.layers * float_stream,
         attention=tokens * config.layers * attention,
@@ -230,7 +230,7 @@ class _CompiledWidths(_Widths):
         return 4.0 * self.config.dim + (self.stream if self.product == 2 else 0.0)
 
 
-def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, float]:
+def _loss(config: ModelSection, tokens: float, product: int, device: str) -> tuple[float, float]:
     """Bytes at the loss forward and backward; see llmtrain/model/loss.py."""
     assert config.vocab_size is not None
     vocab, dim = config.vocab_size, config.dim
@@ -241,11 +241,14 @@ def _loss(config: ModelSection, tokens: float, product: int) -> tuple[float, flo
     cast_hidden = 2.0 * dim if product == 2 else 0.0
     at_once = min(tokens, tokens_at_once(vocab))
     # Whole gradients of the hidden states and the weight are filled part by part; the first part makes the weight's. In
-    # a part: float32 logits and log-probabilities; or these (by then the gradient), in bf16 too, and a product that is
-    # added to the weight's.
+    # a part: the logits (later their gradient), and of some of them float32 copies, log-probabilities beside; or a
+    # product that is added to the weight's.
     of_hidden, of_weight = 4.0 * tokens * dim, 4.0 * vocab * dim
     later = min(at_once, tokens - at_once)
-    part = max(8.0 * at_once * vocab, 8.0 * later * vocab + (of_weight if later else 0.0))
-    if product == 2:
-        part = max(part, of_weight + 6.0 * at_once * vocab + cast)
+    of_a_row = 8.0 if product == 2 else 4.0  # of one that is in float32
+    in_float32 = tokens_in_float32(vocab, device)
+    part = (product * at_once + of_a_row * min(at_once, in_float32)) * vocab
+    if later:
+        part = max(part, (product * later + of_a_row * min(later, in_float32)) * vocab + of_weight)
+    part = max(part, product * at_once * vocab + of_weight + cast)
     return of_hidden + cast + at_once * cast_hidden + part, of_hidden + of_weight

@@ -4,6 +4,7 @@ The logits of a batch may take more memory than all else: for 8 × 2048 tokens a
 in float32, and as much again for their gradient. So beyond a limit they are made for a few tokens at a time, and what
 is needed of them backward is computed at once: they are never all there, and never made twice. In bf16 it is always
 computed at once, for that takes fewer passes over the logits; float32 below the limit keeps torch's order of rounding.
+Their gradient takes their place a few rows at a time, which on a CPU stay in its cache meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
-from llmtrain.model.limits import MOST_LOGITS, tokens_at_once
+from llmtrain.model.limits import MOST_LOGITS, tokens_at_once, tokens_in_float32
 
 IGNORE_INDEX = -100  # target that counts for nothing, torch's default
 
@@ -72,7 +73,10 @@ def loss_and_correct(hidden_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, 
 
 
 class _InParts(torch.autograd.Function):
-    """For as many tokens at a time as the limit lets; the gradients of the sum are made on the way forward."""
+    """For as many tokens at a time as the limit lets; the gradients of the sum are made on the way forward.
+
+    R is the tokens of a part.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, of_each_N: Tensor | None) -> Tensor:
@@ -81,27 +85,29 @@ class _InParts(torch.autograd.Function):
         hidden_gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else hidden_ND
         weight_gradient_VD: Tensor | None = None
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        columns_N = targets_N.clamp(max=0)  # of the log-probabilities of the targets alone; -100 stays
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)  # once: autocast would do it for each part
             for part in _parts(len(targets_N), weight_VD):
-                hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
-                log_p_NV = (hidden @ weight.T).float().log_softmax(dim=-1)
-                loss += F.nll_loss(log_p_NV, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+                hidden_RD, targets_R = hidden_ND[part].to(dtype), targets_N[part]
+                logits_RV = hidden_RD @ weight.T
+                log_p_R1 = _log_p(logits_RV, targets_R, wants_gradient)
+                loss += F.nll_loss(log_p_R1, columns_N[part], ignore_index=IGNORE_INDEX, reduction="sum")
                 if of_each_N is not None:
-                    _look_up(log_p_NV, targets, of_each_N[part])
+                    _look_up(log_p_R1, columns_N[part], of_each_N[part])
                 if wants_gradient:
-                    gradient_NV = _logits_gradient(log_p_NV, targets).to(dtype)
-                    counts_N1 = (targets != IGNORE_INDEX)[:, None]
-                    torch.mul(gradient_NV @ weight, counts_N1, out=hidden_gradient_ND[part])
-                    counted = hidden * counts_N1
+                    gradient_RV = logits_RV
+                    counts_R1 = (targets_R != IGNORE_INDEX)[:, None]
+                    torch.mul(gradient_RV @ weight, counts_R1, out=hidden_gradient_ND[part])
+                    counted_RD = hidden_RD * counts_R1
                     if weight_gradient_VD is None:
-                        weight_gradient_VD = (gradient_NV.T @ counted).float()
+                        weight_gradient_VD = (gradient_RV.T @ counted_RD).float()
                     elif dtype == torch.float32:
-                        weight_gradient_VD.addmm_(gradient_NV.T, counted)
+                        weight_gradient_VD.addmm_(gradient_RV.T, counted_RD)
                     else:
-                        weight_gradient_VD += gradient_NV.T @ counted
-                    del gradient_NV
-                del log_p_NV  # or it would be there beside the logits of the next part
+                        weight_gradient_VD += gradient_RV.T @ counted_RD
+                    del gradient_RV
+                del logits_RV  # or they would be there beside those of the next part
         ctx.gradients = hidden_gradient_ND, weight_gradient_VD
         return loss
 
@@ -119,11 +125,22 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
 
 
-def _logits_gradient(log_p_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Softmax minus one at the target, written over the argument; rows without a target are not made zero."""
-    gradient_NV = log_p_NV.exp_()
-    at_N1 = targets_N.clamp(min=0)[:, None]
-    return gradient_NV.scatter_add_(1, at_N1, gradient_NV.new_full(at_N1.shape, -1.0))
+def _log_p(logits_RV: Tensor, targets_R: Tensor, wants_gradient: bool) -> Tensor:
+    """The log-probability of each target, (R, 1) in float32; of none it is that of some token.
+
+    If it is wanted, the gradient of the sum of -log p is written over the logits: softmax, less one at the target. Rows
+    without a target are not made zero.
+    """
+    at_R1 = targets_R.clamp(min=0)[:, None]
+    found = list[Tensor]()
+    step = tokens_in_float32(logits_RV.shape[1], logits_RV.device.type)
+    for begin in range(0, len(logits_RV), step):
+        rows = slice(begin, begin + step)
+        log_p = logits_RV[rows].float().log_softmax(dim=-1)
+        found.append(log_p.gather(1, at_R1[rows]))
+        if wants_gradient:
+            logits_RV[rows] = log_p.exp_().scatter_add_(1, at_R1[rows], torch.full_like(found[-1], -1.0))
+    return torch.cat(found)
 
 
 def _parts(tokens: int, weight_VD: Tensor) -> Iterator[slice]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name everyone reads
 
+from llmtrain.model import limits
 from llmtrain.model import loss as loss_module
 from llmtrain.model.loss import IGNORE_INDEX, cross_entropy_sum, linear_cross_entropy_sum, loss_and_correct
 
@@ -32,6 +33,7 @@ def test_any_number_of_tokens_at_a_time_gives_the_plain_loss_and_gradients(
 ) -> None:
     """In float64, but for the sums over parts, which are kept in float32: 46 of them at most, each off by 2⁻²⁴."""
     monkeypatch.setattr(loss_module, "MOST_LOGITS", tokens * VOCABULARY)
+    monkeypatch.setattr(limits, "CACHED_LOGITS", 8 * VOCABULARY)
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # so that nothing is rounded to float32 on the way
     hidden, weight, targets = inputs(torch.float64)
     loss = linear_cross_entropy_sum(hidden, weight, targets)
@@ -100,11 +102,26 @@ def test_whatever_the_type_of_the_states_the_loss_is_float32() -> None:
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(100_000 * math.log(20), rel=1e-4)
 
 
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_how_many_rows_are_in_float32_at_once_changes_no_bit(monkeypatch: pytest.MonkeyPatch, is_bf16: bool) -> None:
+    monkeypatch.setattr(loss_module, "MOST_LOGITS", 20 * VOCABULARY)
+    found = list[tuple[Tensor | None, ...]]()
+    for rows in (1, 3, 20, 1000):
+        monkeypatch.setattr(limits, "CACHED_LOGITS", rows * VOCABULARY)
+        hidden, weight, targets = inputs()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = linear_cross_entropy_sum(hidden, weight, targets, by_row=True)
+        loss[0].backward()
+        found.append((loss, hidden.grad, weight.grad))
+    for other in found[1:]:
+        assert all(torch.equal(mine, its) for mine, its in zip(found[0], other, strict=True))
+
+
 def test_without_a_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("gradients of logits were made")
 
-    monkeypatch.setattr(loss_module, "_logits_gradient", refuse)
+    monkeypatch.setattr(Tensor, "scatter_add_", refuse)
     hidden, weight, targets = inputs()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         linear_cross_entropy_sum(hidden, weight, targets)
