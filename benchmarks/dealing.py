@@ -4,9 +4,10 @@
 
 `survey`: MB of text a second of one core at finding where the chunks of an input begin, as the process that makes the
 plan of the parts does. `deal`: MB of text for each second of CPU time of the process that reads the input, deals it out
-to two workers and writes and hashes what they encoded, byte-level BPE: so much a second it does at most, however many
-workers it has. Both of two sizes, and of their difference, so that what is done once is not in it. The input is Python
-source in the page cache, as JSONL in files of 50 MB, plain and compressed, and as Parquet in row groups of 8 MB.
+to two workers and writes and hashes what they encoded, byte-level BPE: so much a second it does with one core, however
+many workers it has. (It has two threads for that, so it does more where there are two cores for them.) Both of two
+sizes, and of their difference, so that what is done once is not in it. The input is Python source in the page cache, as
+JSONL in files of 50 MB, plain and compressed, and as Parquet in row groups of 8 MB.
 """
 
 from __future__ import annotations
