@@ -12,9 +12,9 @@ from llmtrain.model.document_mask import flex_suits
 from llmtrain.planning.budget import planned_tokens
 from llmtrain.toolchain import why_not_compiled
 
-# For each thread of each rank. Compiling takes a CPU up to half a minute, evaluation included, again on every new
-# machine, and a step is 10 to 20 % faster then (docs/LOG.md); so much work takes a core a quarter of an hour.
-COMPILED_FROM_FLOPS = 1e14
+# For each thread of each rank. Compiling takes a CPU 16 to 30 s, evaluation included, again on every new machine, and a
+# step is up to a third faster then. That had paid for itself after 0.7e13 to 2.1e13 (docs/LOG.md).
+COMPILED_FROM_FLOPS = 4e13
 
 
 def settle_compile(config: RunConfig, engine: Engine, vocab_size: int, data_tokens: int) -> tuple[bool, list[str]]:

@@ -351,7 +351,7 @@ class TrainingSection(Section):
     fp8: bool = False
     """With bf16: the blocks' matrices multiply in fp8 (needs torchao; one process or DDP)."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the blocks; `auto`: on CUDA, and on a CPU that can where a run has 1e14 FLOPs or more for each core."""
+    """Compile the blocks; `auto`: on CUDA, and on a CPU that can where a run has 4e13 FLOPs or more for each core."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Memory for time: what the backward pass computes again. `full`: whole blocks; `selective`: all but attention and
     products of matrices."""
