@@ -82,7 +82,8 @@ def peak_memory(
     )
     parts = activation_memory(config, seq_len, micro_batch, precision, checkpointing, device=device, compiled=compiled)
     moments = _forward(weights, parts) | _backward(weights, parts, config.layers, checkpointing)
-    moments["update"] = weights.state + grown + _update(config, optimizer, engine, device)
+    product = 2 if bf16 or device != "cpu" else 4  # bytes of a number in Muon's
+    moments["update"] = weights.state + grown + _update(config, optimizer, engine, product)
     return PeakMemory(moments, parts, max(weights.casts, weights.cast))
 
 
@@ -126,7 +127,7 @@ def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing:
     }  # fmt: skip
 
 
-def _update(config: ModelSection, optimizer: str, engine: EngineName, device: str) -> float:
+def _update(config: ModelSection, optimizer: str, engine: EngineName, product: int) -> float:
     """What an optimizer takes for a while. Only Muon does; see llmtrain/optim/muon.py."""
     if optimizer != "muon":
         return 0.0
@@ -136,11 +137,10 @@ def _update(config: ModelSection, optimizer: str, engine: EngineName, device: st
     for other, count in ((config.query_width, 2), (config.key_width, 2), (ff_dim, ups)):
         shape = (min(config.dim, other), max(config.dim, other))
         members[shape] = members.get(shape, 0) + count * config.layers
-    product = 4 if device == "cpu" else 2
     most = 0.0
     for (rows, columns), count in members.items():
         together = 1 if engine.startswith("zero") else min(count, max(1, BATCH_NUMEL // (rows * columns)))
-        # Float32: moved momenta, directions, directions as one. In the products' type: a step's argument and result,
-        # and two square ones.
-        most = max(most, together * rows * (columns * (12.0 + 2 * product) + 2 * product * rows))
+        # Float32: moved momenta, directions, directions as one, and the result. In the products' type: the argument of
+        # a step and two square ones.
+        most = max(most, together * rows * (columns * (16.0 + product) + 2 * product * rows))
     return most

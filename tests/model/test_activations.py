@@ -76,6 +76,7 @@ MOMENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("backward of the first block", {}, {"micro_batch": 8, "activation_checkpointing": "full"}),
     ("backward of the embedding", {"vocab_size": 30_000}, {"micro_batch": 1, "seq_len": 32, "accumulation": 2}),
     ("update", {}, {"micro_batch": 1, "seq_len": 32, "optimizer": "muon"}),
+    ("update", {}, {"micro_batch": 1, "seq_len": 32, "optimizer": "muon", "precision": "bf16"}),
 ]
 
 
