@@ -12,6 +12,7 @@ import gc
 import io
 import os
 import platform
+import re
 import select
 import sys
 import threading
@@ -33,6 +34,12 @@ _WHAT_TO_DO = {  # about an error of the file system that nobody closer to it ha
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the same command again"),
     **dict.fromkeys(NO_ANSWER, "mend the storage, and run the same command again"),
 }
+# As torch says it of a GPU, of the host, and of cuBLAS.
+_NO_MEMORY = "CUDA[^\n]*out of memory|out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+_LESS_MEMORY = (
+    "to train in less: a smaller training.micro_batch_size (the losses stay), then "
+    "training.activation_checkpointing=selective, then launch/zero3.yaml; llmtrain plan says what fits"
+)
 
 
 class LlmtrainError(Exception):
@@ -136,8 +143,8 @@ def _run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         # The reader of our output (head, less) has gone: not an error, and nothing more can be said to it.
         silence(sys.stdout)
         return 0
-    except OSError as error:
-        foreseen = of_storage(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        foreseen = of_storage(error) if isinstance(error, OSError) else of_memory(error)
         if foreseen is None:
             raise
         if DEBUG in argv:
@@ -158,6 +165,16 @@ def of_storage(error: OSError) -> UserError | None:
     if what_to_do is None or (error.filename is None and not is_full):
         return None
     return UserError(f"{error.filename or 'a file'}: {error.strerror}; {what_to_do}")
+
+
+def of_memory(error: MemoryError | RuntimeError) -> UserError | None:
+    """What a user is told where a device or the machine has no memory left; None: something else."""
+    said = str(error)
+    found = re.search(rf"({_NO_MEMORY})(.*? is free|[^\n]*)", said, re.DOTALL)  # then torch has advice on its allocator
+    if found is None and not isinstance(error, MemoryError):
+        return None
+    cause = shortened(found[0] if found else said, 200)
+    return UserError(f"out of memory{cause and ': '}{cause}; {_LESS_MEMORY}")
 
 
 def tell(text: str, stream: TextIO) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmtrain import cli
 from llmtrain.errors import CorruptError, DivergedError, Stopped, UserError, end_everywhere, run_main
@@ -53,6 +54,42 @@ def test_what_is_not_foreseen_is_left_in_the_file_too(code_file: Path, error: Ba
     with pytest.raises(type(error)):
         run_main(raising(error), [])
     assert code_file.read_text() == f"{code}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has a total capacity of 131.32 GiB of which 3.49"
+                " GiB is free. Of the allocated memory 124.14 GiB is allocated by PyTorch. If reserved but unallocated"
+            ),
+            "out of memory: CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has a total capacity of 131.32 GiB "
+            "of which 3.49 GiB is free; to train in less: a smaller training.micro_batch_size",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            "out of memory: CUDA error: out of memory; to train",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c`"), "out of memory: CUBLAS_STATUS_ALLOC"),
+        (MemoryError(), "out of memory; to train in less"),
+    ],
+)
+def test_no_memory_is_one_line_that_says_what_takes_less(
+    code_file: Path, error: Exception, cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(raising(error), []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"llmtrain: error: {cause}")
+    assert said.count("\n") == 1
+    assert code_file.read_text() == "2\n"
+
+
+def test_memory_of_the_host_that_torch_cannot_have_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(lambda _: print(torch.empty(1 << 60)), []) == 2
+    assert capsys.readouterr().err.startswith(
+        "llmtrain: error: out of memory: can't allocate memory: you tried to allocate 4611686018427387904 bytes."
+    )
 
 
 def test_a_file_that_cannot_be_written_changes_no_exit_code(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def make_engine(timeout_s: float) -> Engine:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise each process warns that it found no other
         try:
+            metadata.version("transformers")  # Accelerate asks it about ZeRO
             from llmtrain.engine.deepspeed import DeepSpeedEngine
         except ModuleNotFoundError as error:
             raise UserError(

@@ -4,8 +4,8 @@ Weights are float32 here too, so that `precision: bf16` means one thing: matrix 
 weights, gradients and their sums in float32. Stage 3 sends the blocks' matrices in bf16 then, which loses nothing:
 autocast would round them next.
 
-DeepSpeed looks at the gradient's norm on the host, and so waits for the device once in every step; there the step is
-judged too (`zero_gate`).
+DeepSpeed looks at the gradient's norm on the host, and so waits for the device at the end of every step; there the step
+is judged too (`zero_gate`). Stage 3 waits after every micro-batch as well.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class DeepSpeedEngine(Processes):
 
     def __init__(self, timeout_s: float):
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        # It warns of optimizers that it has not tested; these are tested here.
+        deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
         # DeepSpeed calls torch by names that torch is about to change, several times in each step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.
@@ -88,7 +90,7 @@ class DeepSpeedEngine(Processes):
                 model = make_model()
             model.init_weights()
         set_precision(model, training, self.device)
-        if stage == 3 and training.compile is True:
+        if stage == 3:
             self._gather_by_blocks(model, config["zero_optimization"])
         if stage == 3 and training.precision == "bf16":
             for module in model.blocks.modules():
@@ -111,9 +113,10 @@ class DeepSpeedEngine(Processes):
 
     @staticmethod
     def _gather_by_blocks(model: Transformer, zero: dict[str, Any]) -> None:
-        """Have stage 3 gather a block at a time, around its forward pass and not within: so that can be compiled.
+        """Have stage 3 gather a block at a time, around its forward pass and not within.
 
-        While one is computed the next is fetched, for which DeepSpeed's own limits are too low where blocks are large.
+        So it can be compiled; eager, too, the host has half as much to do as for one layer after another. While a block
+        is computed the next is fetched, for which DeepSpeed's own limits are too low where blocks are large.
         """
         set_z3_leaf_modules(model, [Block])
         block = sum(vars(parameter)["ds_numel"] for parameter in model.blocks[0].parameters())

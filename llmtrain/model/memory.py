@@ -9,7 +9,7 @@ runtime/zero/stage_1_and_2.py and stage3.py; tests/model/test_memory.py measures
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmtrain.config import ModelSection, default_ff_dim
@@ -37,13 +37,14 @@ class RankMemory:
     casts: float = 0
     gathered: float = 0
     buffers: float = 0
+    exchange: float = 0  # taken only while a full bucket of gradients is sent
     host: float = 0  # in the memory of the machine, for each rank on it
 
     @property
     def device(self) -> float:
         """All that lies on the device."""
-        held = (self.weights, self.masters, self.gradients, self.optimizer, self.casts, self.gathered, self.buffers)
-        return sum(held)
+        model = self.weights + self.masters + self.gradients + self.optimizer
+        return model + self.casts + self.gathered + self.buffers + self.exchange
 
 
 def auto_compiles(*, cuts_weights: bool, checkpointing: str) -> bool:
@@ -81,7 +82,6 @@ def rank_memory(
     offload: Offload = "none",
     precision: str = "bf16",
     accumulates: bool = True,
-    by_blocks: bool = False,
 ) -> RankMemory:
     """Bytes that a rank holds at most while it trains, without activations.
 
@@ -96,11 +96,12 @@ def rank_memory(
       backward pass instead (deepspeed runtime/zero/linear.py).
     - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those needed again within REUSE_DISTANCE
       (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always). A
-      compiled block is gathered, and fetched ahead, as one.
+      block is gathered, and fetched ahead, as one.
     - `buffers`: DDP has buckets for all gradients. Those of a step's only micro-batch lie in them from the start
       (`gradient_as_bucket_view`), sums of several only when they are exchanged. ZeRO copies gradients into a bucket
-      that is REDUCE_BUCKET long however small the model is; stages 2 and 3 put what is in it in another order before
-      they send it, and a gradient that is longer, too.
+      that is REDUCE_BUCKET long however small the model is.
+    - `exchange`: stages 2 and 3 put what is in the bucket in another order before they send it, and a gradient that is
+      longer, too.
     - `host`: what offload moves there, and what the exchange with the device needs.
 
     Args:
@@ -112,7 +113,6 @@ def rank_memory(
         offload: what lies in the memory of the host.
         precision: `bf16` or `fp32`.
         accumulates: whether a step has more than one micro-batch on each rank.
-        by_blocks: whether ZeRO-3 gathers a block at a time, as for blocks that are compiled.
     """
     assert config.vocab_size is not None
     whole, head = 4.0 * parameter_count(config, seq_len), config.vocab_size * config.dim
@@ -124,7 +124,7 @@ def rank_memory(
         casts=casts if accumulates or engine in ("ddp", "zero2") else 0.0,
         largest=4.0 * max(head, largest_matrix(config), config.dim * config.query_width),
         small=4.0 * (norm_parameters(config) + bias_parameters(config)),
-        block=4.0 * block_matrix_parameters(config) if by_blocks else 0.0,
+        block=4.0 * block_matrix_parameters(config),
     )
     if engine == "zero3":
         return _zero3(sizes, offload)
@@ -143,7 +143,7 @@ class _Sizes:
     casts: float
     largest: float  # parameter
     small: float  # parameters together
-    block: float  # the matrices of one, where it is gathered as a whole; else 0
+    block: float  # the matrices of one
 
 
 def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bool) -> RankMemory:
@@ -160,11 +160,11 @@ def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bo
         # On the host: masters, their gradients, and the copy through which weights return; and sums of micro-batches.
         host = 3 * part + sums + sizes.state + sizes.largest
         gradients = whole if engine == "zero1" else 0.0
-        buffers = bucket + exchanged + sizes.largest
-        return RankMemory(whole, gradients=gradients, casts=casts, buffers=buffers, host=host)
+        buffers = bucket + sizes.largest
+        return RankMemory(whole, gradients=gradients, casts=casts, buffers=buffers, exchange=exchanged, host=host)
     if engine == "zero2" and whole <= bucket:
         exchanged -= part  # the part is taken out when the exchange is over; else after the first bucket
-    return RankMemory(whole, part, gradients + sums, sizes.state, casts, buffers=bucket + exchanged)
+    return RankMemory(whole, part, gradients + sums, sizes.state, casts, buffers=bucket, exchange=exchanged)
 
 
 def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
@@ -172,11 +172,11 @@ def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
     part, bucket = sizes.part, 4.0 * REDUCE_BUCKET
     ahead, used = max(4.0 * PREFETCH_BUCKET, sizes.block), max(sizes.largest, sizes.block)
     gathered = min(sizes.whole, 4.0 * REUSE_DISTANCE / 2 + ahead + used + sizes.small)
-    buffers = bucket + min(sizes.whole, max(bucket, sizes.largest))
+    held = RankMemory(gathered=gathered, buffers=bucket, exchange=min(sizes.whole, max(bucket, sizes.largest)))
     if offload == "none":
-        return RankMemory(part, part, part, sizes.state, gathered=gathered, buffers=buffers)
+        return replace(held, weights=part, masters=part, gradients=part, optimizer=sizes.state)
     # On the host: masters, their gradients, and the sums of gradients that become them.
     host = 3 * part + sizes.state
     if offload == "optimizer":
-        return RankMemory(part, gathered=gathered, buffers=buffers, host=host)
-    return RankMemory(gathered=gathered, buffers=buffers, host=host + part)
+        return replace(held, weights=part, host=host)
+    return replace(held, host=host + part)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from llmtrain.config import ModelSection, default_ff_dim
 from llmtrain.model.activations import Activations, activation_memory
-from llmtrain.model.cost import block_matrix_parameters
+from llmtrain.model.cost import block_matrix_parameters, parameter_count
 from llmtrain.model.limits import BATCH_NUMEL
-from llmtrain.model.memory import EngineName, Offload, largest_matrix, rank_memory
+from llmtrain.model.memory import REDUCE_BUCKET, EngineName, Offload, largest_matrix, rank_memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def peak_memory(
     # Casts are added below, when they are there; so the model's own memory is asked for without.
     model = rank_memory(
         engine, config, seq_len, world_size=world_size, optimizer=optimizer, offload=offload, precision="fp32",
-        accumulates=accumulates, by_blocks=compiled,
+        accumulates=accumulates,
     )  # fmt: skip
     # On one device, and under ZeRO-1, the gradients of a step's only micro-batch are made one after the other; else
     # they, or the buckets in which they will lie, are there all the time.
@@ -68,9 +68,12 @@ def peak_memory(
     # Eager ZeRO-3 casts again for the backward pass. Of what is compiled, see `auto_compiles`.
     keeps_casts = bf16 and (checkpointing == "none" if compiled else engine != "zero3")
     largest = 4.0 * largest_matrix(config)
-    made_at_once = block if compiled else largest
+    # ZeRO-3 lets go of a block's gradients together, as of its weights.
+    made_at_once = block if compiled or engine == "zero3" else largest
     weights = _Weights(
-        state=model.device - grown,
+        state=model.device - model.exchange - grown,
+        exchange=model.exchange,
+        is_sent_at_the_end=parameter_count(config, seq_len) <= REDUCE_BUCKET,
         grown=grown,
         head=4.0 * config.vocab_size * config.dim,
         block=block,
@@ -83,7 +86,7 @@ def peak_memory(
     parts = activation_memory(config, seq_len, micro_batch, precision, checkpointing, device=device, compiled=compiled)
     moments = _forward(weights, parts) | _backward(weights, parts, config.layers, checkpointing)
     product = 2 if bf16 or device != "cpu" else 4  # bytes of a number in Muon's
-    moments["update"] = weights.state + grown + _update(config, optimizer, engine, product)
+    moments["update"] = weights.state + weights.exchange + grown + _update(config, optimizer, engine, product)
     return PeakMemory(moments, parts, max(weights.casts, weights.cast))
 
 
@@ -92,6 +95,8 @@ class _Weights:
     """Bytes of weights and what belongs to them, in float32."""
 
     state: float  # what is there all the time
+    exchange: float  # taken while a bucket of gradients is sent
+    is_sent_at_the_end: bool  # since one bucket holds them all
     grown: float  # gradients that are made one after the other; 0 where `state` has them
     head: float
     block: float  # all matrices of one
@@ -117,13 +122,14 @@ def _backward(weights: _Weights, parts: Activations, layers: int, checkpointing:
     waiting = head * (weights.tied * (1 if weights.bf16 else 2) + (not grown))
     made = max(0.0, grown - weights.block - (0 if weights.tied else head))  # when it comes to the first block
     tied_head = head if weights.tied and not grown else 0.0
+    sent = state if weights.is_sent_at_the_end else state + weights.exchange
     return {
         "backward of the loss": state + parts.kept + parts.output + casts + parts.loss_gradients,
         "backward of the final norm": state + parts.kept + parts.output - stream + casts + head
         + parts.output_gradients,
-        "backward of the last block": state + parts.kept + max(casts, cast) + head + in_a_block,
-        "backward of the first block": state + parts.kept / layers + cast + made + tied_head + in_a_block,
-        "backward of the embedding": state + grown + waiting + stream,
+        "backward of the last block": sent + parts.kept + max(casts, cast) + head + in_a_block,
+        "backward of the first block": sent + parts.kept / layers + cast + made + tied_head + in_a_block,
+        "backward of the embedding": state + weights.exchange + grown + waiting + stream,
     }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def memory_of(run: Run, layout: Layout) -> Memory:
     )  # fmt: skip
     own = rank_memory(
         engine, run.model, run.seq_len, world_size=layout.gpus, optimizer=run.optimizer, offload=offload,
-        precision=run.precision, accumulates=accumulates, by_blocks=compiled,
+        precision=run.precision, accumulates=accumulates,
     )  # fmt: skip
     parts = peak.activations
     return Memory(
@@ -116,7 +116,7 @@ def memory_of(run: Run, layout: Layout) -> Memory:
         casts=peak.casts if compiled else own.casts,
         activations=parts.kept + parts.output + parts.recomputed + parts.gradients,
         logits=max(parts.loss, parts.loss_gradients),
-        buffers=own.buffers + own.gathered,
+        buffers=own.buffers + own.exchange + own.gathered,
         host=own.host,
         peak=peak.bytes,
         moment=peak.moment,

@@ -7,10 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import llmtrain
 from tests.conftest import small_config
@@ -149,13 +151,28 @@ def test_ranks_with_unlike_code_are_warned_of_and_train(config: Config, tmp_path
     assert "llmtrain: warning: rank 1 on " in said and ": code is " in said
 
 
-def test_deepspeed_that_is_missing_is_said(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepspeed", "transformers"])
+def test_deepspeed_that_is_missing_is_said(config: Config, tmp_path: Path, name: str) -> None:
+    """Or what Accelerate needs for it."""
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    # As on a machine without it: importing it fails.
-    blocked = "import sys; sys.modules['deepspeed'] = None"
+    # As on a machine without it: it cannot be imported, and has no version.
+    blocked = (
+        "import sys; from importlib import metadata; version = metadata.version\n"
+        "def of(package):\n"
+        f"    if package == '{name}': raise metadata.PackageNotFoundError(package)\n"
+        "    return version(package)\n"
+        f"metadata.version = of; sys.modules['{name}'] = None"
+    )
     program = f"{blocked}\nfrom llmtrain.train import main, run_main; sys.exit(run_main(main))"
     command = [sys.executable, "-c", program, "--config", str(tmp_path / "config.yaml")]
     place = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**place), check=False, timeout=60)
     assert done.returncode == 2
     assert "asks for DeepSpeed, which is not there" in errors(done.stderr)[0]
+    assert name in errors(done.stderr)[0].partition(";")[0]
+
+
+def test_the_extra_for_deepspeed_brings_what_accelerate_asks_for() -> None:
+    needs = [Requirement(need) for need in metadata.requires("llmtrain") or []]
+    extra = {need.name for need in needs if need.marker and need.marker.evaluate({"extra": "deepspeed"})}
+    assert extra == {"deepspeed", "transformers"}
