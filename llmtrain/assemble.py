@@ -19,7 +19,7 @@ from llmtrain.data.mixture import Stage, plan_stages, samples_per_epoch
 from llmtrain.data.packed import PackedWindows
 from llmtrain.data.sources import TrainingData, doubts, fetch_data, make_order, open_data, weights_from
 from llmtrain.engine import Engine, refuse_contradictions
-from llmtrain.engine.device import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, free_memory, pick_device
 from llmtrain.errors import UserError
 from llmtrain.health.agreement import patiently, require_agreement, together
 from llmtrain.model.cost import flops_per_token
@@ -207,6 +207,9 @@ def describe(parts: Assembly, steps: int) -> dict[str, str]:
     asides = {"dropout": model.dropout, "the document mask": config.data.document_mask}
     aside = "".join(f", what {name} keeps aside" for name, is_on in asides.items() if is_on)
     memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors by the formulas, at the {peak.moment}{aside}"}
+    room = free_memory(parts.engine.device)  # the weights are there already
+    if peak.bytes > room + 4 * parameter_count(model, seq_len):
+        memory["memory"] += f"; but {room / 1e9:.2f} GB are free"
     return {
         "model": f"{parameter_count(model, seq_len):,} parameters · {model.layers} layers × {model.dim} wide · "
         f"{model.heads} heads · vocabulary {model.vocab_size:,}",

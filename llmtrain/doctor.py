@@ -22,14 +22,14 @@ from llmtrain.config import RunConfig, load_config
 from llmtrain.data.sources import fetch_data, open_data
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engine import Engine, make_engine
-from llmtrain.engine.device import pick_device
+from llmtrain.engine.device import free_memory, pick_device
 from llmtrain.errors import CorruptError, LlmtrainError, UserError, run_main
 from llmtrain.health.agreement import leave
 from llmtrain.health.checklist import checklist, overfit, overfit_rate
 from llmtrain.health.cluster import cluster_findings
 from llmtrain.health.finding import Finding, fail, ok, warn
 from llmtrain.health.limits import PROBE, disk_finding
-from llmtrain.health.machine import free_memory, machine_findings, rendezvous_finding
+from llmtrain.health.machine import machine_findings, rendezvous_finding
 from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.memory import RankMemory, rank_memory

@@ -395,9 +395,18 @@ def test_dry_run_checks_takes_a_step_and_writes_nothing(
     folder = run(config_dict, "--dry-run")
     printed = capsys.readouterr().out
     assert "one step" in printed
-    assert re.search(r"memory  0\.0\d GB of tensors by the formulas, at the \w+", printed)
+    assert re.search(r"memory  0\.0\d GB of tensors by the formulas, at the [a-z ]+$", printed, re.MULTILINE)
     assert "nothing was written" in printed
     assert not folder.exists()
+
+
+def test_the_header_says_that_the_device_has_less_memory(
+    config_dict: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmtrain.assemble.free_memory", lambda _device: 0)
+    run(config_dict, "--dry-run")
+    printed = capsys.readouterr().out
+    assert re.search(r"memory  0\.0\d GB of tensors by .*; but 0\.00 GB are free$", printed, re.MULTILINE)
 
 
 @pytest.mark.slow

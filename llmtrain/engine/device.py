@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import torch
 
+from llmtrain.data.memory import free_host_memory
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -46,6 +48,13 @@ def computes_bf16_natively(device: torch.device) -> bool:
         # No public question for it before torch 2.13's get_capabilities, and its names are not settled.
         return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new process can take: of the GPU, else of the machine and of the limit it runs under."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_memory()
 
 
 def give_back_memory() -> None:

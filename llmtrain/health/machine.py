@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.cores import usable_cores
-from llmtrain.data.memory import free_host_memory
-from llmtrain.engine.device import computes_bf16_natively, pick_device
+from llmtrain.engine.device import computes_bf16_natively, free_memory, pick_device
 from llmtrain.engine.rendezvous import address_towards, interfaces
 from llmtrain.errors import UserError
 from llmtrain.health.finding import Finding, fail, ok, warn
@@ -75,13 +74,6 @@ def rendezvous_finding(where: str) -> Finding:
     if is_here:
         return warn("rendezvous", f"{there}: port {port} is taken: by a launch that is under way, else choose another")
     return ok("rendezvous", f"{there}: somebody listens at port {port}")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new process can take: of the GPU, else of the machine and of the limit it runs under."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_host_memory()
 
 
 def _device() -> Finding:
