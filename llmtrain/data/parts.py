@@ -274,7 +274,7 @@ class _Parts:
                 folder=folder,
                 journal=journal,
                 shard_tokens=options.shard_tokens,
-                workers=options.workers or default_workers(stretch.source_bytes),
+                workers=options.workers or default_workers(stretch.source_bytes, plan.tokenizer.kind),
                 report=report,
             )
 

@@ -28,6 +28,7 @@ from llmtrain.errors import CorruptError, LlmtrainError, UserError, require_utf8
 
 # To start a worker takes a core one to two seconds, in which it encodes 10 to 150 MB by itself, as the tokenizer is.
 BYTES_PER_WORKER = 64 << 20
+_LIGHT = ("byte", "char")
 CHUNKS_TRIED = 16  # in which the beginnings of documents are looked for that a tokenizer is tried on
 
 
@@ -251,6 +252,10 @@ def total_bytes(files: Sequence[SourceFile]) -> int:
     return sum(file.bytes for file in files)
 
 
-def default_workers(work_bytes: int) -> int:
-    """One process per core, fewer for little work."""
-    return max(1, min(len(usable_cores()), work_bytes // BYTES_PER_WORKER))
+def default_workers(work_bytes: int, tokenizer: str | None = None) -> int:
+    """One process per core, fewer for little work.
+
+    A kind of tokenizer that has next to none leaves a core to who reads and writes, or two are slower than one alone.
+    """
+    cores = len(usable_cores()) - (tokenizer in _LIGHT)
+    return max(1, min(cores, work_bytes // BYTES_PER_WORKER))

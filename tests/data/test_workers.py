@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data import workers
+from llmtrain.data.recipe import BYTES_PER_WORKER, default_workers
 from llmtrain.errors import UserError
 
 SHOW_BLOCKED = "print(next(line for line in open('/proc/self/status') if line.startswith('SigBlk')).split()[1])"
@@ -147,3 +148,12 @@ def test_what_was_made_before_the_items_failed_is_used() -> None:
     with pytest.raises(UserError, match="items"):
         workers.for_each(used.append, items())
     assert used == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("bbpe", 8), ("byte", 7), ("char", 7), (None, 8)])
+def test_there_is_a_worker_for_each_core_but_one_where_a_tokenizer_has_no_work(
+    kind: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtrain.data.recipe.usable_cores", lambda: frozenset(range(8)))
+    assert default_workers(1 << 40, kind) == expected
+    assert default_workers(BYTES_PER_WORKER, kind) == default_workers(0, kind) == 1
