@@ -1,0 +1,156 @@
+"""Peak memory of a GPU's allocator beside what the formulas predict, by engine, size, precision and recomputation.
+
+    python -m benchmarks.gpu_memory [--ranks 2]
+    python -m benchmarks.cuda_standin --gpus 2 python -m benchmarks.gpu_memory
+
+Each row is a launch that takes a few steps of the real engine; the most that torch's allocator held in the last two is
+compared with `peak_memory`. Since no value matters for that, it may run where there is no GPU, see cuda_standin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import ROOT, print_table, write_result
+from llmtrain.config import make_config
+from llmtrain.engine import make_engine
+from llmtrain.errors import UserError, run_main
+from llmtrain.model.peak import peak_memory
+from llmtrain.model.transformer import Transformer
+from llmtrain.resolve import resolve
+
+VOCAB_SIZE = 50_304
+WARM_UP, STEPS = 3, 2  # ZeRO-3 learns the order of modules in the first
+LIMIT_S = 300
+# By size: micro-batch of sequences of 1,024.
+SIZES = {"124m": 16, "350m": 4, "1.3b": 2}
+
+
+def rows(ranks: int) -> Iterator[dict[str, Any]]:
+    """What is measured: on one device every kind of step, under the other engines the usual ones."""
+    for size in SIZES:
+        for compiled in (False, True):
+            for checkpointing in ("none", "selective", "full"):
+                yield {"size": size, "checkpointing": checkpointing, "compiled": compiled}
+    for more in ({"precision": "fp32"}, {"optimizer": "muon"}, {"accumulation": 1}):
+        yield {"size": "350m", **more}
+    if ranks > 1:
+        for engine in ("ddp", "zero1", "zero2", "zero3"):
+            for accumulation in (1, 2):
+                yield {"size": "350m", "engine": engine, "accumulation": accumulation}
+        for compiled in (False, True):
+            yield {"size": "1.3b", "engine": "zero3", "checkpointing": "selective", "compiled": compiled}
+
+
+DEFAULTS = {
+    "engine": "single", "precision": "bf16", "optimizer": "adamw", "checkpointing": "none", "compiled": False,
+    "accumulation": 2,
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, help="of the engines that have several; default: the GPUs there are")
+    parser.add_argument("--out", type=Path, help="file of the result; default: benchmarks/results/gpu_memory.json")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--told", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU; python -m benchmarks.cuda_standin COMMAND ... runs it without")
+    if args.worker:
+        work(args.worker, args.told)
+        return
+    ranks = args.ranks or torch.cuda.device_count()
+    table = []
+    for row in rows(ranks):
+        table.append(measured({**DEFAULTS, **row}, ranks))
+        print(json.dumps(table[-1]), flush=True)
+    print_table(table)
+    device = {"device": torch.cuda.get_device_name(), "driver": _driver(), "ranks": ranks}
+    write_result("gpu_memory", [*table, device], ["llmtrain", "torch", "deepspeed", "triton"], args.out)
+    if failed := [row for row in table if row["problem"]]:
+        raise UserError(f"{len(failed)} rows did not run to the end; the lines above say why")
+
+
+def measured(row: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """A launch of its own: what it held, and what is predicted."""
+    processes = 1 if row["engine"] == "single" else ranks
+    with tempfile.TemporaryDirectory() as name:
+        told = Path(name) / "told.json"
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+            str(ROOT / f"launch/{row['engine']}.yaml"), "--num_processes", str(processes), "--main_process_port", "0",
+            "-m", "benchmarks.gpu_memory", "--worker", json.dumps(row), "--told", str(told),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+            problem = None if done.returncode == 0 else done.stderr[-2000:]
+        except subprocess.TimeoutExpired:
+            problem = f"took longer than {LIMIT_S} s"
+        numbers = json.loads(told.read_text()) if problem is None else {}
+    return {**row, "ranks": processes, **numbers, "problem": problem}
+
+
+def work(row: dict[str, Any], told: Path) -> None:
+    """A rank of a launch."""
+    engine = make_engine(timeout_s=LIMIT_S)
+    seq_len, micro_batch, accumulation = 1024, SIZES[row["size"]], row["accumulation"]
+    raw = {
+        "data": {"seq_len": seq_len},
+        "model": {"preset": row["size"], "vocab_size": VOCAB_SIZE},
+        "optimizer": {"name": row["optimizer"]},
+        "training": {
+            "micro_batch_size": micro_batch, "global_batch_size": micro_batch * accumulation * engine.world_size,
+            "precision": row["precision"], "compile": row["compiled"], "activation_checkpointing": row["checkpointing"],
+        },
+    }  # fmt: skip
+    config = resolve(
+        make_config(raw), vocab_size=VOCAB_SIZE, world_size=engine.world_size, bf16_native=True, compile_auto=False
+    )
+    training = config.training
+    engine.build(
+        lambda: Transformer(config.model, seq_len, training.activation_checkpointing), training, config.optimizer
+    )
+    ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64, device=engine.device)
+    targets = ids.numel() * accumulation * engine.world_size
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+        for part in range(accumulation):
+            engine.forward_backward(ids, ids, global_targets=targets, sync=part == accumulation - 1)
+        engine.step(lr=1e-3)
+    held = torch.cuda.max_memory_allocated()
+    predicted = peak_memory(
+        config.model, seq_len, micro_batch, engine=row["engine"], world_size=engine.world_size,
+        optimizer=row["optimizer"], precision=row["precision"], checkpointing=row["checkpointing"],
+        accumulates=accumulation > 1, compiled=row["compiled"],
+    )  # fmt: skip
+    if engine.rank == 0:
+        numbers = {
+            "peak GB": held / 1e9, "predicted GB": predicted.bytes / 1e9, "of predicted": held / predicted.bytes,
+            "at": predicted.moment,
+        }  # fmt: skip
+        told.write_text(json.dumps(numbers))
+    engine.close()
+
+
+def _driver() -> str:
+    """Of the GPU; of the stand-in, which has no nvidia-smi, that."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except OSError:
+        return "none: benchmarks.cuda_standin"
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
