@@ -23,7 +23,6 @@ Offload = Literal["none", "optimizer", "parameters"]  # `parameters`: both, as l
 REDUCE_BUCKET = 100_000_000
 PREFETCH_BUCKET = 50_000_000
 MOST_LIVE = 1_000_000_000
-REUSE_DISTANCE = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ def rank_memory(
     - `casts`: under bf16 autocast, the bf16 copies of matrices from a forward pass to its backward pass, as far as they
       are there when most is held: without accumulation gradients take their place. ZeRO-3 casts once more for the
       backward pass instead (deepspeed runtime/zero/linear.py).
-    - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those needed again within REUSE_DISTANCE
-      (when the forward pass ends, the last half of that distance), those fetched ahead, and small ones (always). A
-      block is gathered, and fetched ahead, as one.
+    - `gathered`: ZeRO-3, parameters that are whole for a while, in float32: those that are needed again soon, those
+      fetched ahead and the block that is computed, MOST_LIVE or three blocks; and small ones, always.
     - `buffers`: DDP has buckets for all gradients. Those of a step's only micro-batch lie in them from the start
       (`gradient_as_bucket_view`), sums of several only when they are exchanged. ZeRO copies gradients into a bucket
       that is REDUCE_BUCKET long however small the model is.
@@ -170,8 +168,7 @@ def _zero12(engine: EngineName, sizes: _Sizes, offload: Offload, accumulates: bo
 def _zero3(sizes: _Sizes, offload: Offload) -> RankMemory:
     """Stage 3 (ZeRO, section 5.3; offload: ZeRO-Infinity, Rajbhandari et al. 2021, section 5)."""
     part, bucket = sizes.part, 4.0 * REDUCE_BUCKET
-    ahead, used = max(4.0 * PREFETCH_BUCKET, sizes.block), max(sizes.largest, sizes.block)
-    gathered = min(sizes.whole, 4.0 * REUSE_DISTANCE / 2 + ahead + used + sizes.small)
+    gathered = min(sizes.whole, max(4.0 * MOST_LIVE, 3 * sizes.block) + sizes.small)
     held = RankMemory(gathered=gathered, buffers=bucket, exchange=min(sizes.whole, max(bucket, sizes.largest)))
     if offload == "none":
         return replace(held, weights=part, masters=part, gradients=part, optimizer=sizes.state)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from llmtrain.model.cost import block_matrix_parameters, parameter_count
-from llmtrain.model.memory import REUSE_DISTANCE, EngineName, optimizer_values
+from llmtrain.model.memory import MOST_LIVE, EngineName, optimizer_values
 from llmtrain.planning.communication import Links
 from llmtrain.planning.compute import MEMORY_SHARE, Seconds, Work, compute_seconds
 from llmtrain.planning.hardware import Gpu
@@ -36,7 +36,7 @@ class Exchange:
     weight_bytes: int = 4
     gradient_bytes: int = 4
     gathers_each_block: int = 0  # operations to gather one block; 0: one for each matrix, as DeepSpeed does
-    reuses: int = REUSE_DISTANCE // 2  # parameters that stay whole from the forward to the backward pass
+    reuses: int = MOST_LIVE  # parameters that stay whole from the forward to the backward pass
 
 
 @dataclass(frozen=True)

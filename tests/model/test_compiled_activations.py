@@ -27,7 +27,7 @@ from llmtrain.config import RunConfig, make_config
 from llmtrain.model import transformer
 from llmtrain.model.activations import activation_memory
 from llmtrain.model.cost import block_matrix_parameters, norm_parameters
-from llmtrain.model.memory import PREFETCH_BUCKET, REUSE_DISTANCE, EngineName, auto_compiles, rank_memory
+from llmtrain.model.memory import MOST_LIVE, EngineName, auto_compiles, rank_memory
 from llmtrain.model.peak import PeakMemory, peak_memory
 from llmtrain.model.transformer import Transformer
 
@@ -239,13 +239,12 @@ def test_a_compiled_block_never_keeps_more_than_an_eager_one(precision: str, che
         assert compiled.kept <= eager.kept
 
 
-def test_zero3_has_a_block_and_the_next_whole_and_all_gradients_of_one_compiled_or_not() -> None:
-    """7b: a block has 202 million parameters (0.81 GB), more than its largest matrix (45) and DeepSpeed's 50 ahead."""
-    model = make_config({"model": {"preset": "7b", "vocab_size": 50_304}}).model
-    block, head, small = (4 * n for n in (block_matrix_parameters(model), model.dim * 50_304, norm_parameters(model)))
-    gathered = rank_memory("zero3", model, 2048, world_size=64).gathered
-    assert block > 4 * PREFETCH_BUCKET
-    assert gathered == 4 * REUSE_DISTANCE / 2 + block + max(block, head) + small
+def test_zero3_has_what_it_may_keep_whole_and_all_gradients_of_a_block_compiled_or_not() -> None:
+    """7b: a block has 202 million parameters, of which DeepSpeed's limit of a billion is more than three; 70b: not."""
+    for preset, expected in (("7b", 4 * MOST_LIVE), ("70b", None)):
+        model = make_config({"model": {"preset": preset, "vocab_size": 50_304}}).model
+        block, small = 4 * block_matrix_parameters(model), 4 * norm_parameters(model)
+        assert rank_memory("zero3", model, 2048, world_size=64).gathered == (expected or 3 * block) + small
     for kind in CHECKPOINTING:
         config = step_config({"preset": "7b", "vocab_size": 50_304}, 2048, 1, activation_checkpointing=kind)
         plain, compiled = (
