@@ -34,8 +34,10 @@ from llmtrain.health.peers import Peers
 from llmtrain.health.rate_finder import find_rate
 from llmtrain.model.memory import RankMemory, rank_memory
 from llmtrain.observe.formats import compact
+from llmtrain.observe.sinks import require_sinks
 from llmtrain.parsers import doctor_parser as parser
 from llmtrain.planning.budget import checkpoints_kept, planned_tokens
+from llmtrain.storage.remote import Remote
 
 _TIMEOUT_S = 120.0  # of an exchange: who asks the doctor wants an answer
 
@@ -63,6 +65,9 @@ def training_findings(args: Namespace) -> Iterator[Finding]:
 
 def _before_it_is_built(config: RunConfig, path: Path, engine: Engine | None = None) -> Iterator[Finding]:
     """What is known without the other ranks, of which there are none where there is no engine yet."""
+    require_sinks(config)
+    if config.checkpoint.remote:
+        Remote(config.checkpoint.remote)
     yield ok("config", f"{path} is valid")
     needed, steps = _needed(config, engine)
     if engine is None or engine.name == "accelerate":  # which ZeRO stage shares the model only the engine knows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def test_the_machine_alone(llmtrain: Command) -> None:
     names = [line[6:20].strip() for line in result.stdout.splitlines()]
     assert {"python", "torch", "libraries", "device", "bf16", "cores", "memory", "disk"} <= set(names)
     assert all(line[:4].strip() in ("ok", "warn") for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("logging.wandb=true", "wandb"), ("checkpoint.remote=nothing://speaks/this", "nothing")]
+)
+def test_what_the_config_needs_and_is_not_there_fails(
+    examine, change: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version("no such package" if name == "wandb" else name))
+    code, found = examine(change)
+    assert code == 2 and named in failures(found)["config"]
 
 
 def test_a_run_folder_that_is_closed_fails(config_dict: dict[str, Any], closed: Path) -> None:

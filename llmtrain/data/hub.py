@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,14 @@ def find_shards(source: str) -> list[FoundShard]:
 def _open(source: str, revision: str | None) -> tuple[Any, Any]:
     """The builder and the streamed split of a source."""
     try:
+        version = metadata.version("datasets")  # a folder of that name that lies here can be imported, too
         import datasets
     except ImportError as error:
         raise UserError(
             f"{source}: Hugging Face datasets need the package datasets: pip install -c constraints.txt -e '.[hf]'"
         ) from error
-    if int(datasets.__version__.split(".")[0]) < OLDEST:
-        raise UserError(f"{source}: datasets {datasets.__version__} is too old; pip install 'datasets>={OLDEST}'")
+    if int(version.split(".")[0]) < OLDEST:
+        raise UserError(f"{source}: datasets {version} is too old; pip install 'datasets>={OLDEST}'")
     datasets.disable_progress_bars()
     # What is wrong is told once, in our own line; `huggingface_hub` would tell of each of its attempts.
     for library in ("datasets", "huggingface_hub"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from llmtrain.checkpoint.load import TrainedModel
@@ -39,13 +40,15 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], shots: int | None, li
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     known = [name for name in names if not name.endswith((".yaml", ".yml"))]
     manager = TaskManager(include_defaults=bool(known))  # to look through all of them takes seconds
-    unknown = [name for name in known if not manager.match_tasks([name])]
-    if unknown:
-        raise UserError(f"--tasks {unknown[0]}: lm-evaluation-harness has no such task; `lm-eval ls tasks` lists them")
+    tasks = {name: manager.match_tasks([name]) if name in known else [name] for name in names}
+    for name, meant in tasks.items():
+        if not meant:
+            raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task; `lm-eval ls tasks` lists them")
+    each = list(dict.fromkeys(chain.from_iterable(tasks.values())))
     model = HarnessModel(trained, trained.config.training.micro_batch_size)
     try:
         found: Any = simple_evaluate(
-            model, tasks=list(names), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
+            model, tasks=each, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
         )
     except (OSError, ValueError, KeyError) as error:  # what a task that is damaged, or whose data is not there, raises
         raise UserError(f"--tasks {','.join(names)}: cannot be run: {' '.join(str(error).split())}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.observe.files import replacing
+from llmtrain.observe.provenance import installed_version
 from llmtrain.observe.record import Record, finite, perplexity
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def require_sinks(config: RunConfig) -> None:
         UserError: one cannot.
     """
     for package in ("tensorboard", "wandb"):
-        if getattr(config.logging, package) and importlib.util.find_spec(package) is None:
+        if getattr(config.logging, package) and installed_version(package) is None:
             raise _missing(package)
     for name in config.logging.sinks:
         _factory(name)

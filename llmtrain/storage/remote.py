@@ -24,8 +24,9 @@ from llmtrain.errors import CorruptError, UserError
 
 AT_ONCE = 8  # files that are uploaded or fetched at the same time
 _PIECE_BYTES = 8 << 20
+_OURS = "-c constraints.txt -e '.[remote]'"
 _PACKAGES = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
+    "s3": _OURS, "s3a": _OURS, "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
     "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "hdfs": "pyarrow", "http": "aiohttp",
     "https": "aiohttp",
 }  # fmt: skip
@@ -73,7 +74,10 @@ class Remote:
         with self._asking(f"{self.url}/{folder}", "listed"):
             self._fs.invalidate_cache()
             found = self._fs.find(self._path(folder), detail=True)
-            return {self._relative(name): int(info["size"] or 0) for name, info in found.items()}
+            sizes = {name: info["size"] for name, info in found.items()}
+            for name in [name for name, size in sizes.items() if size is None]:  # as in the list of a web server
+                sizes[name] = self._fs.size(name)
+            return {self._relative(name): int(size or 0) for name, size in sizes.items()}
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None if it is not there."""

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from wandb.proto import wandb_internal_pb2
 
 from llmtrain.config import make_config
 from llmtrain.errors import UserError
-from llmtrain.observe.sinks import TensorBoardSink, open_sinks, scalars
+from llmtrain.observe.sinks import TensorBoardSink, open_sinks, require_sinks, scalars
 
 FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -205,6 +206,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     monkeypatch.setitem(sys.modules, module, None)  # how Python itself marks what must not be found
     with pytest.raises(UserError, match=rf"pip install -c constraints.txt -e '\.\[{switch}\]'"):
         open_sinks(make_config({"logging": {switch: True}}), tmp_path, 0, print)
+
+
+def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch):
+    """W&B itself leaves one where a run was started."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version("no such package" if name == "wandb" else name))
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install"):
+        require_sinks(make_config({"logging": {"wandb": True}}))
 
 
 def test_no_switch_opens_nothing(tmp_path):

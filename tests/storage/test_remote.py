@@ -6,6 +6,9 @@ import hashlib
 import os
 import re
 import resource
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,19 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
         bucket: Bucket = request.getfixturevalue("bucket")
         return Remote(f"{bucket.url}/run/")
     return Remote(f"memory://{tmp_path}/run" if request.param == "memory" else f"file://{tmp_path}/run")
+
+
+def test_files_of_a_web_server_have_sizes(tmp_path: Path) -> None:
+    """Its list of them has none."""
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "ids.bin").write_bytes(b"0123456789")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = Remote(f"http://127.0.0.1:{server.server_port}/part")
+        digest = hashlib.sha256(b"0123456789").hexdigest()
+        assert found.problems([("ids.bin", 10, digest)]) == []
+        assert len(found.problems([("ids.bin", 11, digest), ("none.bin", 1, digest)])) == 2
+        server.shutdown()
 
 
 def test_every_kind_of_store_does_the_same(remote: Remote, tmp_path: Path) -> None:
