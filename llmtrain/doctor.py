@@ -67,7 +67,7 @@ def _before_it_is_built(config: RunConfig, path: Path, engine: Engine | None = N
     """What is known without the other ranks, of which there are none where there is no engine yet."""
     require_sinks(config)
     if config.checkpoint.remote:
-        Remote(config.checkpoint.remote)
+        Remote(config.checkpoint.remote)  # or what speaks with such a store is not installed
     yield ok("config", f"{path} is valid")
     needed, steps = _needed(config, engine)
     if engine is None or engine.name == "accelerate":  # which ZeRO stage shares the model only the engine knows
