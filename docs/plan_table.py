@@ -20,7 +20,7 @@ from llmtrain.planning.step_time import NCCL_MULTIPROCESSORS, SPREAD, Exchange, 
 GUIDE = Path(__file__).with_name("plan.md")
 BEGIN, END = "<!-- published: python docs/plan_table.py -->\n", "<!-- end of published -->\n"
 # FSDP: a block is gathered in one go, in bf16; gradients are reduced in float32; after the forward pass weights go.
-FSDP = Exchange(weight_bytes=2, gradient_bytes=4, gathers_each_block=1, reuses=0)
+FSDP = Exchange(weight_bytes=2, gradient_bytes=4, reuses=0)
 # torchtitan turns queries and keys as complex numbers in float32: 6 bytes of each number to cast it, 8 to multiply, 6
 # to cast it back. This model's own way takes more (llmtrain/planning/compute.py); LLM Foundry's turns nothing.
 TITAN_ROPE_BYTES = 20

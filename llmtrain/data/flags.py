@@ -185,7 +185,12 @@ def _add_work_flags(add: Callable[..., Any]) -> None:
         metavar="DIR",
         help="folder to make (default: %(default)s); a URL such as s3://bucket/data: made in the cache, then uploaded",
     )
-    add("--workers", type=positive_int, metavar="N", help="processes (default: one per core, fewer for small input)")
+    add(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="processes (default: one per core, one fewer for byte and char; fewer for small input)",
+    )
     add(
         "--part",
         type=_part,

@@ -38,6 +38,11 @@ from llmtrain.optim.muon import product_dtype
 from llmtrain.optim.optimizers import make_optimizer
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of optimizers that it has not tested; these are tested here."""
+    return "untested optimizer" not in record.getMessage()
+
+
 class DeepSpeedEngine(Processes):
     """See `Engine`."""
 
@@ -46,8 +51,7 @@ class DeepSpeedEngine(Processes):
 
     def __init__(self, timeout_s: float):
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        # It warns of optimizers that it has not tested; these are tested here.
-        deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+        deepspeed.utils.logger.addFilter(_is_news)
         # DeepSpeed calls torch by names that torch is about to change, several times in each step.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         # DeepSpeed would compile an operator for inference on the CPU, for a minute, where there is a compiler.

@@ -46,8 +46,8 @@ def zero_config(
     if "offload_param" in zero and zero["stage"] != 3:
         raise UserError(f"the launch file offloads parameters at zero_stage {zero['stage']}; only stage 3 can")
     zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)
-    if training.compile is True:
-        # Its linear layer asks each weight who it is, for which every block would be compiled by itself.
+    if zero["stage"] == 3 and training.compile is True:
+        # DeepSpeed's linear layer asks each weight who it is: torch 2.11 would compile every block for itself.
         zero.setdefault("memory_efficient_linear", False)
     # Accelerate fills it in for its own way of saving.
     zero.pop("stage3_gather_16bit_weights_on_model_save", None)

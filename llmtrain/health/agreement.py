@@ -14,7 +14,7 @@ from llmtrain.config import RunConfig
 from llmtrain.engine import Engine, launch_settings
 from llmtrain.engine.rendezvous import is_exchange_failure
 from llmtrain.errors import LlmtrainError, Stopped, UserError, end_everywhere, of_storage
-from llmtrain.observe.provenance import package_versions
+from llmtrain.packages import package_versions
 
 Result = TypeVar("Result")
 _ROUND_S = 1.0

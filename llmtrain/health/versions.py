@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 from llmtrain.health.finding import Finding, fail, ok, warn
-from llmtrain.observe.provenance import installed_version
+from llmtrain.packages import installed_version
 
 # What a run cannot do without, and where a version can break it.
 LIBRARIES = ("accelerate", "numpy", "pydantic", "safetensors", "tokenizers", "sentencepiece", "gigatoken")

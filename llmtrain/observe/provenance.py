@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from llmtrain import __version__
 from llmtrain.data.sources import TrainingData
 from llmtrain.errors import DivergedError, LlmtrainError, PeerLostError, Stopped
 from llmtrain.observe.files import replacing
-
-_PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "torchao")
-
+from llmtrain.packages import package_versions
 
 _STARTED = "%Y-%m-%dT%H:%M:%S%z"
 _ENDINGS: dict[type[BaseException], str] = {
@@ -87,19 +84,6 @@ def ending(error: BaseException | None) -> dict[str, Any]:
     """How a launch ends and why, for `files.note_end`; `error` is what ends its loop, None: it is done."""
     how = "done" if error is None else next(how for kind, how in _ENDINGS.items() if isinstance(error, kind))
     return {"time": time.time(), "how": how, "why": str(error) if isinstance(error, LlmtrainError) else None}
-
-
-def package_versions() -> dict[str, str]:
-    """The installed versions of the packages that decide about numbers."""
-    return {name: version for name in _PACKAGES if (version := installed_version(name))}
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed package; None where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _begin_git_status() -> subprocess.Popen[str] | None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from llmtrain.config import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.observe.files import replacing
-from llmtrain.observe.provenance import installed_version
 from llmtrain.observe.record import Record, finite, perplexity
+from llmtrain.packages import installed_version
 
 if TYPE_CHECKING:
     import wandb

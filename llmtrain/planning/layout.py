@@ -13,7 +13,7 @@ from llmtrain.model.peak import peak_memory
 from llmtrain.planning.communication import links_between
 from llmtrain.planning.compute import Work
 from llmtrain.planning.hardware import Gpu
-from llmtrain.planning.step_time import Exchange, Step, step_seconds
+from llmtrain.planning.step_time import Step, step_seconds
 
 # As the launch files are called, from the one that exchanges least to the one that holds least.
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload")
@@ -142,7 +142,6 @@ def outcome_of(run: Run, layout: Layout) -> Outcome:
     links = links_between(run.gpu, layout.gpus, run.per_machine, run.network)
     step = step_seconds(
         run.gpu, links, engine, work, accumulation=accumulation, optimizer=run.optimizer, offload=offload != "none",
-        exchange=Exchange(gathers_each_block=int(compiled)),
     )  # fmt: skip
     speed = run.global_batch * run.seq_len / step.total
 

@@ -35,7 +35,6 @@ class Exchange:
 
     weight_bytes: int = 4
     gradient_bytes: int = 4
-    gathers_each_block: int = 0  # operations to gather one block; 0: one for each matrix, as DeepSpeed does
     reuses: int = MOST_LIVE  # parameters that stay whole from the forward to the backward pass
 
 
@@ -138,14 +137,13 @@ def _exchanges(
 def _zero3(links: Links, work: Work, seconds: Seconds, parameters: int, exchange: Exchange) -> tuple[float, float]:
     block = block_matrix_parameters(work.model)
     rest = parameters - work.model.layers * block
-    pieces = exchange.gathers_each_block or len(work.block_shapes())
-    gather_block = pieces * links.gather_s(exchange.weight_bytes * block / pieces)
+    gather_block = links.gather_s(exchange.weight_bytes * block)  # as one
     reduce_block = links.gather_s(exchange.gradient_bytes * block)
     forward = work.model.layers * gather_block + links.gather_s(exchange.weight_bytes * rest)
     again = 1 - min(1.0, exchange.reuses / parameters)
     backward = forward * again + work.model.layers * reduce_block + links.gather_s(exchange.gradient_bytes * rest)
     # Nothing is computed before the first weights are there, and after the last gradients.
-    first, last = gather_block / pieces, reduce_block
+    first, last = gather_block, reduce_block
     shown = max(forward - seconds.forward, first) + max(backward - seconds.backward, last)
     return shown, forward + backward - shown
 
