@@ -21,17 +21,17 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, print_table, write_result
-from llmtrain.config import make_config
+from benchmarks.held import engine_stepper, step_config
+from llmtrain.config import RunConfig
 from llmtrain.engine import make_engine
 from llmtrain.errors import UserError, run_main
-from llmtrain.model.peak import peak_memory
-from llmtrain.model.transformer import Transformer
-from llmtrain.resolve import resolve
+from llmtrain.model.peak import peak_of_run
 
 VOCAB_SIZE = 50_304
 WARM_UP, STEPS = 3, 2  # ZeRO-3 learns the order of modules in the first
 LIMIT_S = 300
-# By size: micro-batch of sequences of 1,024.
+SEQ_LEN = 1024
+# By size: micro-batch.
 SIZES = {"124m": 16, "350m": 4, "1.3b": 2}
 
 
@@ -100,40 +100,27 @@ def measured(row: dict[str, Any], ranks: int) -> dict[str, Any]:
     return {**row, "ranks": processes, **numbers, "problem": problem}
 
 
+def config_of(row: dict[str, Any], ranks: int) -> RunConfig:
+    """What a row's launch trains."""
+    model = {"preset": row["size"], "vocab_size": VOCAB_SIZE}
+    return step_config(
+        model, SEQ_LEN, SIZES[row["size"]], row["accumulation"], world_size=ranks, optimizer=row["optimizer"],
+        precision=row["precision"], compile=row["compiled"], activation_checkpointing=row["checkpointing"],
+    )  # fmt: skip
+
+
 def work(row: dict[str, Any], told: Path) -> None:
     """A rank of a launch."""
     engine = make_engine(timeout_s=LIMIT_S)
-    seq_len, micro_batch, accumulation = 1024, SIZES[row["size"]], row["accumulation"]
-    raw = {
-        "data": {"seq_len": seq_len},
-        "model": {"preset": row["size"], "vocab_size": VOCAB_SIZE},
-        "optimizer": {"name": row["optimizer"]},
-        "training": {
-            "micro_batch_size": micro_batch, "global_batch_size": micro_batch * accumulation * engine.world_size,
-            "precision": row["precision"], "compile": row["compiled"], "activation_checkpointing": row["checkpointing"],
-        },
-    }  # fmt: skip
-    config = resolve(
-        make_config(raw), vocab_size=VOCAB_SIZE, world_size=engine.world_size, bf16_native=True, compile_auto=False
-    )
-    training = config.training
-    engine.build(
-        lambda: Transformer(config.model, seq_len, training.activation_checkpointing), training, config.optimizer
-    )
-    ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64, device=engine.device)
-    targets = ids.numel() * accumulation * engine.world_size
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            torch.cuda.reset_peak_memory_stats()
-        for part in range(accumulation):
-            engine.forward_backward(ids, ids, global_targets=targets, sync=part == accumulation - 1)
-        engine.step(lr=1e-3)
+    config = config_of(row, engine.world_size)
+    step = engine_stepper(engine, config)
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
+        step()
     held = torch.cuda.max_memory_allocated()
-    predicted = peak_memory(
-        config.model, seq_len, micro_batch, engine=row["engine"], world_size=engine.world_size,
-        optimizer=row["optimizer"], precision=row["precision"], checkpointing=row["checkpointing"],
-        accumulates=accumulation > 1, compiled=row["compiled"],
-    )  # fmt: skip
+    predicted = peak_of_run(config, engine=row["engine"], world_size=engine.world_size)
     if engine.rank == 0:
         numbers = {
             "peak GB": held / 1e9, "predicted GB": predicted.bytes / 1e9, "of predicted": held / predicted.bytes,

@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.common import print_table, spread, train_records, write_result
 from benchmarks.synthetic import write_random_data
-from llmtrain.config import RunConfig, load_config
+from llmtrain.config import load_config
 from llmtrain.errors import UserError, run_main
-from llmtrain.model.peak import peak_memory
+from llmtrain.model.peak import peak_of_run
 
 VOCAB_SIZE = 50_304
 
@@ -122,7 +122,7 @@ def turn(settings: list[str], run: Path, steps: int, on_cpu: bool, limit_s: floa
         "MFU %": _percent(record["mfu"] for record in records),
         "PaLM MFU %": _percent(record["mfu_palm"] for record in records),
         "peak GB": records[-1]["memory_gb"],
-        "predicted GB": None if on_cpu else _predicted(config) / 1e9,
+        "predicted GB": None if on_cpu else peak_of_run(config).bytes / 1e9,
     }
 
 
@@ -156,15 +156,6 @@ def _printed(value: Any) -> Any:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {'yes' if is_reached else 'no'}" for name, is_reached in value.items())
     return value
-
-
-def _predicted(config: RunConfig) -> float:
-    training = config.training
-    return peak_memory(
-        config.model, config.data.seq_len, training.micro_batch_size, optimizer=config.optimizer.name,
-        precision=training.precision, checkpointing=training.activation_checkpointing,
-        accumulates=training.global_batch_size > training.micro_batch_size, compiled=training.compile is True,
-    ).bytes  # fmt: skip
 
 
 if __name__ == "__main__":

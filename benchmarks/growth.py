@@ -32,7 +32,7 @@ from llmtrain.config import RunConfig
 from llmtrain.engine.device import pick_device
 from llmtrain.errors import run_main
 from llmtrain.model.cost import flops_per_token, parameter_count
-from llmtrain.model.peak import peak_memory
+from llmtrain.model.peak import peak_of_run
 
 VOCABULARY = 256  # small, so that parameters are those of blocks and memory is not that of logits
 SMALL = {"dim": 128, "layers": 4, "heads": 4}
@@ -100,9 +100,7 @@ def measured_point(point: tuple[str, int], config: RunConfig, times: Sequence[fl
     model, seq_len, batch = config.model, config.data.seq_len, config.training.micro_batch_size
     command = [sys.executable, "-m", "benchmarks.growth", "--process-peak-of", name(point)]
     process = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    peak = peak_memory(
-        model, seq_len, batch, precision="fp32", accumulates=False, device=pick_device().type
-    )  # fmt: skip
+    peak = peak_of_run(config, device=pick_device().type)
     parameters = parameter_count(model, seq_len)
     return {
         "axis": axis, "size": parameters if axis == "parameters" else size, "dim": model.dim, "length": seq_len,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llmtrain.config import RunConfig, make_config
-from llmtrain.engine import make_engine
+from llmtrain.engine import Engine, make_engine
 from llmtrain.engine.accelerate import AccelerateEngine
 from llmtrain.model.short_attention import attention_gradients
 from llmtrain.model.transformer import Transformer
@@ -68,39 +68,53 @@ class _WithoutValues(AccelerateEngine):
     host_sees_all = False  # type: ignore[assignment]
 
 
-def step_config(model: dict[str, Any], seq_len: int, micro_batch: int, accumulation: int = 1, **more: Any) -> RunConfig:
-    """A resolved config of one process, eager; `more` are settings of `training`, and `optimizer`, a name."""
-    optimizer = more.pop("optimizer", "adamw")
+def step_config(
+    model: dict[str, Any],
+    seq_len: int,
+    micro_batch: int,
+    accumulation: int = 1,
+    *,
+    world_size: int = 1,
+    optimizer: str = "adamw",
+    **more: Any,
+) -> RunConfig:
+    """A resolved config, eager; `more` are settings of `training`."""
     raw = {
         "data": {"seq_len": seq_len},
         "model": model,
         "optimizer": {"name": optimizer},
         "training": {
-            "micro_batch_size": micro_batch, "global_batch_size": micro_batch * accumulation, "compile": False,
-            "precision": "fp32", **more,
+            "micro_batch_size": micro_batch, "global_batch_size": micro_batch * accumulation * world_size,
+            "compile": False, "precision": "fp32", **more,
         },
     }  # fmt: skip
     return resolve(
-        make_config(raw), vocab_size=model["vocab_size"], world_size=1, bf16_native=True,
+        make_config(raw), vocab_size=model["vocab_size"], world_size=world_size, bf16_native=True,
         compile_auto=False,
     )  # fmt: skip
 
 
 def stepper(config: RunConfig, fake: bool = False) -> Callable[[], None]:
-    """A function that takes one real optimizer step of the real engine; the first makes the optimizer's state."""
+    """A function that takes one real optimizer step of one process; the first makes the optimizer's state."""
     engine = _WithoutValues(timeout_s=60) if fake else make_engine(timeout_s=60)
     if fake:
         engine._accelerator.device_placement = False  # what is fake has its device and cannot be moved
+    return engine_stepper(engine, config)
+
+
+def engine_stepper(engine: Engine, config: RunConfig) -> Callable[[], None]:
+    """`stepper` of an engine that has joined the other processes, if there are any."""
     training, seq_len = config.training, config.data.seq_len
     engine.build(
         lambda: Transformer(config.model, seq_len, training.activation_checkpointing), training, config.optimizer
     )
     ids = torch.zeros(training.micro_batch_size, seq_len, dtype=torch.int64, device=engine.device)
-    parts = training.global_batch_size // training.micro_batch_size
+    parts = training.global_batch_size // (training.micro_batch_size * engine.world_size)
+    targets = training.global_batch_size * seq_len
 
     def step() -> None:
         for part in range(parts):
-            engine.forward_backward(ids, ids, global_targets=parts * ids.numel(), sync=part == parts - 1)
+            engine.forward_backward(ids, ids, global_targets=targets, sync=part == parts - 1)
         engine.step(lr=1e-3)
 
     return step

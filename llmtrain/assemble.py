@@ -191,23 +191,20 @@ def resolve_here(config: RunConfig, vocab_size: int, world_size: int = 1, compil
 def describe(parts: Assembly, steps: int) -> dict[str, str]:
     """What is about to happen, for the header and `--dry-run`."""
     from llmtrain.model.cost import parameter_count
-    from llmtrain.model.peak import peak_memory
+    from llmtrain.model.peak import peak_of_run
 
     config, layout = parts.config, parts.layout
     model, training, seq_len = config.model, config.training, config.data.seq_len
     val = sum(map(len, [*parts.val.values(), *parts.sets.values()]))
     padding = f", {1 - parts.targets_of_a_window / seq_len:.1%} of them padding"
     accumulation = layout.global_batch // (layout.micro_batch * layout.world_size)
-    peak = peak_memory(
-        model, seq_len, layout.micro_batch, engine="ddp" if layout.world_size > 1 else "single",
-        optimizer=config.optimizer.name, precision=training.precision, checkpointing=training.activation_checkpointing,
-        accumulates=accumulation > 1, device=parts.engine.device.type, compiled=training.compile is True,
-    )  # fmt: skip
+    ranks, device = layout.world_size, parts.engine.device
+    peak = peak_of_run(config, engine="ddp" if ranks > 1 else "single", world_size=ranks, device=device.type)
     # Which ZeRO stage shares the model only the engine knows.
     asides = {"dropout": model.dropout, "the document mask": config.data.document_mask}
     aside = "".join(f", what {name} keeps aside" for name, is_on in asides.items() if is_on)
     memory = {"memory": f"{peak.bytes / 1e9:.2f} GB of tensors by the formulas, at the {peak.moment}{aside}"}
-    room = free_memory(parts.engine.device)  # the weights are there already
+    room = free_memory(device)  # the weights are there already
     if peak.bytes > room + 4 * parameter_count(model, seq_len):
         memory["memory"] += f"; but {room / 1e9:.2f} GB are free"
     return {

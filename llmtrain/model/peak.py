@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtrain.config import ModelSection, default_ff_dim
+from llmtrain.config import ModelSection, RunConfig, default_ff_dim
 from llmtrain.model.activations import Activations, activation_memory
 from llmtrain.model.cost import block_matrix_parameters, parameter_count
 from llmtrain.model.limits import BATCH_NUMEL
@@ -88,6 +88,19 @@ def peak_memory(
     product = 2 if bf16 or device != "cpu" else 4  # bytes of a number in Muon's
     moments["update"] = weights.state + weights.exchange + grown + _update(config, optimizer, engine, product)
     return PeakMemory(moments, parts, max(weights.casts, weights.cast))
+
+
+def peak_of_run(
+    config: RunConfig, *, engine: EngineName = "single", world_size: int = 1, device: str = "cuda"
+) -> PeakMemory:
+    """`peak_memory` of a resolved config."""
+    training = config.training
+    return peak_memory(
+        config.model, config.data.seq_len, training.micro_batch_size, engine=engine, world_size=world_size,
+        optimizer=config.optimizer.name, precision=training.precision, checkpointing=training.activation_checkpointing,
+        accumulates=training.global_batch_size > training.micro_batch_size * world_size, device=device,
+        compiled=training.compile is True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

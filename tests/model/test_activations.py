@@ -14,7 +14,7 @@ import torch
 from benchmarks.held import peak_bytes, step_config
 from llmtrain.model import limits, transformer
 from llmtrain.model.activations import activation_memory
-from llmtrain.model.peak import PeakMemory, peak_memory
+from llmtrain.model.peak import PeakMemory, peak_of_run
 
 SMALL = {"dim": 256, "layers": 4, "heads": 8, "vocab_size": 1000}
 WITHIN = 0.03
@@ -22,17 +22,8 @@ SIZES = {"10m": (256, 16), "124m": (1024, 8), "1.3b": (2048, 2)}
 CHECKPOINTING = ["none", "selective", "full"]
 
 
-def predicted(config: Any, device: str) -> PeakMemory:
-    training = config.training
-    return peak_memory(
-        config.model, config.data.seq_len, training.micro_batch_size, optimizer=config.optimizer.name,
-        precision=training.precision, checkpointing=training.activation_checkpointing,
-        accumulates=training.global_batch_size > training.micro_batch_size, device=device,
-    )  # fmt: skip
-
-
 def compare(config: Any, fake: bool, device: str = "cpu") -> PeakMemory:
-    expected, held = predicted(config, device), peak_bytes(config, fake)
+    expected, held = peak_of_run(config, device=device), peak_bytes(config, fake)
     print(f"formula {expected.bytes / 1e6:.1f} MB ({expected.moment}), held {held / 1e6:.1f} MB")
     assert expected.bytes == pytest.approx(held, rel=WITHIN)
     return expected
@@ -122,7 +113,7 @@ def test_with_the_norm_of_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str,
     monkeypatch.setattr(limits, "CACHED_LOGITS", limits.OTHER_LOGITS)
     config = step_config(SMALL, 512, 8, precision=precision, activation_checkpointing=checkpointing)
     compare(config, fake=True, device="cuda")
-    moments, on_a_cpu = (predicted(config, device).moments for device in ("cuda", "cpu"))
+    moments, on_a_cpu = (peak_of_run(config, device=device).moments for device in ("cuda", "cpu"))
     assert {moment for moment in moments if moments[moment] < on_a_cpu[moment]} == {"backward of the final norm"}
 
 

@@ -28,7 +28,7 @@ from llmtrain.model import transformer
 from llmtrain.model.activations import activation_memory
 from llmtrain.model.cost import block_matrix_parameters, norm_parameters
 from llmtrain.model.memory import MOST_LIVE, EngineName, auto_compiles, rank_memory
-from llmtrain.model.peak import PeakMemory, peak_memory
+from llmtrain.model.peak import peak_of_run
 from llmtrain.model.transformer import Transformer
 
 CHECKPOINTING = ["none", "selective", "full"]
@@ -168,14 +168,6 @@ def allocated(config: RunConfig, trace: Path) -> int:
     return max(change["Total Allocated"] for change in changes) - (first["Total Allocated"] - first["Bytes"])
 
 
-def predicted(config: RunConfig, **how: Any) -> PeakMemory:
-    training = config.training
-    return peak_memory(
-        config.model, config.data.seq_len, training.micro_batch_size, optimizer=config.optimizer.name,
-        precision=training.precision, checkpointing=training.activation_checkpointing, accumulates=False, **how,
-    )  # fmt: skip
-
-
 STEPS: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
     ("loss", {"vocab_size": 1000}, 1024, {"precision": "bf16"}),
     ("backward of the last block", {}, 256, {"precision": "bf16", "activation_checkpointing": "selective"}),
@@ -198,7 +190,7 @@ def test_a_compiled_step_holds_what_the_formulas_say(
     changes that by up to a fifth."""
     model = {**SMALL, "dim": 256, "layers": 4, **changes}
     config = step_config(model, seq_len, 2048 // seq_len, compile=True, **settings)
-    expected, held = predicted(config, device="cpu", compiled=True), allocated(config, tmp_path / "trace.json")
+    expected, held = peak_of_run(config, device="cpu"), allocated(config, tmp_path / "trace.json")
     print(f"formula {expected.bytes / 1e6:.1f} MB ({expected.moment}), held {held / 1e6:.1f} MB")
     assert expected.moment == moment
     assert expected.bytes == pytest.approx(held, rel=0.05)
@@ -246,10 +238,14 @@ def test_zero3_has_what_it_may_keep_whole_and_all_gradients_of_a_block_compiled_
         block, small = 4 * block_matrix_parameters(model), 4 * norm_parameters(model)
         assert rank_memory("zero3", model, 2048, world_size=64).gathered == (expected or 3 * block) + small
     for kind in CHECKPOINTING:
-        config = step_config({"preset": "7b", "vocab_size": 50_304}, 2048, 1, activation_checkpointing=kind)
+        model = {"preset": "7b", "vocab_size": 50_304}
         plain, compiled = (
-            predicted(config, engine="zero3", world_size=64, compiled=is_compiled) for is_compiled in (False, True)
-        )
+            peak_of_run(
+                step_config(model, 2048, 1, world_size=64, activation_checkpointing=kind, compile=is_compiled),
+                engine="zero3", world_size=64,
+            )
+            for is_compiled in (False, True)
+        )  # fmt: skip
         in_a_block = [peak.activations.recomputed + peak.activations.gradients for peak in (plain, compiled)]
         kept = [peak.activations.kept for peak in (plain, compiled)]
         moment = "backward of the last block"
@@ -260,14 +256,16 @@ def test_zero3_has_what_it_may_keep_whole_and_all_gradients_of_a_block_compiled_
 @pytest.mark.parametrize("engine", ["single", "ddp", "zero2", "zero3"])
 def test_casts_of_all_blocks_stay_where_a_compiled_block_makes_nothing_again(engine: EngineName) -> None:
     """Eager ZeRO-3 casts again; that is why `compile: auto` leaves it eager there."""
-    config = {
-        kind: step_config(SMALL | {"layers": 8}, 64, 1, precision="bf16", activation_checkpointing=kind)
-        for kind in CHECKPOINTING
-    }
-    block = 2 * block_matrix_parameters(config["none"].model)
-    casts = {kind: predicted(config[kind], engine=engine, compiled=True).casts for kind in CHECKPOINTING}
+
+    def casts_of(kind: str, is_compiled: bool) -> float:
+        model = SMALL | {"layers": 8}
+        config = step_config(model, 64, 1, precision="bf16", activation_checkpointing=kind, compile=is_compiled)
+        return peak_of_run(config, engine=engine).casts
+
+    block = 2 * block_matrix_parameters(step_config(SMALL, 64, 1).model)
+    casts = {kind: casts_of(kind, is_compiled=True) for kind in CHECKPOINTING}
     assert casts == {"none": 8 * block, "selective": block, "full": block}
-    eager = predicted(config["none"], engine=engine).casts
+    eager = casts_of("none", is_compiled=False)
     assert eager == (0 if engine == "zero3" else 8 * block)
     fewer = [auto_compiles(cuts_weights=engine == "zero3", checkpointing=kind) for kind in CHECKPOINTING]
     assert fewer == [engine != "zero3", True, True]
