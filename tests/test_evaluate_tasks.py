@@ -143,6 +143,25 @@ def test_what_cannot_be_run_is_one_clear_line(trained_run: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_a_glob_is_all_tasks_that_it_means_each_once(
+    trained_run: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their data is on a hub, so the harness is stopped where it would fetch them."""
+    asked: list[str] = []
+
+    def fetch(*_: Any, tasks: list[str], **__: Any) -> None:
+        asked.extend(tasks)
+        raise OSError("no hub here")
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", fetch)
+    code, _, err = call(main, trained_run, "--tasks", "arc_easy,arc_[ec]*y,arc_[ec]*e")
+    assert code == 2 and "--tasks arc_easy,arc_[ec]*y,arc_[ec]*e: cannot be run: no hub here" in err
+    assert asked[0] == "arc_easy" and "arc_challenge" in asked and len(asked) == len(set(asked))
+    code, _, err = call(main, trained_run, "--tasks", "no_such_*")
+    assert code == 2 and is_one_clear_line(err) and "--tasks no_such_*: lm-evaluation-harness has no such task" in err
+
+
+@pytest.mark.slow
 def test_a_task_that_there_is_not_is_one_clear_line(trained_run: Path, call: Call) -> None:
     """Slow, for the harness looks through its thirteen thousand files of tasks."""
     code, out, err = call(main, trained_run, "--tasks", "arc_easy,no_such_task")

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,16 @@ def test_without_the_package_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, _, err = call(main, "--input", "hf:some/name", "--out", tmp_path / "out")
     assert code == 2 and is_one_clear_line(err) and "hf:some/name: Hugging Face datasets need the package" in err
+
+
+def test_a_folder_of_the_package_s_name_is_not_the_package(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` puts the folder that it is started in before all packages."""
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version("no such package" if name == "datasets" else name))
+    code, _, err = call(main, "--input", "hf:other/name", "--out", tmp_path / "out")
+    assert code == 2 and is_one_clear_line(err) and "hf:other/name: Hugging Face datasets need the package" in err
 
 
 @pytest.mark.parametrize("named", ["{outside}/secret.jsonl", "../secret.jsonl", "https://example.invalid/x.jsonl"])
