@@ -15,6 +15,7 @@ from benchmarks import gpu_speed
 from benchmarks.common import ROOT
 from benchmarks.synthetic import write_random_data
 from llmtrain.config import load_config
+from llmtrain.model.peak import peak_of_run
 from llmtrain.resolve import resolve
 
 
@@ -90,4 +91,4 @@ def test_what_it_asks_of_a_gpu_fits_into_one(size: str, way: str, tmp_path: Path
         load_config(tmp_path / "empty.yaml", settings), vocab_size=gpu_speed.VOCAB_SIZE,
         world_size=1, bf16_native=True, compile_auto=True,
     )  # fmt: skip
-    assert gpu_speed._predicted(config) < 0.9 * 141e9
+    assert peak_of_run(config).bytes < 0.9 * 141e9

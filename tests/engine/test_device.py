@@ -12,15 +12,25 @@ import pytest
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ALLOCATE = """
-import os, sys
+import mmap
 from pathlib import Path
 import torch
 from llmtrain.engine import make_engine
 
+BYTES = 1 << 28
+
+def is_mostly_in_large_pages():
+    (held,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages" in line)
+    return int(held.split()[1]) * 1024 >= BYTES // 2
+
+with mmap.mmap(-1, BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as asked_for:
+    asked_for.madvise(mmap.MADV_HUGEPAGE)
+    for page in range(0, BYTES, mmap.PAGESIZE):
+        asked_for[page] = 1
+    print(is_mostly_in_large_pages())
 make_engine(30.0)
-kept = torch.ones(1 << 26)
-(held,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages" in line)
-print(int(held.split()[1]) * 1024 >= kept.nbytes // 2)
+kept = torch.ones(BYTES // 4)
+print(is_mostly_in_large_pages())
 """
 
 
@@ -32,9 +42,12 @@ def test_large_tensors_lie_in_large_pages_unless_the_user_has_said_otherwise(giv
     environment = without_settings()
     environment |= {"THP_MEM_ALLOC_ENABLE": given} if given else {}
     done = subprocess.run(
-        [sys.executable, "-c", ALLOCATE], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", ALLOCATE], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
-    assert done.stdout == f"{is_large}\n", done.stderr
+    has_any, found = done.stdout.split()
+    if has_any == "False":
+        pytest.skip("the machine's memory is in too many pieces for large pages")
+    assert found == str(is_large)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are those of another library")
